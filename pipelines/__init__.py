@@ -1,0 +1,1 @@
+"""Images in, batches out: manifest, order, decode, augment. Knows ranks as two integers."""
