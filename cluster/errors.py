@@ -1,0 +1,9 @@
+"""Errors that a user of the cluster part can act on; their message names the remedy."""
+
+
+class ClusterError(RuntimeError):
+    """The worker group, its processes or its storage cannot do what was asked."""
+
+
+class WorkerLostError(ClusterError):
+    """A worker process or its node died, or the group never formed; the same run may succeed when repeated."""
