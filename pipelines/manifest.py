@@ -1,0 +1,177 @@
+"""The ordered list of all images of a data set. A row number is the instance id, so the order is the identity."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import DataError
+from pipelines.strings import StringTable
+
+SCHEMA = 1
+_META = "meta.json"
+# Little-endian everywhere, so that saved files and fingerprints mean the same on every machine.
+_COLUMNS = {
+    "source_index": np.dtype("<i8"),
+    "offsets": np.dtype("<i8"),
+    "sizes": np.dtype("<i8"),
+    "heights": np.dtype("<i4"),
+    "widths": np.dtype("<i4"),
+    "labels": np.dtype("<i4"),
+}
+_TABLES = ("sources", "keys")
+
+
+class Rejected(NamedTuple):
+    """An image that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Manifest:
+    """Where every image of a data set lies and what its header says; N rows, row number = instance id.
+
+    Attributes:
+        root: The folder that `sources` are relative to. Not part of the fingerprint: data may move.
+        sources: Tar files or image files, posix paths relative to `root` (absolute where outside of it).
+        keys: N unique, readable names: the image's path, or the member's name inside its tar file.
+        source_index: int64 (N,), the source that holds the row.
+        offsets: int64 (N,), bytes from the start of the source to the image; 0 for plain files.
+        sizes: int64 (N,), bytes of the encoded image.
+        heights: int32 (N,), pixels as stored, without EXIF rotation.
+        widths: int32 (N,), likewise.
+        labels: int32 (N,), index into `class_names`, -1 where unlabelled.
+        class_names: Empty without labels.
+        rejected: The images left out. Not part of the fingerprint.
+
+    Raises:
+        DataError: The columns differ in length or type.
+    """
+
+    root: Path
+    sources: StringTable
+    keys: StringTable
+    source_index: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    heights: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    class_names: tuple[str, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, dtype in _COLUMNS.items():
+            column = getattr(self, name)
+            if column.shape != (len(self),) or column.dtype != dtype:
+                raise DataError(
+                    f"manifest column {name} is {column.dtype} {column.shape}, expected {dtype} ({len(self)},); "
+                    "build the manifest again"
+                )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the rows belong to named classes."""
+        return bool(self.class_names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything but `root` and `rejected`: equal fingerprints mean equal instance ids."""
+        digest = hashlib.sha256(json.dumps([SCHEMA, self.class_names]).encode())
+        for name, array in self._arrays().items():
+            digest.update(f"{name} {array.dtype.str} {array.size};".encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+    def name(self, row: int) -> str:
+        """What to call a row in messages: `train.tar!cat/0001.png`, or the path of a plain file."""
+        key, source = self.keys[row], self.sources[int(self.source_index[row])]
+        return key if key == source or key.startswith(f"{source}!") else f"{source}!{key}"
+
+    def select(self, rows: npt.NDArray[np.int64], rejected: Sequence[Rejected] = ()) -> Self:
+        """Return a manifest of the given rows, int64 (M,), in that order, `rejected` appended to those left out.
+
+        The rows get new instance ids, 0 to M - 1. Sources stay, used or not.
+        """
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
+
+    def save(self, directory: Path | str) -> None:
+        """Write the manifest into `directory` (made if missing, replaced if it holds one).
+
+        `meta.json` is written last: a directory without it is not a manifest.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _META).unlink(missing_ok=True)
+        for name, array in self._arrays().items():
+            # A memory-mapped manifest may be saved over its own files: write aside, then rename.
+            with (directory / f"{name}.npy.tmp").open("wb") as file:
+                np.save(file, array)
+            (directory / f"{name}.npy.tmp").replace(directory / f"{name}.npy")
+        meta = {
+            "schema": SCHEMA,
+            "root": str(self.root.absolute()),
+            "class_names": self.class_names,
+            "rejected": self.rejected,
+        }
+        (directory / f"{_META}.tmp").write_text(json.dumps(meta, indent=1))
+        (directory / f"{_META}.tmp").replace(directory / _META)
+
+    @classmethod
+    def load(cls, directory: Path | str, root: Path | str | None = None) -> Self:
+        """Open a saved manifest; its arrays are memory-mapped, read-only.
+
+        Args:
+            directory: Where `save` wrote it.
+            root: Where the data lies now, if it moved since.
+
+        Raises:
+            DataError: Nothing whole was saved there, or by another version.
+        """
+        directory = Path(directory)
+        try:
+            meta = json.loads((directory / _META).read_text())
+            if meta["schema"] != SCHEMA:
+                raise DataError(
+                    f"manifest {directory} has schema {meta['schema']}, this version reads {SCHEMA}; build it again"
+                )
+            arrays = {
+                name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+                for name in (
+                    *_COLUMNS,
+                    *(f"{table}.{part}" for table in _TABLES for part in ("blob", "bounds")),
+                )
+            }
+        except FileNotFoundError as error:
+            raise DataError(
+                f"no manifest in {directory}: {error.filename} is missing; build it again"
+            ) from error
+        tables = {
+            name: StringTable(arrays.pop(f"{name}.blob"), arrays.pop(f"{name}.bounds")) for name in _TABLES
+        }
+        return cls(
+            root=Path(meta["root"] if root is None else root),
+            class_names=tuple(meta["class_names"]),
+            rejected=tuple(Rejected(*entry) for entry in meta["rejected"]),
+            **tables,
+            **arrays,
+        )
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        arrays = {name: getattr(self, name) for name in _COLUMNS}
+        for name in _TABLES:
+            table: StringTable = getattr(self, name)
+            arrays |= {f"{name}.blob": table.blob, f"{name}.bounds": table.bounds}
+        return arrays

@@ -1,0 +1,53 @@
+"""Many strings in two arrays, so that a billion of them can be memory-mapped instead of held as objects."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+# File names that are not UTF-8 survive the round trip, as in os.fsencode.
+_ERRORS = "surrogateescape"
+
+
+@dataclass(frozen=True, eq=False)
+class StringTable:
+    """An immutable list of strings.
+
+    Attributes:
+        blob: uint8 (total bytes,), the UTF-8 texts one after the other.
+        bounds: int64 (n + 1,), ascending; string `i` is `blob[bounds[i]:bounds[i + 1]]`.
+    """
+
+    blob: npt.NDArray[np.uint8]
+    bounds: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Self:
+        """Build the table of `strings`, in their order."""
+        encoded = [string.encode("utf-8", _ERRORS) for string in strings]
+        bounds = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(text) for text in encoded], out=bounds[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"string {index} of a table of {len(self)}")
+        index %= len(self)
+        return self.blob[self.bounds[index] : self.bounds[index + 1]].tobytes().decode("utf-8", _ERRORS)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Build the table of the strings at `rows`, int64 (m,), each in [0, n), in that order."""
+        starts = self.bounds[rows]
+        lengths = self.bounds[rows + 1] - starts
+        bounds = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=bounds[1:])
+        positions = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], lengths)
+        return type(self)(self.blob[positions], bounds)
