@@ -1,4 +1,4 @@
-"""The ordered list of all images of a data set. A row number is the instance id, so the order is the identity."""
+"""The ordered list of all images of a data set. A row number is the instance id."""
 
 import hashlib
 import json
@@ -73,8 +73,7 @@ class Manifest:
             column = getattr(self, name)
             if column.shape != (len(self),) or column.dtype != dtype:
                 raise DataError(
-                    f"manifest column {name} is {column.dtype} {column.shape}, expected {dtype} ({len(self)},); "
-                    "build the manifest again"
+                    f"column {name} is {column.dtype} {column.shape}, expected {dtype} ({len(self)},)"
                 )
 
     def __len__(self) -> int:
@@ -87,11 +86,11 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over everything but `root` and `rejected`: equal fingerprints mean equal instance ids."""
+        """SHA-256 (hex) over all but `root` and `rejected`: where it is equal, so are the instance ids."""
         digest = hashlib.sha256(json.dumps([SCHEMA, self.class_names]).encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype.str} {array.size};".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def name(self, row: int) -> str:
@@ -100,9 +99,9 @@ class Manifest:
         return key if key == source or key.startswith(f"{source}!") else f"{source}!{key}"
 
     def select(self, rows: npt.NDArray[np.int64], rejected: Sequence[Rejected] = ()) -> Self:
-        """Return a manifest of the given rows, int64 (M,), in that order, `rejected` appended to those left out.
+        """Return a manifest of the given rows, int64 (M,), in that order.
 
-        The rows get new instance ids, 0 to M - 1. Sources stay, used or not.
+        `rejected` is appended to those left out already. The rows get new instance ids, 0 to M - 1.
         """
         columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
         return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
@@ -144,30 +143,20 @@ class Manifest:
         try:
             meta = json.loads((directory / _META).read_text())
             if meta["schema"] != SCHEMA:
-                raise DataError(
-                    f"manifest {directory} has schema {meta['schema']}, this version reads {SCHEMA}; build it again"
+                raise DataError(f"schema {meta['schema']}, expected {SCHEMA}")
+            fields: dict[str, Any] = {name: _load(directory, name) for name in _COLUMNS}
+            for name in _TABLES:
+                fields[name] = StringTable(
+                    _load(directory, f"{name}.blob"), _load(directory, f"{name}.bounds")
                 )
-            arrays = {
-                name: np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-                for name in (
-                    *_COLUMNS,
-                    *(f"{table}.{part}" for table in _TABLES for part in ("blob", "bounds")),
-                )
-            }
-        except FileNotFoundError as error:
-            raise DataError(
-                f"no manifest in {directory}: {error.filename} is missing; build it again"
-            ) from error
-        tables = {
-            name: StringTable(arrays.pop(f"{name}.blob"), arrays.pop(f"{name}.bounds")) for name in _TABLES
-        }
-        return cls(
-            root=Path(meta["root"] if root is None else root),
-            class_names=tuple(meta["class_names"]),
-            rejected=tuple(Rejected(*entry) for entry in meta["rejected"]),
-            **tables,
-            **arrays,
-        )
+            return cls(
+                root=Path(meta["root"] if root is None else root),
+                class_names=tuple(meta["class_names"]),
+                rejected=tuple(Rejected(*entry) for entry in meta["rejected"]),
+                **fields,
+            )
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{directory} holds no usable manifest: {error}; build it again") from error
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         arrays = {name: getattr(self, name) for name in _COLUMNS}
@@ -175,3 +164,8 @@ class Manifest:
             table: StringTable = getattr(self, name)
             arrays |= {f"{name}.blob": table.blob, f"{name}.bounds": table.bounds}
         return arrays
+
+
+def _load(directory: Path, name: str) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r")
+    return array.view(np.ndarray)
