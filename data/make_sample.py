@@ -3,14 +3,15 @@
     python data/make_sample.py cifar10-png.tar
 
 reads `train/<class>/<name>.png` and `test/<class>/<name>.png` and writes, beside this script,
-`sample-train.tar.gz` (500 images of each class) and `sample-test.tar.gz` (100 of each) in WebDataset layout, and
-`classnames.txt`. The images are drawn at random: within a class, neighbours in the list look alike, so the first
-images would be an easier data set. Compressed, because headers and padding of a tar take more room than images as
-small as these; `pipelines.datasets.resolve("sample")` unpacks it.
+`sample-train.tar.gz` (500 images of each class) and `sample-test.tar.gz` (100 of each) in WebDataset
+layout, and `classnames.txt`. The images are drawn at random: within a class, neighbours in the list look
+alike, so the first images would be an easier data set. Compressed, because headers and padding of a tar take
+more room than images as small as these; `pipelines.datasets.resolve("sample")` unpacks it.
 """
 
 import argparse
 import gzip
+import io
 import random
 import tarfile
 from collections import defaultdict
@@ -38,12 +39,10 @@ def make_sample(source: Path, seed: int, out: Path) -> None:
                     image = tar.extractfile(name)
                     assert image is not None, name
                     samples.append(Sample(f"{class_name}/{PurePosixPath(name).stem}", image.read(), label))
-            with (
-                (out / f"sample-{split}.tar.gz").open("wb") as file,
-                # Neither a file name nor a time in the header.
-                gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream,
-            ):
-                write_samples(stream, samples)
+            buffer = io.BytesIO()
+            write_samples(buffer, samples)
+            # mtime=0: no time in the header, so that equal contents compress to equal bytes.
+            (out / f"sample-{split}.tar.gz").write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
     (out / "classnames.txt").write_text("".join(f"{name}\n" for name in class_names))
 
 
