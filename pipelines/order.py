@@ -34,8 +34,8 @@ class Order:
 
     Every epoch is a pseudorandom permutation of all instances. Step s takes positions [s·G, (s+1)·G) of it,
     and rank r of W the r-th of W equal slices of those. Hence the global batch does not depend on W, no
-    instance is seen twice in an epoch, and any step is reached without replaying the ones before it. The n mod
-    G instances at the end of the permutation are left out; they are other ones in every epoch.
+    instance is seen twice in an epoch, and any step is reached without replaying the ones before it. The n
+    mod G instances at the end of the permutation are left out; they are other ones in every epoch.
     """
 
     num_instances: int
