@@ -1,0 +1,127 @@
+"""From whatever holds the images to the manifest."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.errors import DataError
+from pipelines.folders import scan_folder
+from pipelines.lists import scan_list
+from pipelines.manifest import Manifest
+from pipelines.scan import Labels, Row, Scan, is_image_name
+from pipelines.strings import StringTable
+from pipelines.tars import scan_tars
+
+_LISTS = (".csv", ".txt")
+_FORMS = (
+    "expected a folder of images, WebDataset .tar files (one, a folder of them, or a pattern), "
+    "or a .txt or .csv list of images"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def build_manifest(
+    path: str | Path | Sequence[str | Path], *, labels: Labels = "auto", show_progress: bool = True
+) -> Manifest:
+    """Find all images of a data set and read their headers; no image is decoded.
+
+    Args:
+        path: One of
+            - a folder of class folders, images at any depth, or of images without labels (`scan_folder`),
+            - a tar file in WebDataset layout, a folder of such, a pattern (`shards/train-*.tar`) or a list of
+              paths (`scan_tars`),
+            - a .txt or .csv file that names images (`scan_list`).
+        labels: "none" ignores all labels; "folders" insists that `path` holds class folders; "auto" decides.
+        show_progress: Whether to draw a progress bar on standard error if it takes more than a second.
+
+    Returns:
+        The manifest. What is named like an image but is empty, none, or ends inside its header is in
+        `rejected`. The row order depends on the names alone, never on the file system.
+
+    Raises:
+        DataError: There is nothing at `path`, no readable image in it, or what it holds cannot be trusted.
+    """
+    scan = _scan(path, labels, show_progress)
+    if scan.rejected:
+        total, first = len(scan.rows) + len(scan.rejected), scan.rejected[0]
+        message = f"{len(scan.rejected)} of {total} images are left out, e.g. {first.name}: {first.reason}"
+        if not scan.rows:
+            raise DataError(f"{message}; none remains")
+        logger.warning("%s", message)
+    return _manifest(scan)
+
+
+def _scan(path: str | Path | Sequence[str | Path], labels: Labels, show_progress: bool) -> Scan:
+    tars = _tars(path)
+    if tars:
+        if labels == "folders":
+            raise DataError(f'labels="folders" is for folders of images, but {path} is read as tar files')
+        return scan_tars(tars, with_labels=labels != "none", show_progress=show_progress)
+    assert isinstance(path, str | Path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return scan_folder(path, labels=labels, show_progress=show_progress)
+    if labels == "folders":
+        raise DataError(f'labels="folders" is for folders of images, but {path} is a list')
+    return scan_list(path, with_labels=labels != "none", show_progress=show_progress)
+
+
+def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The tar files that `path` stands for, none if it is a folder of images or a list.
+
+    Raises:
+        DataError: It is none of these either.
+    """
+    if not isinstance(path, str | Path):
+        found = [Path(part).expanduser() for part in path]
+        wrong = [part for part in found if not part.is_file()]
+        if wrong or not found:
+            raise DataError(
+                f"{len(wrong)} of {len(found)} tar files do not exist: {', '.join(map(str, wrong[:3]))}"
+            )
+        return found
+    path = Path(path).expanduser()
+    if path.is_dir():
+        entries = sorted(entry for entry in path.iterdir() if entry.is_file())
+        tars = [entry for entry in entries if entry.suffix == ".tar"]
+        images = [entry for entry in entries if is_image_name(entry.name)]
+        if tars and images:
+            raise DataError(
+                f"{path} holds {len(tars)} tar files and {len(images)} images, expected one kind; give "
+                f"{path / '*.tar'} for the tars, or move them away"
+            )
+        return tars
+    if path.is_file():
+        if path.suffix.lower() in _LISTS:
+            return []
+        if ".tar" in path.suffixes or path.suffix == ".tgz":
+            return [path]
+        raise DataError(f"{path} is a {path.suffix or 'nameless'} file; {_FORMS}")
+    matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if not matches:
+        raise DataError(f"nothing at {path} (in {Path.cwd()}); {_FORMS}")
+    strangers = [match for match in matches if match.suffix != ".tar"]
+    if strangers:
+        raise DataError(f"{path} matches {strangers[0]}, expected only .tar files; narrow the pattern")
+    return matches
+
+
+def _manifest(scan: Scan) -> Manifest:
+    columns: dict[str, tuple[Any, ...]] = dict(zip(Row._fields, zip(*scan.rows, strict=True), strict=True))
+    return Manifest(
+        root=scan.root,
+        sources=StringTable.of(scan.sources),
+        keys=StringTable.of(columns["key"]),
+        source_index=np.array(columns["source"], "<i8"),
+        offsets=np.array(columns["offset"], "<i8"),
+        sizes=np.array(columns["size"], "<i8"),
+        heights=np.array(columns["height"], "<i4"),
+        widths=np.array(columns["width"], "<i4"),
+        labels=np.array(columns["label"], "<i4"),
+        class_names=scan.class_names,
+        rejected=tuple(scan.rejected),
+    )

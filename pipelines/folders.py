@@ -1,0 +1,73 @@
+"""Folders of images, with or without classes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.errors import DataError
+from pipelines.files import read_headers, scan_of_files
+from pipelines.scan import Labels, Scan, is_image_name, nothing_found
+
+_SPLITS = frozenset(("test", "train", "unlabeled", "unlabelled", "val", "valid", "validation"))
+
+
+def scan_folder(root: Path, *, labels: Labels, show_progress: bool) -> Scan:
+    """List the images in `root` at any depth, sorted by path; hidden files and folders do not count.
+
+    Args:
+        root: The folder.
+        labels: "folders": every folder directly in `root` is a class. "none": no labels. "auto": "folders" if
+            at least two folders hold images and no image lies directly in `root`, else "none".
+        show_progress: Whether to draw a progress bar.
+
+    Raises:
+        DataError: There is no image, or one outside of class folders, or the folders are named like splits.
+    """
+    names = sorted(_walk(root))
+    images = [name for name in names if is_image_name(name)]
+    if not images:
+        raise nothing_found(root, names)
+    class_names = _class_names(root, images, labels)
+    numbers = {name: number for number, name in enumerate(class_names)}
+    row_labels = [numbers.get(name.partition("/")[0], -1) for name in images]
+    headers = read_headers(root, images, show_progress=show_progress)
+    return scan_of_files(root, images, headers, row_labels, class_names)
+
+
+def _class_names(root: Path, images: list[str], labels: Labels) -> tuple[str, ...]:
+    folders = {name.partition("/")[0] for name in images if "/" in name}
+    direct = [name for name in images if "/" not in name]
+    if labels == "none" or (labels == "auto" and (direct or len(folders) < 2)):
+        return ()
+    if direct:
+        raise DataError(
+            f"{len(direct)} images, e.g. {direct[0]}, lie directly in {root}, expected all in class folders; "
+            'move them, or ask for labels="none"'
+        )
+    if folders <= _SPLITS:
+        raise DataError(
+            f"the folders in {root} ({', '.join(sorted(folders))}) are splits, expected classes; give one of "
+            f'them, e.g. {root / min(folders)}, or ask for labels="none"'
+        )
+    # A class without images keeps its number, so that the splits of a data set agree.
+    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of all files, relative to `root`, links followed."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if name[0] != "." and not _leads_up(here, name)]
+        relative = here.relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (prefix + name for name in files if name[0] != ".")
+
+
+def _leads_up(folder: Path, name: str) -> bool:
+    """Whether `name` links to `folder` or one above it, and would be followed for ever."""
+    path = folder / name
+    return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
