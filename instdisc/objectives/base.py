@@ -1,0 +1,56 @@
+"""What the trainer asks of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from instdisc.bank import Bank
+
+
+class Result(NamedTuple):
+    """Loss and gradient of this rank's images.
+
+    Attributes:
+        loss_B: float32 (B,), 0 where there is no image.
+        gradient_BD: float32 (B, D), of each image's own loss with respect to its embedding.
+        sums: Scalars, float64, summed over this rank's images. The trainer adds them over the ranks, divides by the
+            number of images, logs them, and gives them back to `Objective.observe`.
+    """
+
+    loss_B: Tensor
+    gradient_BD: Tensor
+    sums: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """Loss and gradient in two local steps; the trainer carries the partial results between them.
+
+    First every rank, as the owner of a shard of the bank, works out what its rows contribute to the queries of all
+    ranks; then every rank, as the asker, merges what the owners sent for its own queries. No method communicates.
+    """
+
+    def shard_terms(
+        self, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank, generator: torch.Generator
+    ) -> Tensor:
+        """The owner's part for the queries of all ranks, float32 (G, C); C is the objective's own."""
+        ...
+
+    def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:
+        """Loss and gradient of this rank's queries from the parts (W, B, C) of all owners."""
+        ...
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Take note of the step's means over the global batch, the same numbers on every rank."""
+        ...
+
+    def state_dict(self) -> dict[str, float]:
+        """The state to save with a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state."""
+        ...

@@ -1,0 +1,208 @@
+"""Noise-contrastive estimation over the memory bank (Wu et al. 2018, section 3.2).
+
+With `P(i|f) = exp(v_i·f/τ)/Z`, uniform noise `1/n` and m negatives for each positive,
+`h(i, f) = P(i|f) / (P(i|f) + m/n)` is the probability that i came from the data, and the loss of one query is
+
+    J = -log h(i, f_i) - Σ_k log(1 - h(j_k, f_i)) + λ ‖f_i - v_i‖².
+
+As Z is a constant, h is the logistic function of `s/τ - log Z + log(n/m)`, s the cosine similarity; every term stands
+alone, and the owner of a row works out its share of loss and gradient without asking anyone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from instdisc.bank import Bank
+from instdisc.objectives.base import Result
+
+# Rows gathered at a time: few enough to stay in the cache between the two products that read them.
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NCEConfig:
+    """Noise-contrastive estimation; the defaults are those of Wu et al. 2018."""
+
+    temperature: float = 0.07
+    """τ, above 0. Smaller tells neighbours apart more sharply."""
+    num_negatives: int = 4096
+    """m, noise samples for each image, drawn uniformly from the whole bank."""
+    proximal_weight: float = 0.0
+    """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
+    log_partition_mode: Literal["moving-average", "frozen"] = "moving-average"
+    """How Z is estimated: followed all along, or averaged over the first batches and kept, as in the paper (which can
+    diverge on small data)."""
+    log_partition_momentum: float = 0.99
+    """Weight of the past in the moving average of Z, from 0 to below 1."""
+    log_partition_batches: int = 1
+    """Batches that the frozen Z is averaged over, at least 1."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, it must be above 0: 0.07 to 0.2 are usual")
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
+        if not self.proximal_weight >= 0:
+            raise ValueError(f"proximal_weight is {self.proximal_weight}, it must be 0 or above")
+        if not 0 <= self.log_partition_momentum < 1:
+            raise ValueError(
+                f"log_partition_momentum is {self.log_partition_momentum}, it must be in [0, 1): 0.99 is usual"
+            )
+        if self.log_partition_batches < 1:
+            raise ValueError(f"log_partition_batches is {self.log_partition_batches}, it must be at least 1")
+
+
+class NCE:
+    """The objective and its only state, log Z, which is the same on every rank.
+
+    Until a batch has been seen, log Z is what random unit rows give: similarities are then normal with variance 1/D,
+    and `E exp(s/τ) = exp(1 / (2 D τ²))`.
+
+    Args:
+        config: Settings.
+        num_instances: n, rows of the whole bank.
+        embedding_dim: D.
+    """
+
+    def __init__(self, config: NCEConfig, num_instances: int, embedding_dim: int) -> None:
+        self.config = config
+        self.num_instances = num_instances
+        self.log_partition = math.log(num_instances) + 1 / (2 * embedding_dim * config.temperature**2)
+        self.batches_seen = 0
+
+    def shard_terms(
+        self, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank, generator: torch.Generator
+    ) -> Tensor:
+        """This owner's share of loss and gradient, for the queries of all ranks.
+
+        Args:
+            queries_GD: (G, D), unit rows, dtype of the bank.
+            instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
+            bank: This rank's rows.
+            generator: Draws the negatives, on the device of the bank; seeded differently on every rank.
+
+        Returns:
+            float32 (G, D + 3): gradient; loss; similarity to the positive, 0 where another rank owns it; log of this
+            shard's share of `Σ_k exp(s_k/τ)`.
+        """
+        negatives_GK, weight = self.draw(len(queries_GD), bank, generator)
+        terms = self.negative_terms(queries_GD, negatives_GK, weight, bank.rows)
+        self._add_positives(terms, queries_GD, instance_ids_G, bank)
+        return terms
+
+    def draw(self, num_queries: int, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
+        """Draw this shard's share of every query's negatives.
+
+        A shard of n_w of the n rows is due `m·n_w/n` of the m negatives. It draws the nearest whole number, and each
+        draw counts by the ratio, so that the sum over all shards stays unbiased for m uniform draws from n rows.
+
+        Returns:
+            Positions in this shard, int64 (G, K), and the weight of each draw.
+        """
+        rows = len(bank.rows)
+        due = self.config.num_negatives * rows / self.num_instances
+        count = max(1, round(due))
+        negatives_GK = torch.randint(rows, (num_queries, count), generator=generator, device=bank.rows.device)
+        return negatives_GK, due / count
+
+    def negative_terms(
+        self, queries_GD: Tensor, negatives_GK: Tensor, weight: float, rows_SD: Tensor
+    ) -> Tensor:
+        """The negatives' part of `shard_terms`, one block of queries at a time.
+
+        A block's rows are gathered once and serve both products, so nothing of size G·K·D exists.
+        """
+        num_queries, dim = queries_GD.shape
+        num_negatives = negatives_GK.shape[1]
+        block_bytes = _BLOCK_BYTES.get(rows_SD.device.type, _BLOCK_BYTES["cuda"])
+        block = max(1, block_bytes // (num_negatives * dim * rows_SD.element_size()))
+        gathered = rows_SD.new_empty(min(block, num_queries) * num_negatives, dim)
+        terms = queries_GD.new_empty(num_queries, dim + 3, dtype=torch.float32)
+        for first in range(0, num_queries, block):
+            queries_bD = queries_GD[first : first + block]
+            negatives_bK = negatives_GK[first : first + block]
+            rows_bKD = gathered[: negatives_bK.numel()]
+            torch.index_select(rows_SD, 0, negatives_bK.flatten(), out=rows_bKD)
+            rows_bKD = rows_bKD.view(*negatives_bK.shape, dim)
+            scaled_bK = torch.bmm(rows_bKD, queries_bD[:, :, None])[..., 0].float() / self.config.temperature
+            logits_bK = scaled_bK + self._logit_offset
+            out = terms[first : first + block]
+            coefficients_bK = (weight / self.config.temperature) * torch.sigmoid(logits_bK)
+            out[:, :dim] = torch.bmm(coefficients_bK[:, None].to(rows_bKD.dtype), rows_bKD)[:, 0]
+            out[:, dim] = weight * F.softplus(logits_bK).sum(dim=1)
+            out[:, dim + 1] = 0
+            out[:, dim + 2] = torch.logsumexp(scaled_bK, dim=1) + math.log(weight)
+        return terms
+
+    def _add_positives(self, terms: Tensor, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank) -> None:
+        """Add the terms of the positives that this shard owns."""
+        dim = queries_GD.shape[1]
+        temperature, proximal = self.config.temperature, self.config.proximal_weight
+        positions_G, owned_G = bank.local(instance_ids_G)
+        queries_RD = queries_GD[owned_G].float()
+        rows_RD = bank.rows[positions_G[owned_G]].float()
+        similarity_R = (queries_RD * rows_RD).sum(dim=1)
+        logits_R = similarity_R / temperature + self._logit_offset
+        gradient_RD = -(torch.sigmoid(-logits_R) / temperature)[:, None] * rows_RD
+        difference_RD = queries_RD - rows_RD
+        positive = torch.empty(len(rows_RD), dim + 2, device=terms.device)
+        positive[:, :dim] = gradient_RD + 2 * proximal * difference_RD
+        positive[:, dim] = F.softplus(-logits_R) + proximal * difference_RD.square().sum(dim=1)
+        positive[:, dim + 1] = similarity_R
+        terms[owned_G, : dim + 2] += positive
+
+    def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:
+        """Loss and gradient of this rank's queries; see `Objective.merge`.
+
+        `sums` holds `loss`, `positive_similarity` and `partition`, the estimate of Z:
+        `n/m · Σ_k exp(s_k/τ)`.
+        """
+        present_B = instance_ids_B >= 0
+        summed_BC = torch.where(present_B[:, None], terms_WBC[..., :-1].sum(dim=0), 0)
+        log_sum_B = torch.logsumexp(terms_WBC[..., -1].double(), dim=0)
+        partition_B = torch.exp(log_sum_B + math.log(self.num_instances / self.config.num_negatives))
+        gradient_BD, loss_B, similarity_B = summed_BC[:, :-2], summed_BC[:, -2], summed_BC[:, -1]
+        return Result(
+            loss_B,
+            gradient_BD,
+            {
+                "loss": loss_B.double().sum(),
+                "positive_similarity": similarity_B.double().sum(),
+                "partition": torch.where(present_B, partition_B, 0).sum(),
+            },
+        )
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Update log Z from the mean over the global batch of the estimates of Z."""
+        config = self.config
+        self.batches_seen += 1
+        if config.log_partition_mode == "frozen":
+            if self.batches_seen > config.log_partition_batches:
+                return
+            past_weight = (self.batches_seen - 1) / self.batches_seen
+        else:
+            past_weight = config.log_partition_momentum if self.batches_seen > 1 else 0.0
+        past = past_weight * math.exp(self.log_partition)
+        self.log_partition = math.log(past + (1 - past_weight) * means["partition"])
+
+    def state_dict(self) -> dict[str, float]:
+        """`log_partition` and `batches_seen`."""
+        return {"log_partition": self.log_partition, "batches_seen": self.batches_seen}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from `state_dict`."""
+        self.log_partition = float(state["log_partition"])
+        self.batches_seen = int(state["batches_seen"])
+
+    @property
+    def _logit_offset(self) -> float:
+        """`log(n/m) - log Z`, which turns `s/τ` into the logit of h."""
+        return math.log(self.num_instances / self.config.num_negatives) - self.log_partition

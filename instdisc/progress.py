@@ -1,0 +1,76 @@
+"""One progress bar for the run, drawn where the command was typed from the metrics file that the first rank writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+_POLL_SECONDS = 0.5
+_LINE_SECONDS = 10.0
+
+
+class ProgressBar:
+    """A context manager that follows a metrics file from a thread of its own.
+
+    On a terminal the bar stays in its line; in a log a line appears every ten seconds.
+
+    Args:
+        metrics: The JSON-lines file, which may not exist yet.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        position = 0
+        while True:
+            last_round = self._done.wait(_POLL_SECONDS)
+            if self._metrics.exists():
+                with self._metrics.open() as file:
+                    file.seek(position)
+                    # A line that is still being written has no end yet; it is read in the next round.
+                    for line in iter(file.readline, ""):
+                        if not line.endswith("\n"):
+                            break
+                        position += len(line.encode())
+                        self._show(json.loads(line))
+            if last_round:
+                break
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "status":
+            tqdm.write(row["message"], file=sys.stderr)
+        elif row["kind"] == "knn":
+            accuracy = ", ".join(
+                f"{name.removeprefix('knn_top1_')} {100 * value:.1f}%"
+                for name, value in row.items()
+                if name.startswith("knn_top1")
+            )
+            tqdm.write(f"epoch {row['epoch']:.0f}: kNN top-1 {accuracy}", file=sys.stderr)
+        elif row["kind"] == "train":
+            if self._bar is None:
+                interval = 0.1 if sys.stderr.isatty() else _LINE_SECONDS
+                self._bar = tqdm(total=row["total_steps"], unit="step", mininterval=interval, file=sys.stderr)
+            self._bar.set_postfix_str(
+                f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s",
+                refresh=False,
+            )
+            self._bar.update(row["step"] - self._bar.n)

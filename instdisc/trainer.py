@@ -1,0 +1,266 @@
+"""One rank's network, shard of the bank, objective and optimizer, and the step that moves them."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.exchange import Exchange
+from cluster.launch import Worker
+from cluster.partition import Partition
+from instdisc.backbone import build_embedder
+from instdisc.bank import Bank, random_unit_rows
+from instdisc.config import RunConfig
+from instdisc.errors import ConfigError, NonFiniteError
+from instdisc.objectives import OBJECTIVES, Result
+from instdisc.optim import build_optimizer
+from instdisc.seeding import derive_seed
+
+
+class Trainer:
+    """The state of training on one rank. Every method that says so must be called by all ranks together.
+
+    Attributes:
+        exchange: The collectives, with their count of bytes.
+        partition: Which rank owns which rows of the bank.
+        embedder: The network itself, without the wrappers that training needs.
+        bank: This rank's rows.
+        objective: Loss and gradient.
+        steps: Steps done.
+
+    Args:
+        worker: This rank.
+        config: Settings.
+        num_instances: n, images of the data set and rows of the bank.
+
+    Raises:
+        ConfigError: The settings do not fit each other or the workers.
+    """
+
+    def __init__(self, worker: Worker, config: RunConfig, num_instances: int) -> None:
+        self.worker, self.config = worker, config
+        self.exchange = Exchange(worker.rank, worker.world_size)
+        self.local_batch = _local_batch(config, worker)
+        try:
+            self.partition = Partition(num_instances, worker.world_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        seed = config.training.seed
+        torch.manual_seed(derive_seed(seed, "weights"))
+        embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
+        self.embedder = embedder.to(memory_format=torch.channels_last)
+        self._network = _wrap(self.embedder, config, worker)
+        start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
+        rows = random_unit_rows(start, stop, config.backbone.embedding_dim, seed=seed)
+        self.bank = Bank(rows.to(worker.device, getattr(torch, config.bank.dtype)), start)
+        self.objective = OBJECTIVES[type(config.objective)](
+            config.objective, num_instances, config.backbone.embedding_dim
+        )
+        self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
+        self._generator = torch.Generator(worker.device)
+        self._autocast_dtype = training_dtype(config, worker.device)
+        self._buffers = [buffer for buffer in self.embedder.buffers() if buffer.is_floating_point()]
+        self.steps = 0
+
+    def step(self, images_BCHW: Tensor, instance_ids_B: Tensor, learning_rate: float) -> dict[str, float]:
+        """One step on this rank's part of the global batch.
+
+        Args:
+            images_BCHW: float (B, 3, H, W), normalised.
+            instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
+            learning_rate: The rate of this step.
+
+        Returns:
+            Means over the images of the global batch: `loss` and what else the objective reports.
+
+        Raises:
+            NonFiniteError: Loss or embeddings are not finite on some rank. Raised on all ranks; weights, buffers and
+                bank are as before the step.
+
+        Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
+        call.
+        """
+        device = self.worker.device
+        seed = derive_seed(self.config.training.seed, "negatives", self.steps, self.worker.rank)
+        self._generator.manual_seed(seed)
+        buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.config.training.accumulation
+        writes: list[tuple[Tensor, Tensor]] = []
+        observed: _Observed | None = None
+        for number, (images, ids) in enumerate(
+            zip(images_BCHW.to(device).chunk(parts), instance_ids_B.to(device).chunk(parts), strict=True)
+        ):
+            last = number == parts - 1
+            with contextlib.nullcontext() if last else self._without_all_reduce():
+                with self._autocast():
+                    embeddings = self._network(images)
+                result, ids_G = self._objective_result(embeddings.detach(), ids)
+                observed = _Observed.of(result, ids, embeddings.detach(), self.exchange).plus(observed)
+                writes.append((embeddings.detach(), ids_G))
+                if last:
+                    on_host = _HostCopy([self.exchange.sum(observed.values), *(ids for _, ids in writes)])
+                embeddings.backward(result.gradient_BD / self.local_batch)
+        # Read only now, with the backward pass queued, so that a GPU never waits for the host.
+        values, *written_ids = on_host.wait()
+        assert observed is not None
+        try:
+            means = observed.means(values)
+        except NonFiniteError:
+            for buffer, before in zip(self._buffers, buffers_before, strict=True):
+                buffer.copy_(before)
+            raise
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        for (embeddings, _), ids_G in zip(writes, written_ids, strict=True):
+            owned_ids, rows = self.exchange.route(embeddings, ids_G, self.partition)
+            self.bank.update(owned_ids.to(device), rows, momentum=self.config.bank.momentum)
+        if means:
+            self.objective.observe(means)
+        self.steps += 1
+        return means
+
+    @torch.no_grad()
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Embed images for evaluation, with the running statistics.
+
+        Args:
+            images_BCHW: float (B, 3, H, W).
+
+        Returns:
+            float32 (B, D), unit rows.
+        """
+        self.embedder.eval()
+        with self._autocast():
+            embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
+        return embeddings
+
+    def average_buffers(self) -> None:
+        """Give every rank the mean of the ranks' running statistics, which each gathered from its own images.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        if not self._buffers or self.worker.world_size == 1:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in self._buffers])
+        mean = self.exchange.sum(flat) / self.worker.world_size
+        first = 0
+        for buffer in self._buffers:
+            buffer.copy_(mean[first : first + buffer.numel()].view_as(buffer))
+            first += buffer.numel()
+
+    def _objective_result(self, embeddings_BD: Tensor, instance_ids_B: Tensor) -> tuple[Result, Tensor]:
+        """Queries to all owners, their parts back: loss and gradient, and the ids of all ranks."""
+        queries_GD, ids_G = self.exchange.gather(embeddings_BD.to(self.bank.rows.dtype), instance_ids_B)
+        terms_GC = self.objective.shard_terms(queries_GD, ids_G, self.bank, self._generator)
+        return self.objective.merge(self.exchange.to_askers(terms_GC), instance_ids_B), ids_G
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self._autocast_dtype
+        return torch.autocast(self.worker.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def _without_all_reduce(self) -> AbstractContextManager[object]:
+        if isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
+        return contextlib.nullcontext()
+
+
+class _Observed(NamedTuple):
+    """What a step reports, as one vector that can be summed over parts and ranks.
+
+    Attributes:
+        names: Of the objective's sums.
+        values: float64: those sums, the number of images, and for every rank whether it saw a non-finite number.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @classmethod
+    def of(cls, result: Result, ids: Tensor, embeddings: Tensor, exchange: Exchange) -> _Observed:
+        flags = torch.zeros(exchange.world_size, dtype=torch.float64, device=ids.device)
+        flags[exchange.rank] = ~(torch.isfinite(embeddings).all() & torch.isfinite(result.loss_B).all())
+        count = (ids >= 0).sum().double()
+        values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
+        return cls(tuple(result.sums), values)
+
+    def plus(self, other: _Observed | None) -> _Observed:
+        return self if other is None else _Observed(self.names, self.values + other.values)
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """Means over all images from the totals over all ranks; empty if there was no image at all.
+
+        Raises:
+            NonFiniteError: Some rank saw a non-finite number; names it.
+        """
+        *sums, count = totals[: len(self.names) + 1].tolist()
+        ranks = totals[len(self.names) + 1 :].nonzero()[:, 0].tolist()
+        if ranks:
+            raise NonFiniteError(
+                f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of "
+                f"{len(totals) - len(self.names) - 1}"
+            )
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
+
+
+class _HostCopy:
+    """Tensors on their way to the host; on a GPU the copy overlaps with what is queued after it."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
+def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The type of the network's arithmetic; see `TrainingConfig.precision`."""
+    if config.training.precision != "auto":
+        return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _local_batch(config: RunConfig, worker: Worker) -> int:
+    """Images per rank and step; must be whole, and whole again when cut into parts."""
+    training = config.training
+    pieces = worker.world_size * training.accumulation
+    if training.batch_size % pieces:
+        raise ConfigError(
+            f"a batch of {training.batch_size} images cannot be shared by {worker.world_size} workers in "
+            f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
+            "--num-workers or --training.accumulation"
+        )
+    return training.batch_size // worker.world_size
+
+
+def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
+    """Add what training needs around the network; parameters and buffers stay the embedder's own."""
+    training = config.training
+    network = embedder
+    if training.sync_batch_norm and worker.world_size > 1:
+        if worker.device.type != "cuda":
+            raise ConfigError("training.sync_batch_norm needs GPUs: turn it off for workers on CPUs")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    if training.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if worker.world_size > 1:
+        # Buffers are averaged when they are needed instead of broadcast in every step.
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    return network
