@@ -6,4 +6,4 @@ class ClusterError(RuntimeError):
 
 
 class WorkerLostError(ClusterError):
-    """A worker process or its node died, or the group never formed; the same run may succeed when repeated."""
+    """A worker process or its node died, or the group never formed; a second attempt may succeed."""

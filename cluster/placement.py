@@ -1,0 +1,100 @@
+"""How many workers of which size a cluster has room for: arithmetic over its nodes, without Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.errors import ClusterError
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
+Node = Mapping[str, float]
+"""What a node has in all, free or not, by Ray's resource names: `{"CPU": 16.0, "GPU": 2.0, …}`."""
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """A number of equal workers; `str` gives the words for messages."""
+
+    num_workers: int
+    cpus: float
+    gpus: int
+    strategy: Strategy
+
+    @property
+    def resources_per_worker(self) -> dict[str, float]:
+        """What one worker reserves on its node, by Ray's resource names."""
+        return {"CPU": self.cpus, "GPU": float(self.gpus)} if self.gpus else {"CPU": self.cpus}
+
+    def room(self, nodes: Sequence[Node]) -> int:
+        """Return how many workers of this size `nodes` hold when nothing else runs there."""
+        per_node = [
+            min(math.floor(node.get(name, 0.0) / asked) for name, asked in self.resources_per_worker.items())
+            for node in nodes
+        ]
+        return sum(min(slots, 1) if self.strategy == "STRICT_SPREAD" else slots for slots in per_node)
+
+    def __str__(self) -> str:
+        size = f"{self.cpus:g} CPUs" + (f" and {self.gpus} GPU" if self.gpus else "")
+        return f"{self.num_workers} workers of {size} each ({self.strategy})"
+
+
+def choose_group(
+    nodes: Sequence[Node],
+    *,
+    num_workers: int | None,
+    cpus_per_worker: float | None,
+    gpus_per_worker: int | None,
+    strategy: Strategy,
+) -> WorkerGroup:
+    """Fill in what was left open (None) from what the nodes have.
+
+    GPUs per worker: 1 where any node has one. Workers: one per GPU, or two without GPUs (one where there is a
+    single CPU). CPUs per worker: the largest whole number with which all workers still fit, at least 1; only
+    nodes with GPUs count where workers use them.
+    """
+    gpus = min(1, _total(nodes, "GPU")) if gpus_per_worker is None else gpus_per_worker
+    usable = [node for node in nodes if node.get("GPU", 0.0) >= 1] if gpus else nodes
+    if num_workers is None:
+        num_workers = max(1, _total(usable, "GPU") if gpus else min(2, _total(usable, "CPU")))
+    if cpus_per_worker is not None:
+        return WorkerGroup(num_workers, cpus_per_worker, gpus, strategy)
+    for cpus in range(_total(usable, "CPU") // num_workers, 1, -1):
+        group = WorkerGroup(num_workers, cpus, gpus, strategy)
+        if group.room(usable) >= num_workers:
+            return group
+    return WorkerGroup(num_workers, 1, gpus, strategy)
+
+
+def require_room(group: WorkerGroup, nodes: Sequence[Node]) -> None:
+    """Raise where the group could not start even if the cluster were idle.
+
+    Raises:
+        ClusterError: With what was asked, what the nodes have, and the flag to change.
+    """
+    room = group.room(nodes)
+    if room >= group.num_workers:
+        return
+    if room:
+        remedy = f"ask for --num-workers {room} or fewer, or for less with --cpus-per-worker"
+    elif group.gpus and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
+        remedy = "pass --gpus-per-worker 0 to train on CPUs, or join a node with a GPU"
+    else:
+        remedy = "lower --cpus-per-worker until a worker fits on one node"
+    raise ClusterError(f"asked for {group}, but the cluster has room for {room}: {describe(nodes)}; {remedy}")
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """Return the nodes in words, equal ones counted: `2 nodes with 16 CPUs, 1 node with 4 CPUs`."""
+    counts: dict[str, int] = {}
+    for node in nodes:
+        gpus = node.get("GPU", 0.0)
+        words = f"{node.get('CPU', 0.0):g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        counts[words] = counts.get(words, 0) + 1
+    return ", ".join(f"{count} node{'s' * (count > 1)} with {words}" for words, count in counts.items())
+
+
+def _total(nodes: Sequence[Node], resource: str) -> int:
+    return int(sum(node.get(resource, 0.0) for node in nodes))
