@@ -26,17 +26,18 @@ def make_sample(source: Path, seed: int, out: Path) -> None:
     """Write the sample of the tar `source` into the folder `out`; equal arguments give equal tar bytes."""
     generator = random.Random(seed)
     with tarfile.open(source) as tar:
-        members: dict[tuple[str, str], list[str]] = defaultdict(list)
+        members: dict[tuple[str, str], dict[str, tarfile.TarInfo]] = defaultdict(dict)
         for member in tar:
             if member.isfile():
                 split, class_name, _ = PurePosixPath(member.name).parts
-                members[split, class_name].append(member.name)
+                members[split, class_name][member.name] = member
         class_names = sorted({class_name for _, class_name in members})
         for split, count in PER_CLASS.items():
             samples = []
             for label, class_name in enumerate(class_names):
-                for name in sorted(generator.sample(sorted(members[split, class_name]), count)):
-                    image = tar.extractfile(name)
+                found = members[split, class_name]
+                for name in sorted(generator.sample(sorted(found), count)):
+                    image = tar.extractfile(found[name])
                     assert image is not None, name
                     samples.append(Sample(f"{class_name}/{PurePosixPath(name).stem}", image.read(), label))
             buffer = io.BytesIO()

@@ -1,0 +1,141 @@
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.headers import HeaderError, image_size
+
+HEIGHT, WIDTH = 21, 34
+
+
+def pixels(mode: str) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    return Image.fromarray(noise).convert(mode)
+
+
+def encode(mode: str, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pixels(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def long_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    exif[0x010E] = "x" * 60_000
+    return exif.tobytes()
+
+
+ODD = {
+    "rgb.png": encode("RGB", "PNG"),
+    "grey.png": encode("L", "PNG"),
+    "alpha.png": encode("RGBA", "PNG"),
+    "palette.png": encode("P", "PNG"),
+    "deep.png": encode("I;16", "PNG"),
+    "bits.png": encode("1", "PNG"),
+    "rgb.jpg": encode("RGB", "JPEG"),
+    "grey.jpg": encode("L", "JPEG"),
+    "cmyk.jpg": encode("CMYK", "JPEG"),
+    "progressive.jpeg": encode(
+        "RGB", "JPEG", progressive=True, exif=long_exif(), icc_profile=bytes(200_000), comment=b"a comment"
+    ),
+    "animated.gif": encode("P", "GIF", save_all=True, append_images=[pixels("P"), pixels("P")]),
+    "lossy.webp": encode("RGB", "WEBP"),
+    "alpha.webp": encode("RGBA", "WEBP", lossless=True),
+    "rgb.bmp": encode("RGB", "BMP"),
+    "grey.tif": encode("L", "TIFF"),
+    "rgb.ppm": encode("RGB", "PPM"),
+    "wrong-extension.jpg": encode("RGB", "PNG"),
+}
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    return image_size(lambda count: content[:count], len(content))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_finds_the_size_as_stored(name: str) -> None:
+    assert size_of(ODD[name]) == (HEIGHT, WIDTH)
+
+
+def test_reads_little_of_a_large_file() -> None:
+    content = ODD["rgb.jpg"] + bytes(10_000_000)
+    read = 0
+
+    def head(count: int) -> bytes:
+        nonlocal read
+        read += count
+        return content[:count]
+
+    assert image_size(head, len(content)) == (HEIGHT, WIDTH)
+    assert read < 10_000
+
+
+def test_skips_fill_bytes_between_jpeg_segments() -> None:
+    content = ODD["rgb.jpg"]
+    assert size_of(content[:2] + b"\xff" * 5 + content[2:]) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "rgb.jpg", "progressive.jpeg"])
+def test_never_guesses_from_a_header_that_is_cut_short(name: str) -> None:
+    content = ODD[name]
+    steps = np.unique(np.geomspace(1, len(content), 300).astype(int))
+    sizes = []
+    for length in steps:
+        try:
+            sizes.append(size_of(content[:length]))
+        except HeaderError:
+            assert not sizes, f"the header was whole before byte {length}"
+    assert set(sizes) == {(HEIGHT, WIDTH)}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><title>404 Not Found</title>", "not an image.*<!DOCTYP"),
+        (ODD["rgb.png"][:20], "cut short: its 20 bytes"),
+        (ODD["progressive.jpeg"][:70_000], "cut short: its 70000 bytes"),
+        (ODD["lossy.webp"][:10], "not an image"),
+        (ODD["rgb.png"][:16] + bytes(8) + ODD["rgb.png"][24:], "0 x 0 pixels"),
+        (ODD["rgb.png"][:8] + bytes(40), "without a header chunk"),
+        (b"\xff\xd8\xff\xd9" + bytes(20), "without a start of frame"),
+        (b"\xff\xd8\xff\xe0\x00\x02" + bytes(20), "without a marker at byte 6"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image"),
+    ],
+)
+def test_says_what_is_wrong(content: bytes, reason: str) -> None:
+    with pytest.raises(HeaderError, match=reason):
+        size_of(content)
+
+
+MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF", b"BM", b"II*\x00", b"P6 ")
+
+
+@given(st.sampled_from(MAGIC), st.binary())
+def test_damaged_bytes_give_a_reason_or_a_size(magic: bytes, rest: bytes) -> None:
+    content = magic + rest
+    try:
+        height, width = size_of(content)
+    except HeaderError:
+        return
+    assert height > 0
+    assert width > 0
+
+
+def test_agrees_with_pillow_on_photographs(shared_data: Path) -> None:
+    with tarfile.open(shared_data / "imagenet-sample-160.tar") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            content = file.read()
+            with Image.open(io.BytesIO(content)) as image:
+                assert size_of(content) == (image.height, image.width), member.name
