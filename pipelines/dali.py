@@ -1,0 +1,269 @@
+"""The loader on DALI: decoding, cropping, colour and normalisation, on the CPU or on a GPU.
+
+DALI is fed with the bytes of the images and the parameters of their views. An image that it cannot decode ends a
+DALI pipeline with all that is under way in it. The loader then finds that image, lets Pillow judge it, and feeds the
+same batches to a new pipeline. As they are a pure function of the requests, none is lost, repeated or changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+from pipelines.augment import ViewParameters
+from pipelines.batch import Batch, LoaderJob
+from pipelines.decode import CorruptImage, decode_rgb, encode_pnm, needs_pillow
+from pipelines.order import Request
+from pipelines.reader import Ahead, ImageReader
+
+_READERS = 8  # threads that wait for disks rather than compute
+_PLACEHOLDER = b"P6 1 1 255\n\0\0\0"  # an image of one pixel that stands in for a corrupt one
+_COLORS = ("brightness", "contrast", "saturation", "hue")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Encoded:
+    """A batch on its way through DALI."""
+
+    rows: npt.NDArray[np.int64]
+    images: list[bytes]
+    views: ViewParameters
+    failures: dict[int, str] = field(default_factory=dict)  # index in the batch -> reason
+    converted: set[int] = field(default_factory=set)  # indices that DALI failed on and Pillow decoded
+
+    def mark_corrupt(self, index: int, reason: str) -> None:
+        self.failures[index] = reason
+        self.images[index] = _PLACEHOLDER
+        self.views.top[index] = self.views.left[index] = 0
+        self.views.height[index] = self.views.width[index] = 1
+
+
+class DaliLoader:
+    """Implements `Loader` with DALI.
+
+    Up to `job.prefetch` batches are being read while as many are under way in DALI.
+    """
+
+    def __init__(self, job: LoaderJob) -> None:
+        self._job = job
+        self._reader = ImageReader(job.manifest)
+        self._ahead = Ahead(job.requests, self._read, threads=_READERS, depth=job.prefetch)
+        self._under_way: deque[_Encoded] = deque()
+        self._pipeline: Pipeline = None
+        self._failure: RuntimeError | None = None
+        self._largest = 0  # images in the largest batch the pipeline takes
+        self._for_pillow: set[int] = set()  # rows that DALI failed on before
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and drop the batches under way. The loader yields nothing more."""
+        self._ahead.close()
+        self._under_way.clear()
+        self._pipeline = None
+
+    def __next__(self) -> Batch:
+        if not self._under_way:  # at the start; or at the end, where nothing follows
+            self._under_way.extend(self._next_encoded(self._job.prefetch))
+            if not self._under_way:
+                raise StopIteration
+            self._largest = max(len(encoded.rows) for encoded in self._under_way)
+            self._start()
+        images = self._collect()
+        encoded = self._under_way.popleft()
+        following = self._next_encoded(1)
+        self._under_way.extend(following)
+        self._schedule(following)
+        instance_ids = encoded.rows.copy()
+        for index, reason in encoded.failures.items():
+            instance_ids[index] = -1
+            self._job.report(int(encoded.rows[index]), reason)
+        return self._job.to_batch(images, instance_ids)
+
+    def _next_encoded(self, count: int) -> list[_Encoded]:
+        batches: list[_Encoded] = []
+        while len(batches) < count and (read := next(self._ahead, None)) is not None:
+            request, pieces = read
+            images = [image for piece in pieces for image in piece]
+            encoded = _Encoded(
+                request.rows,
+                [image if isinstance(image, bytes) else _PLACEHOLDER for image in images],
+                self._job.view_parameters(request),
+            )
+            for index, image in enumerate(images):
+                if isinstance(image, CorruptImage):
+                    encoded.mark_corrupt(index, str(image))
+            batches.append(encoded)
+        return batches
+
+    def _read(self, request: Request) -> list[bytes | CorruptImage]:
+        images: list[bytes | CorruptImage] = []
+        for row in request.rows.tolist():
+            try:
+                data = self._reader.read(row)
+                if row in self._for_pillow or needs_pillow(data):
+                    data = self._convert(row, data)
+                images.append(data)
+            except CorruptImage as corrupt:
+                images.append(corrupt)
+        return images
+
+    def _convert(self, row: int, data: bytes) -> bytes:
+        manifest = self._job.manifest
+        return encode_pnm(decode_rgb(data, int(manifest.heights[row]), int(manifest.widths[row])))
+
+    def _start(self) -> None:
+        """Build the pipeline and run it once for each batch under way."""
+        self._failure = None
+        self._pipeline = self._build(self._largest, depth=len(self._under_way))
+        self._schedule(self._under_way)  # the first `schedule_run` fills the pipeline's queue
+
+    def _schedule(self, batches: Sequence[_Encoded]) -> None:
+        if not batches or self._failure:
+            return
+        try:
+            for encoded in batches:
+                _feed(self._pipeline, encoded, np.arange(len(encoded.rows)), self._job.changes_color)
+            self._pipeline.schedule_run()
+        except RuntimeError as failure:
+            self._failure = failure  # an earlier batch has ended the pipeline: `_collect` will get to it
+
+    def _collect(self) -> torch.Tensor:
+        """Wait for the oldest batch under way; float32 (V, B, H, W, 3)."""
+        while True:
+            try:
+                if self._failure:
+                    raise self._failure
+                return _stack(self._pipeline, self._job.device)
+            except RuntimeError:
+                if not any(self._repair(encoded) for encoded in self._under_way):
+                    raise
+                self._start()
+
+    def _repair(self, encoded: _Encoded) -> bool:
+        """Replace the images of a batch that DALI fails on; say whether there were any."""
+        known = encoded.converted | encoded.failures.keys()
+        culprits = self._find_culprits(encoded, [i for i in range(len(encoded.rows)) if i not in known])
+        for index in culprits:
+            row = int(encoded.rows[index])
+            self._for_pillow.add(row)
+            try:
+                encoded.images[index] = self._convert(row, encoded.images[index])
+                encoded.converted.add(index)
+                logger.info("DALI cannot decode %s, Pillow can", self._job.manifest.name(row))
+            except CorruptImage as corrupt:
+                encoded.mark_corrupt(index, str(corrupt))
+        return bool(culprits)
+
+    def _find_culprits(self, encoded: _Encoded, indices: list[int]) -> list[int]:
+        """Bisect: halve what fails until single images are left."""
+        pipeline = self._build(max(1, len(indices)), depth=1)
+        try:
+            if indices:
+                _feed(pipeline, encoded, np.array(indices), self._job.changes_color)
+                pipeline.run()
+            return []
+        except RuntimeError:
+            if len(indices) == 1:
+                return indices
+        middle = len(indices) // 2
+        return [
+            i for half in (indices[:middle], indices[middle:]) for i in self._find_culprits(encoded, half)
+        ]
+
+    def _build(self, batch_size: int, depth: int) -> Pipeline:
+        on_gpu = self._job.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=self._job.threads,
+            device_id=(self._job.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=depth,
+        )
+        with pipeline:
+            pipeline.set_outputs(*_graph(self._job, "mixed" if on_gpu else "cpu"))
+        pipeline.build()
+        return pipeline
+
+
+def _graph(job: LoaderJob, decoder: Literal["cpu", "mixed"]) -> list[Any]:
+    """Encoded images and view parameters in, one normalised (H, W, 3) image per view out."""
+    encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+    decoding: dict[str, Any] = {
+        "device": decoder,
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # the manifest, and with it the crop, has sizes as stored
+        "jpeg_fancy_upsampling": True,  # as Pillow does
+    }
+    absolute: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+    decoded = fn.decoders.image(encoded, **decoding) if job.views > 1 else None
+    outputs = []
+    for view in range(job.views):
+        anchor = fn.external_source(name=f"anchor{view}", dtype=types.INT32, ndim=1)
+        shape = fn.external_source(name=f"shape{view}", dtype=types.INT32, ndim=1)
+        flip = fn.external_source(name=f"flip{view}", dtype=types.INT32, ndim=0)
+        if decoded is None:
+            image = fn.decoders.image_slice(encoded, anchor, shape, **absolute, **decoding)
+        else:
+            image = fn.slice(decoded, anchor, shape, **absolute)
+        size = job.augmentation.image_size
+        image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+        if job.changes_color:
+            factors = {
+                name: fn.external_source(name=f"{name}{view}", dtype=types.FLOAT, ndim=0) for name in _COLORS
+            }
+            image = fn.color_twist(image, **factors)
+        image = fn.crop_mirror_normalize(
+            image,
+            mirror=flip,
+            mean=[255 * value for value in job.augmentation.mean],
+            std=[255 * value for value in job.augmentation.std],
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+        outputs.append(image)
+    return outputs
+
+
+def _feed(pipeline: Pipeline, encoded: _Encoded, indices: npt.NDArray[np.int64], changes_color: bool) -> None:
+    """Give a pipeline the chosen images of a batch and their parameters."""
+    pipeline.feed_input("images", [np.frombuffer(encoded.images[i], np.uint8) for i in indices])
+    views = encoded.views
+    for view in range(views.top.shape[1]):
+        parameters: dict[str, npt.NDArray[Any]] = {
+            "anchor": np.stack([views.top[:, view], views.left[:, view]], axis=1),
+            "shape": np.stack([views.height[:, view], views.width[:, view]], axis=1),
+            "flip": views.flip[:, view].astype(np.int32),
+        }
+        if changes_color:
+            parameters |= {name: getattr(views, name)[:, view] for name in _COLORS}
+        for name, values in parameters.items():
+            pipeline.feed_input(f"{name}{view}", np.ascontiguousarray(values[indices]))
+
+
+def _stack(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
+    """Wait for a pipeline's next outputs; float32 (V, B, H, W, 3), without a copy if there is one view."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    views = [
+        torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipeline.outputs(cuda_stream=stream)
+    ]
+    return views[0][None] if len(views) == 1 else torch.stack(views)

@@ -1,0 +1,119 @@
+"""The door to the loaders: one function, two implementations, the same batches."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipelines.augment import Augmentation
+from pipelines.batch import Batch, Loader, LoaderJob, OnCorrupt
+from pipelines.errors import DataError
+from pipelines.host import HostLoader
+from pipelines.manifest import Manifest
+from pipelines.order import Request
+
+__all__ = ["Batch", "Loader", "LoaderConfig", "open_loader"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How batches are produced; what is in them does not depend on it, up to the rounding of a decoder."""
+
+    backend: Literal["auto", "dali", "host"] = "auto"
+    """`dali` needs the extra of that name; `host` needs Pillow only; `auto` takes DALI where installed."""
+    threads: int | None = None
+    """Threads that decode; by default the cores this process may use, or OMP_NUM_THREADS if that is fewer."""
+    prefetch: int = 3
+    """Batches prepared ahead of the consumer."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: If a field lies outside its range.
+        """
+        if self.backend not in ("auto", "dali", "host"):
+            raise ValueError(f"backend={self.backend!r}: expected auto, dali or host")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: must be at least 1, or None for all cores available")
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch={self.prefetch}: must be at least 1")
+
+
+def open_loader(
+    manifest: Manifest,
+    requests: Iterable[Request],
+    *,
+    augmentation: Augmentation,
+    training: bool,
+    views: int,
+    seed: int,
+    device: torch.device,
+    config: LoaderConfig,
+    on_corrupt: OnCorrupt | None = None,
+) -> Loader:
+    """Open a loader over a stream of requests.
+
+    Args:
+        manifest: Where the images are.
+        requests: Which images to load, from `Order.requests` or any other source; may be endless, is consumed a
+            few batches ahead. No batch may be larger than the largest of the first `config.prefetch`.
+        augmentation: Size, normalisation and, in training, the random variation of the images.
+        training: Random views if true, else the centre of each image.
+        views: Views per image, V; 1 in evaluation.
+        seed: Key of the random views.
+        device: Where the batches go; DALI also decodes there.
+        config: How they are produced.
+        on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, in the consumer's
+            thread; a warning is logged by default.
+
+    Returns:
+        An iterator over `Batch`, to be closed (it is a context manager).
+
+    Raises:
+        DataError: If DALI is asked for and not installed.
+        ValueError: If `views` does not fit.
+    """
+    if views < 1 or (views > 1 and not training):
+        raise ValueError(f"views={views}: must be at least 1 in training and exactly 1 in evaluation")
+    job = LoaderJob(
+        manifest=manifest,
+        requests=requests,
+        augmentation=augmentation,
+        training=training,
+        views=views,
+        seed=seed,
+        device=device,
+        threads=config.threads or _available_threads(),
+        prefetch=config.prefetch,
+        on_corrupt=on_corrupt or _warn,
+    )
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    if config.backend == "host" or (config.backend == "auto" and not has_dali):
+        return HostLoader(job)
+    if not has_dali:
+        raise DataError(
+            "the DALI loader is asked for, but DALI is not installed: install the extra with "
+            "`pip install 'instdisc[dali]'`, or set the loader's backend to host"
+        )
+    from pipelines.dali import DaliLoader  # not at the top: DALI is optional
+
+    return DaliLoader(job)
+
+
+def _warn(row: int, name: str, reason: str) -> None:
+    logger.warning("image %s (row %d) is left out: %s", name, row, reason)
+
+
+def _available_threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdigit() and int(limit) > 0 else cores

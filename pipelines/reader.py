@@ -1,0 +1,114 @@
+"""Bytes at (source, offset, size), and work done in threads ahead of the consumer."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+
+from pipelines.decode import CorruptImage
+from pipelines.manifest import Manifest
+from pipelines.order import Request
+
+_OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
+
+Result = TypeVar("Result")
+
+
+class ImageReader:
+    """Reads encoded images; may be shared by threads.
+
+    The sources used last stay open. They are read at offsets rather than memory-mapped: a file that shrinks under a
+    map ends the process (SIGBUS), and a page that a network disk must fetch first would be waited for with the
+    interpreter locked.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._open = functools.lru_cache(_OPEN_SOURCES)(_Source)
+
+    def read(self, row: int) -> bytes:
+        """Return the encoded image of a row.
+
+        Raises:
+            CorruptImage: If the source has gone, cannot be read, or ends too early.
+        """
+        manifest = self._manifest
+        offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
+        path = manifest.root / manifest.sources[int(manifest.source_index[row])]
+        try:
+            data = self._open(path).read(offset, size)
+        except OSError as error:
+            raise CorruptImage(f"cannot be read: {error.strerror or error}") from error
+        if len(data) < size:
+            raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
+        return data
+
+
+class _Source:
+    """A file that is open as long as somebody refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+
+class Ahead(Generic[Result]):
+    """Maps requests to results in a thread pool, a few requests ahead, in order.
+
+    Each request is cut into one piece per thread. Requests are taken from their iterator in the consumer's thread.
+    An exception in a thread is raised from the `__next__` that would have returned its result.
+    """
+
+    def __init__(
+        self, requests: Iterable[Request], work: Callable[[Request], Result], *, threads: int, depth: int
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            requests: The work to do; may be endless.
+            work: Called with pieces of requests, in any order, from any thread.
+            threads: Number of threads.
+            depth: Requests under way at a time.
+        """
+        self._requests = iter(requests)
+        self._work = work
+        self._threads = threads
+        self._depth = depth
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._under_way: deque[tuple[Request, list[Future[Result]]]] = deque()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Request, list[Result]]:
+        """Return the next request and the results of its pieces, in the order of its rows."""
+        self._fill(self._depth)
+        if not self._under_way:
+            raise StopIteration
+        request, futures = self._under_way.popleft()
+        results = [future.result() for future in futures]
+        self._fill(self._depth)  # the threads go on while the consumer works
+        return request, results
+
+    def close(self) -> None:
+        """Wait for the pieces that have begun, drop the others, end the threads."""
+        self._requests = iter(())
+        self._under_way.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fill(self, depth: int) -> None:
+        while len(self._under_way) < depth and (request := next(self._requests, None)) is not None:
+            pieces = np.array_split(request.rows, min(self._threads, len(request.rows)))
+            futures = [self._pool.submit(self._work, Request(request.epoch, piece)) for piece in pieces]
+            self._under_way.append((request, futures))
