@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pipelines.loader import LoaderConfig
 
 from cluster.launch import LaunchConfig
 from instdisc.backbone import BackboneConfig
 from instdisc.objectives import NCEConfig, ObjectiveConfig
 from instdisc.optim import OptimizerConfig
 from pipelines.augment import Augmentation
+from pipelines.loader import LoaderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ class DataConfig:
 
     path: str
     """Training images: a folder of class folders, a folder of images, tar files in WebDataset layout (a file, a folder
-    of them or a pattern such as 'shards/train-*.tar'), a .txt or .csv list of paths with optional labels, or the name
-    of a torchvision data set: cifar10, cifar100, stl10, stl10:unlabeled."""
+    of them or a pattern such as 'shards/train-*.tar'), a .txt or .csv list of paths with optional labels, or a name:
+    sample, or cifar10, cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
     """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it, labelled training images
     are classified by the others (leave one out)."""
     root: Path = Path("data")
-    """Where torchvision data sets are kept."""
+    """Where data sets with a name are kept, in torchvision's own files or as the tar files made of them once."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
     verify: bool = False

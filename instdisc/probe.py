@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from pipelines.loader import Batch, open_loader
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from instdisc.config import ProbeConfig
 from instdisc.errors import ConfigError
 from instdisc.knn import shard_top_k, weighted_votes
 from instdisc.trainer import Trainer
+from pipelines.loader import Batch, open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 

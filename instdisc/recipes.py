@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from instdisc.backbone import BackboneConfig
@@ -11,7 +10,6 @@ from instdisc.objectives import NCEConfig
 from instdisc.optim import OptimizerConfig
 from pipelines.augment import Augmentation
 
-_BUNDLED = Path(__file__).resolve().parents[1] / "data"
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
@@ -28,9 +26,7 @@ RECIPES: dict[str, Recipe] = {
         "5,000 bundled CIFAR-10 images, ResNet-8, NCE: a few minutes on two cores. Settings of this project; "
         "for the accuracy see the README.",
         RunConfig(
-            data=DataConfig(
-                path=str(_BUNDLED / "sample-train.tar.gz"), test_path=str(_BUNDLED / "sample-test.tar.gz")
-            ),
+            data=DataConfig(path="sample", test_path="sample:test"),
             augmentation=Augmentation(image_size=32, mean=_CIFAR_MEAN, std=_CIFAR_STD),
             backbone=BackboneConfig(name="resnet8"),
             objective=NCEConfig(temperature=0.1),
@@ -40,8 +36,9 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "cifar10-npid": Recipe(
-        "CIFAR-10, ResNet-18, NCE with 4,096 negatives, 200 epochs. Temperature, bank momentum and the missing flip are "
-        "those of the public code of Wu et al. 2018; the paper reports 80.4% kNN top-1 (cited, not measured here).",
+        "CIFAR-10, ResNet-18, NCE with 4,096 negatives, 200 epochs. Temperature, bank momentum and the missing "
+        "flip are those of the public code of Wu et al. 2018; the paper reports 80.4% kNN top-1 (cited, not "
+        "measured here).",
         RunConfig(
             data=DataConfig(path="cifar10", test_path="cifar10:test"),
             augmentation=Augmentation(image_size=32, flip_probability=0.0, mean=_CIFAR_MEAN, std=_CIFAR_STD),
@@ -52,9 +49,9 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "imagenet-resnet50-npid": Recipe(
-        "ImageNet (set --data.path), ResNet-50, the settings of Wu et al. 2018: 200 epochs, batch 256, 4,096 negatives, "
-        "temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160. Their code's README reports 46.8% nearest-neighbour "
-        "top-1 (cited, not measured here).",
+        "ImageNet (set --data.path and --data.test-path), ResNet-50, the settings of Wu et al. 2018: 200 epochs, "
+        "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160. The README of "
+        "their code reports 46.8% nearest-neighbour top-1 (cited, not measured here).",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             probe=ProbeConfig(every=20, baselines=False),

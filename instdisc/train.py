@@ -19,9 +19,10 @@ from instdisc.recipes import RECIPES
 from instdisc.run_directory import RunDirectory, append_line
 from instdisc.worker import train_on_worker
 from pipelines.build import build_manifest
+from pipelines.datasets import resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
-from pipelines.scan import verify
+from pipelines.verify import verify
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 def open_images(config: RunConfig, path: str) -> Manifest:
     """The manifest of a data set in any of the accepted forms; names the images that are left out."""
-    manifest = build_manifest(path)
+    found = resolve(path, root=config.data.root, download=config.data.download)
+    manifest = build_manifest(found)
     if config.data.verify:
         manifest = verify(manifest)
     for image in manifest.rejected[:_MOST_NAMED]:

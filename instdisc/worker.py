@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pipelines.loader import open_loader
 
 from cluster import snapshots
 from cluster.launch import Worker
@@ -20,6 +19,7 @@ from instdisc.optim import learning_rate
 from instdisc.probe import Probe, raw_pixels
 from instdisc.run_directory import RunDirectory, append_line, write_json
 from instdisc.trainer import Trainer, training_dtype
+from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
 
@@ -158,7 +158,7 @@ class _Run:
         trainer, config = self.trainer, self.config
         if self.worker.is_first:
             torch.save(trainer.embedder.backbone.state_dict(), self.run.weights)
-            attributes = {
+            attributes: dict[str, str | int | float] = {
                 "manifest_fingerprint": self.manifest.fingerprint,
                 "step": trainer.steps,
                 "backbone": config.backbone.name,

@@ -122,7 +122,7 @@ class NCE:
         """
         num_queries, dim = queries_GD.shape
         num_negatives = negatives_GK.shape[1]
-        block_bytes = _BLOCK_BYTES.get(rows_SD.device.type, _BLOCK_BYTES["cuda"])
+        block_bytes = _BLOCK_BYTES[rows_SD.device.type]
         block = max(1, block_bytes // (num_negatives * dim * rows_SD.element_size()))
         gathered = rows_SD.new_empty(min(block, num_queries) * num_negatives, dim)
         terms = queries_GD.new_empty(num_queries, dim + 3, dtype=torch.float32)

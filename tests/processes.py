@@ -1,0 +1,44 @@
+"""Run a function on several ranks: real processes, a real gloo group."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return `function(rank, world_size, *arguments)` of every rank; an exception of any rank is raised here.
+
+    A world of one runs in this process, without a group.
+    """
+    if world_size == 1:
+        return [function(0, 1, *arguments)]
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(_rank, (world_size, directory, function, arguments), nprocs=world_size)
+        return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        result = function(rank, world_size, *arguments)
+    finally:
+        dist.destroy_process_group()
+    (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))

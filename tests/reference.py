@@ -1,0 +1,70 @@
+"""The formulas of the design in float64 NumPy, written from the papers, one image at a time and without any trick."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def nce(
+    f: Array,
+    positive: Array,
+    negatives: Array,
+    weights: Array,
+    *,
+    num_instances: int,
+    num_negatives: int,
+    temperature: float,
+    partition: float,
+    proximal_weight: float,
+) -> tuple[float, Array, float]:
+    """Noise-contrastive estimation of one image (Wu et al. 2018, section 3.2).
+
+    Args:
+        f: (D,), the embedding.
+        positive: (D,), its row of the bank.
+        negatives: (K, D), the sampled rows.
+        weights: (K,), how often each sampled row counts; all 1 for plain sampling.
+        num_instances: n.
+        num_negatives: m.
+        temperature: τ.
+        partition: Z.
+        proximal_weight: λ.
+
+    Returns:
+        Loss, its gradient by f (D,), and the estimate n/m Σ exp(v·f/τ) of Z.
+    """
+    noise = num_negatives / num_instances
+
+    def h(row: Array) -> float:
+        probability = np.exp(row @ f / temperature) / partition
+        return float(probability / (probability + noise))
+
+    difference = f - positive
+    loss = -np.log(h(positive)) + proximal_weight * difference @ difference
+    gradient = -(1 - h(positive)) / temperature * positive + 2 * proximal_weight * difference
+    mass = 0.0
+    for row, weight in zip(negatives, weights, strict=True):
+        loss -= weight * np.log(1 - h(row))
+        gradient = gradient + weight * h(row) / temperature * row
+        mass += weight * np.exp(row @ f / temperature)
+    return float(loss), gradient, float(num_instances / num_negatives * mass)
+
+
+def bank_update(row: Array, embedding: Array, momentum: float) -> Array:
+    """The row of an instance after its step."""
+    mixed = momentum * row + (1 - momentum) * embedding
+    return mixed / np.linalg.norm(mixed)
+
+
+def weighted_knn(
+    query: Array, rows: Array, labels: npt.NDArray[np.int64], num_classes: int, *, k: int, temperature: float
+) -> Array:
+    """Votes of the k most similar rows for every class (Wu et al. 2018, section 3.4)."""
+    similarities = rows @ query
+    votes = np.zeros(num_classes)
+    for row in np.argsort(-similarities, kind="stable")[:k]:
+        votes[labels[row]] += np.exp(similarities[row] / temperature)
+    return votes
