@@ -80,9 +80,7 @@ def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
         found = [Path(part).expanduser() for part in path]
         wrong = [part for part in found if not part.is_file()]
         if wrong or not found:
-            raise DataError(
-                f"{len(wrong)} of {len(found)} tar files do not exist: {', '.join(map(str, wrong[:3]))}"
-            )
+            raise DataError(f"got {len(found)} tar files, not found: {[str(part) for part in wrong[:3]]}")
         return found
     path = Path(path).expanduser()
     if path.is_dir():

@@ -1,7 +1,6 @@
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,51 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.headers import HeaderError, image_size
-
-HEIGHT, WIDTH = 21, 34
-
-
-def pixels(mode: str) -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
-    return Image.fromarray(noise).convert(mode)
-
-
-def encode(mode: str, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    pixels(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def long_exif() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turned by 90 degrees
-    exif[0x010E] = "x" * 60_000
-    return exif.tobytes()
-
-
-ODD = {
-    "rgb.png": encode("RGB", "PNG"),
-    "grey.png": encode("L", "PNG"),
-    "alpha.png": encode("RGBA", "PNG"),
-    "palette.png": encode("P", "PNG"),
-    "deep.png": encode("I;16", "PNG"),
-    "bits.png": encode("1", "PNG"),
-    "rgb.jpg": encode("RGB", "JPEG"),
-    "grey.jpg": encode("L", "JPEG"),
-    "cmyk.jpg": encode("CMYK", "JPEG"),
-    "progressive.jpeg": encode(
-        "RGB", "JPEG", progressive=True, exif=long_exif(), icc_profile=bytes(200_000), comment=b"a comment"
-    ),
-    "animated.gif": encode("P", "GIF", save_all=True, append_images=[pixels("P"), pixels("P")]),
-    "lossy.webp": encode("RGB", "WEBP"),
-    "alpha.webp": encode("RGBA", "WEBP", lossless=True),
-    "rgb.bmp": encode("RGB", "BMP"),
-    "grey.tif": encode("L", "TIFF"),
-    "rgb.ppm": encode("RGB", "PPM"),
-    "wrong-extension.jpg": encode("RGB", "PNG"),
-}
+from tests.pipelines.stored import HEIGHT, ODD, WIDTH
 
 
 def size_of(content: bytes) -> tuple[int, int]:
@@ -120,6 +75,7 @@ def test_says_what_is_wrong(content: bytes, reason: str) -> None:
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF", b"BM", b"II*\x00", b"P6 ")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow, of damaged TIFFs
 @given(st.sampled_from(MAGIC), st.binary())
 def test_damaged_bytes_give_a_reason_or_a_size(magic: bytes, rest: bytes) -> None:
     content = magic + rest

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.build import build_manifest
+from pipelines.errors import DataError
+from tests.pipelines.stored import png, write_files, write_tar
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path / "*.tar", "s3://bucket/train-{000..009}.tar"):
+        with pytest.raises(DataError, match=r"nothing at .*expected a folder of images, WebDataset"):
+            build_manifest(path)
+
+
+def test_another_kind_of_file(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.parquet", "b.tar.gz")
+    with pytest.raises(DataError, match=r"a\.parquet is a \.parquet file; expected a folder"):
+        build_manifest(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"matches .*a\.parquet, expected only \.tar files"):
+        build_manifest(tmp_path / "*")
+
+
+def test_missing_tars_of_a_list(tmp_path: Path) -> None:
+    for paths in ([], [tmp_path / "a.tar"]):
+        with pytest.raises(DataError, match=f"got {len(paths)} tar files, not found: "):
+            build_manifest(paths)
+
+
+def test_tars_and_images_side_by_side(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"1.png": png()})
+    write_files(tmp_path, "1.png")
+    with pytest.raises(DataError, match="holds 1 tar files and 1 images, expected one kind"):
+        build_manifest(tmp_path)
+
+
+def test_class_folders_are_asked_of_what_is_no_folder(tmp_path: Path) -> None:
+    write_files(tmp_path, "1.png")
+    write_tar(tmp_path / "x.tar", {"1.png": png()})
+    (tmp_path / "x.txt").write_text("1.png\n")
+    for name in ("x.tar", "x.txt"):
+        with pytest.raises(DataError, match="is for folders of images"):
+            build_manifest(tmp_path / name, labels="folders")
+
+
+def test_progress_goes_to_standard_error_and_only_if_it_takes_long(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path, *(f"{number}.png" for number in range(10)))
+    build_manifest(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_column_depends_on_the_machine(tmp_path: Path) -> None:
+    manifest = build_manifest(write_files(tmp_path, "1.png"))
+    assert manifest.offsets.dtype == np.dtype("<i8")
+    assert manifest.labels.dtype == np.dtype("<i4")
