@@ -41,7 +41,7 @@ def scan_tars(paths: Sequence[Path], *, with_labels: bool, show_progress: bool) 
     Raises:
         DataError: A tar is cut short, damaged, compressed, holds a name twice, or a class number is none.
     """
-    paths = sorted(path.absolute() for path in paths)
+    paths = sorted({path.absolute() for path in paths})
     root = Path(os.path.commonpath([path.parent for path in paths]))
     scan = Scan(root, [path.relative_to(root).as_posix() for path in paths], [], (), [])
     names: list[str] = []
