@@ -262,5 +262,5 @@ def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
         network = torch.compile(network)  # type: ignore[assignment]
     if worker.world_size > 1:
         # Buffers are averaged when they are needed instead of broadcast in every step.
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network, forward_sync_buffers=False)
     return network

@@ -1,0 +1,181 @@
+"""One step on one rank and on several: the same weights; and nothing changes where numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cluster.launch import Worker
+from instdisc import backbone
+from instdisc.backbone import BackboneConfig
+from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
+from instdisc.errors import ConfigError, NonFiniteError
+from instdisc.objectives import NCEConfig
+from instdisc.optim import OptimizerConfig
+from instdisc.trainer import Trainer
+from pipelines.augment import Augmentation
+from tests.processes import run_ranks
+
+NUM_INSTANCES, DIM, GLOBAL_BATCH, RATE = 61, 8, 12, 0.5
+
+
+def without_batch_norm(num_outputs: int) -> nn.Module:
+    """A network in which images do not touch each other."""
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, num_outputs))
+
+
+def make_trainer(rank: int, world_size: int, **training: Any) -> Trainer:
+    backbone.CIFAR_RESNETS["plain"] = without_batch_norm
+    config = RunConfig(
+        data=DataConfig(path="unused"),
+        augmentation=Augmentation(image_size=8),
+        backbone=BackboneConfig(name=training.pop("name", "plain"), embedding_dim=DIM),
+        objective=NCEConfig(num_negatives=9, temperature=0.2, proximal_weight=1.5),
+        optimizer=OptimizerConfig(momentum=0.0, weight_decay=0.0),
+        bank=BankConfig(momentum=0.5),
+        training=TrainingConfig(batch_size=GLOBAL_BATCH, precision="float32", seed=4, **training),
+    )
+    return Trainer(Worker(rank, world_size, rank, world_size, 0, torch.device("cpu")), config, NUM_INSTANCES)
+
+
+def global_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randperm(NUM_INSTANCES, generator=generator)[:GLOBAL_BATCH]
+    ids[3] = -1
+    return torch.randn(GLOBAL_BATCH, 3, 8, 8, generator=generator), ids
+
+
+def my_part(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    images, ids = global_batch()
+    share = GLOBAL_BATCH // world_size
+    return images[rank * share : (rank + 1) * share], ids[rank * share : (rank + 1) * share]
+
+
+def one_step(
+    rank: int, world_size: int, training: dict[str, Any]
+) -> tuple[list[Tensor], Tensor, dict[str, float]]:
+    """All rows of the bank alike, so that it does not matter which negatives are drawn."""
+    trainer = make_trainer(rank, world_size, **training)
+    trainer.bank.rows[:] = F.normalize(torch.ones(DIM), dim=0)
+    means = trainer.step(*my_part(rank, world_size), learning_rate=RATE)
+    return [parameter.detach() for parameter in trainer.embedder.parameters()], trainer.bank.rows, means
+
+
+def expected_step() -> tuple[list[Tensor], Tensor, float]:
+    """The same step by autograd in float64 on the whole batch."""
+    trainer = make_trainer(0, 1)
+    config, network = trainer.config.objective, trainer.embedder.backbone.double()
+    images, ids = global_batch()
+    row = F.normalize(torch.ones(DIM, dtype=torch.float64), dim=0)
+    f = F.normalize(network(images.double()), dim=1)
+    probability = torch.exp(f @ row / config.temperature) / math.exp(trainer.objective.log_partition)
+    noise = config.num_negatives / NUM_INSTANCES
+    h = probability / (probability + noise)
+    losses = -torch.log(h) - config.num_negatives * torch.log(1 - h)
+    losses = losses + config.proximal_weight * (f - row).square().sum(dim=1)
+    losses = losses[ids >= 0]
+    (losses.sum() / GLOBAL_BATCH).backward()
+    parameters = [parameter.detach() - RATE * parameter.grad for parameter in network.parameters()]
+    bank = row.expand(NUM_INSTANCES, DIM).clone()
+    bank[ids[ids >= 0]] = F.normalize(0.5 * row + 0.5 * f[ids >= 0].detach(), dim=1)
+    return parameters, bank, float(losses.mean())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_number_of_ranks_makes_the_same_step(world_size: int, accumulation: int) -> None:
+    parameters, bank, loss = expected_step()
+    ranks = run_ranks(world_size, one_step, {"accumulation": accumulation})
+    for rank_parameters, _, means in ranks:
+        for actual, expected in zip(rank_parameters, parameters, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+        assert means["loss"] == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(torch.cat([rank[1] for rank in ranks]).double(), bank, rtol=0, atol=1e-6)
+
+
+def broken_step(rank: int, world_size: int, broken_rank: int) -> dict[str, Any]:
+    """A step in which one rank's images are not finite, after a good one."""
+    trainer = make_trainer(rank, world_size, name="resnet8")
+    images, ids = my_part(rank, world_size)
+    trainer.step(images, ids, learning_rate=RATE)
+    state = {name: value.clone() for name, value in trainer.embedder.state_dict().items()}
+    rows = trainer.bank.rows.clone()
+    log_partition = trainer.objective.state_dict()
+    if rank == broken_rank:
+        images = images.clone()
+        images[1] = torch.nan
+    with pytest.raises(NonFiniteError) as raised:
+        trainer.step(images, ids, learning_rate=RATE)
+    after = trainer.embedder.state_dict()
+    floating = [name for name in state if state[name].is_floating_point()]
+    return {
+        "message": str(raised.value),
+        "weights kept": all(torch.equal(state[name], after[name]) for name in floating),
+        "bank kept": torch.equal(rows, trainer.bank.rows),
+        "objective kept": trainer.objective.state_dict() == log_partition,
+        "steps": trainer.steps,
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_numbers_that_are_not_finite_change_nothing(world_size: int) -> None:
+    for result in run_ranks(world_size, broken_step, world_size - 1):
+        message = result.pop("message")
+        assert f"not finite on rank {world_size - 1} of {world_size}" in message
+        assert result == {"weights kept": True, "bank kept": True, "objective kept": True, "steps": 1}
+
+
+def several_steps(rank: int, world_size: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    trainer = make_trainer(rank, world_size, name="resnet8")
+    images, ids = my_part(rank, world_size)
+    for _ in range(steps):
+        trainer.step(images + rank, ids, learning_rate=0.03)
+    local = trainer.embedder.backbone.bn1.running_mean.clone()
+    trainer.average_buffers()
+    return local, trainer.embedder.backbone.bn1.running_mean, trainer.bank.rows
+
+
+def test_statistics_are_averaged_over_the_ranks() -> None:
+    (first, averaged, _), (second, same, _) = run_ranks(2, several_steps, 1)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(averaged, (first + second) / 2)
+    assert torch.equal(averaged, same)
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    first, second = (several_steps(0, 1, 3) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_without_any_image_changes_no_row() -> None:
+    trainer = make_trainer(0, 1)
+    before = trainer.bank.rows.clone()
+    images, ids = global_batch()
+    assert trainer.step(images, torch.full_like(ids, -1), learning_rate=RATE) == {}
+    assert torch.equal(trainer.bank.rows, before)
+
+
+def test_training_lowers_the_loss() -> None:
+    trainer = make_trainer(0, 1)
+    images, ids = global_batch()
+    losses = [trainer.step(images, ids, learning_rate=0.3)["loss"] for _ in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(5, 1), (2, 4)])
+def test_batches_that_cannot_be_shared_are_refused(world_size: int, accumulation: int) -> None:
+    with pytest.raises(ConfigError, match=r"batch of 12 .* multiple of"):
+        make_trainer(0, world_size, accumulation=accumulation)
+
+
+def test_more_workers_than_rows_are_refused() -> None:
+    worker = Worker(0, 64, 0, 64, 0, torch.device("cpu"))
+    config = RunConfig(data=DataConfig(path="unused"), training=TrainingConfig(batch_size=64))
+    with pytest.raises(ConfigError, match="use at most"):
+        Trainer(worker, config, 63)

@@ -1,0 +1,135 @@
+"""A real Ray cluster for tests: started with `ray start`, found and ended by process id."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+_BIN = Path(sys.executable).parent
+_MARK = "INSTDISC_TEST_PROCESSES"
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running head node.
+
+    Attributes:
+        address: `host:port` for `RAY_ADDRESS`.
+        dashboard: URL for `ray job submit --address`.
+        environment: What a process needs to use this cluster, on top of the test's own environment.
+    """
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, *command: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """Run `ray job submit --working-dir <checkout> -- command` and return its exit status and output.
+
+        The job runs in a copy of the checkout: give it absolute paths for all that it shall read or write.
+        """
+        submit = ("job", "submit", "--address", self.dashboard, "--working-dir", str(CHECKOUT), "--")
+        return subprocess.run(
+            [str(_BIN / "ray"), *submit, *command],
+            cwd=CHECKOUT,
+            env=os.environ | self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+
+@contextmanager
+def ray_head(num_cpus: int) -> Iterator[RayCluster]:
+    """Start a head node with a dashboard, and end it with all it started."""
+    # Not pytest's directory: Ray puts sockets below it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        gcs_port, dashboard_port = free_port(), free_port()
+        # Workers get the driver's working directory to import from, but not its sys.path.
+        environment = {"PATH": f"{_BIN}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)}
+        command = [
+            *(str(_BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(f"--port={gcs_port}", f"--num-cpus={num_cpus}", f"--temp-dir={directory}"),
+            *(f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
+            f"--ray-client-server-port={free_port()}",
+        ]
+        log = Path(directory, "start.log")
+        dashboard = f"http://127.0.0.1:{dashboard_port}"
+        with log.open("w") as output, processes_of_this_block(environment):
+            # Killed with the rest: on SIGTERM it waits for Ray Train's detached actors, which never end.
+            head = subprocess.Popen(
+                command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+            )
+            wait_until(lambda: head.poll() is not None or _answers(f"{dashboard}/api/jobs/"), timeout_s=120)
+            assert head.poll() is None, log.read_text()
+            yield RayCluster(f"127.0.0.1:{gcs_port}", dashboard, environment)
+        head.wait()
+
+
+@contextmanager
+def processes_of_this_block(environment: dict[str, str]) -> Iterator[Callable[[], list[int]]]:
+    """Mark `environment`, yield a function that lists the processes alive with the mark, and kill those left.
+
+    Ray's processes leave their parent, their session and their command line behind, but not their environment.
+    """
+    mark = secrets.token_hex(8)
+    environment[_MARK] = mark
+    needle = f"{_MARK}={mark}".encode()
+
+    def alive() -> list[int]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if needle in (process / "environ").read_bytes():
+                    found.append(int(process.name))
+            except OSError:  # gone, or somebody else's
+                continue
+        return found
+
+    try:
+        yield alive
+    finally:
+        while left := alive():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def free_port() -> int:
+    """Return a TCP port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    """Poll until the condition holds; fail after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not so after {timeout_s} s"
+        time.sleep(0.2)
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
