@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,7 +34,7 @@ R = TypeVar("R")
 
 # Ray reads these from the environment only, most of them when it is imported. What the user has set wins.
 _RAY_ENVIRONMENT = {
-    # Workers stay in the working directory: relative paths mean there what they mean here.
+    # Otherwise workers move to a directory of Ray Train, and relative paths with them.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Workers name their rank themselves.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
@@ -43,10 +44,10 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # A reclaimed node ends the group, and `max_restarts` alone decides what follows.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray Train's own cleaner complains every second on a cluster without a dashboard.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
 }
 _WAIT_SLICE_S = 15.0
+_CONNECT_S = 10.0
+_JOB_DIRECTORY = "runtime_resources/working_dir_files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,13 @@ def launch(
     if config.num_workers == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return function(Worker(0, 1, 0, 1, 0, device), payload)
-    task = functools.partial(_run_on_worker, function, payload)
+    storage = storage.absolute()
+    if _JOB_DIRECTORY in storage.as_posix():
+        raise ClusterError(
+            f"{storage} lies in the job's own copy of the working directory, which Ray deletes; give an absolute "
+            "path that all nodes share"
+        )
+    task = functools.partial(_run_on_worker, function, payload, Path.cwd())
     with _ray():
         for restart in range(1, config.max_restarts + 1):
             try:
@@ -186,7 +193,7 @@ def _run_group(task: Callable[[], R | None], config: LaunchConfig, name: str, st
     train: Any = ray.train  # annotated as the first version of Ray Train, which this one replaces on import
     group = _wait_for_room(config)
     logger.info("starting %s", group)
-    trainer = train.torch.TorchTrainer(
+    trainer = _trainer_class()(
         task,
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if group.gpus else "gloo", timeout_s=config.collective_timeout_s
@@ -199,7 +206,7 @@ def _run_group(task: Callable[[], R | None], config: LaunchConfig, name: str, st
         ),
         run_config=train.RunConfig(
             name=name,
-            storage_path=str(storage.absolute() / ".ray"),
+            storage_path=str(storage / ".ray"),
             # By default Ray waits for resources and replaces reclaimed nodes without end.
             failure_config=train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
             logging_config=train.LoggingConfig(log_level="ERROR"),
@@ -214,7 +221,24 @@ def _run_group(task: Callable[[], R | None], config: LaunchConfig, name: str, st
     except train.TrainingFailedError as error:
         raise WorkerLostError(f"the worker group did not start: {error}") from error
     except RayError as error:
-        raise WorkerLostError(f"lost the process that controls the workers: {error}") from error
+        raise ClusterError(f"lost the process that controls the workers: {error}; run again") from error
+
+
+def _trainer_class() -> Any:
+    """Return Ray's TorchTrainer without its watch over the workers' reservation, which ends with the job anyway.
+
+    The watch finds the cluster by guessing: on a machine that runs two, it dies with a traceback in the output of
+    both; without a dashboard, it complains every second.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    return Trainer
 
 
 def _wait_for_room(config: LaunchConfig) -> WorkerGroup:
@@ -252,8 +276,14 @@ def _wait_for_room(config: LaunchConfig) -> WorkerGroup:
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
 
 
-def _run_on_worker(function: Callable[[Worker, P], R], payload: P) -> R | None:
-    """What Ray Train runs in every worker process: set up the worker, call the function, catch its error."""
+def _run_on_worker(function: Callable[[Worker, P], R], payload: P, directory: Path) -> R | None:
+    """What Ray Train runs in every worker process: set up the worker, call the function, catch its error.
+
+    Args:
+        function: What to call.
+        payload: Its argument.
+        directory: Where the caller of `launch` is. A worker starts where its node's Ray was started.
+    """
     import ray.train
     import ray.train.torch
 
@@ -272,6 +302,12 @@ def _run_on_worker(function: Callable[[Worker, P], R], payload: P) -> R | None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    # A submitted job's worker already is in its node's copy of the working directory.
+    if _JOB_DIRECTORY not in directory.as_posix():
+        if directory.is_dir():
+            os.chdir(directory)
+        else:
+            logger.warning("no %s on this node: relative paths start at %s", directory, Path.cwd())
     # Ray Train prints every failing worker's traceback; the caller of `launch` gets the one that matters.
     logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
     try:
@@ -293,13 +329,17 @@ def _ray() -> Iterator[None]:
         return
     # That token authentication is on is no news to somebody whose cluster lives as long as the run.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
+        if address not in ("", "auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            # Ray itself would try for ever.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a running cluster or a new one on this machine")
+    except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"cannot reach Ray at {address}: {error}; check that the cluster runs (`ray status`), unset "
-            "RAY_ADDRESS to use this machine, or pass --num-workers 0 to run without Ray"
+            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs "
+            "(`ray status`), unset RAY_ADDRESS to use this machine, or pass --num-workers 0 to run without Ray"
         ) from error
     try:
         yield
@@ -316,9 +356,7 @@ def _interruptible() -> Iterator[None]:
     handler: Any = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as error:
-        if error.code == signal.SIGTERM:  # Ray's handler for that signal
-            raise
+    except SystemExit:
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():
