@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
+from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import ViewParameters
 from pipelines.batch import Batch, LoaderJob
@@ -263,7 +264,10 @@ def _feed(pipeline: Pipeline, encoded: _Encoded, indices: npt.NDArray[np.int64],
 def _stack(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
     """Wait for a pipeline's next outputs; float32 (V, B, H, W, 3), without a copy if there is one view."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    views = [
-        torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipeline.outputs(cuda_stream=stream)
-    ]
-    return views[0][None] if len(views) == 1 else torch.stack(views)
+    views = [from_dlpack(output.as_tensor()) for output in pipeline.outputs(cuda_stream=stream)]
+    if len(views) == 1:
+        return views[0][None]
+    if device.type == "cuda":
+        return torch.stack(views)
+    # Not torch.stack: on the CPU its threads would wait for each other, and for cores that are busy decoding.
+    return torch.from_numpy(np.stack([view.numpy() for view in views]))

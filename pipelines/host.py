@@ -1,4 +1,4 @@
-"""The loader without DALI: Pillow in threads, colour and normalisation as batched tensor operations."""
+"""The loader without DALI: Pillow in threads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ _MID_GRAY = 128.0  # contrast scales the distance from it
 
 
 class _Piece(NamedTuple):
-    pixels: npt.NDArray[np.uint8]  # (V, b, H, W, 3), cropped, resized, flipped
-    views: ViewParameters
+    pixels: npt.NDArray[np.uint8]  # (V, b, H, W, 3), all done but normalised
     failures: dict[int, str]  # row -> reason
 
 
@@ -59,25 +58,15 @@ class HostLoader:
             instance_ids[request.rows == row] = -1
             job.report(row, reason)
         pixels = torch.from_numpy(np.concatenate([piece.pixels for piece in pieces], axis=1)).to(job.device)
-        images = torch.empty(pixels.shape, device=job.device)
-        mean, std = (
-            torch.tensor(values, device=job.device) * 255
-            for values in (job.augmentation.mean, job.augmentation.std)
-        )
-        for view in range(job.views):
-            colored = pixels[view].float()
-            if job.changes_color:
-                matrices, offsets = (
-                    torch.from_numpy(np.concatenate(parts)).to(job.device)
-                    for parts in zip(*(color_maps(piece.views, view) for piece in pieces), strict=True)
-                )
-                colored = change_color(colored, matrices, offsets)
-            torch.div(colored - mean, std, out=images[view])
+        std = torch.tensor(job.augmentation.std, device=job.device)
+        mean = torch.tensor(job.augmentation.mean, device=job.device)
+        images = torch.mul(pixels, 1 / (255 * std)).sub_(mean / std)
         return job.to_batch(images, instance_ids)
 
     def _load(self, request: Request) -> _Piece:
         size, manifest = self._job.augmentation.image_size, self._job.manifest
         views = self._job.view_parameters(request)
+        colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)
         failures: dict[int, str] = {}
         for index, row in enumerate(request.rows.tolist()):
@@ -89,49 +78,32 @@ class HostLoader:
                 continue
             for view in range(self._job.views):
                 top, left, height, width = (int(values[index, view]) for values in views[:4])
-                crop = image.crop((left, top, left + width, top + height))
-                resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-                pixels[view, index] = resized[:, ::-1] if views.flip[index, view] else resized
-        return _Piece(pixels, views, failures)
+                box = image.crop((left, top, left + width, top + height))
+                square = box.resize((size, size), Image.Resampling.BILINEAR)
+                if self._job.changes_color:
+                    square = square.convert("RGB", tuple(colors[index, view].ravel().tolist()))
+                if views.flip[index, view]:
+                    square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                pixels[view, index] = np.asarray(square)
+        return _Piece(pixels, failures)
 
 
-def color_maps(views: ViewParameters, view: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def color_maps(views: ViewParameters) -> npt.NDArray[np.float64]:
     """Combine hue, saturation, contrast and brightness, in this order, to an affine map of RGB in [0, 255].
 
     It is the map of DALI's `color_twist`; torchvision's `ColorJitter` differs in its colour space (HSV) and in the
     centre of the contrast (the image's mean).
 
-    Args:
-        views: Parameters (B, V).
-        view: Index of the view.
-
     Returns:
-        Matrices (B, 3, 3) to be applied to RGB columns, and the offset (B,) that is added to every channel.
+        (B, V, 3, 4): matrices to be applied to columns (red, green, blue, 1).
     """
-    hue = np.deg2rad(views.hue[:, view].astype(np.float64))
-    saturation, contrast, brightness = (
-        values[:, view].astype(np.float64) for values in (views.saturation, views.contrast, views.brightness)
-    )
-    chroma = np.zeros((len(hue), 3, 3))
-    chroma[:, 0, 0] = 1
-    chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * np.cos(hue)
-    chroma[:, 1, 2] = saturation * np.sin(hue)
-    chroma[:, 2, 1] = -chroma[:, 1, 2]
-    matrices = (brightness * contrast)[:, None, None] * (_YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ)
-    offsets = brightness * (1 - contrast) * _MID_GRAY
-    return matrices.astype(np.float32), offsets.astype(np.float32)
-
-
-def change_color(pixels: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Apply affine colour maps and round to the 256 levels of an image.
-
-    Args:
-        pixels: float32 (B, H, W, 3), in [0, 255].
-        matrices: float32 (B, 3, 3).
-        offsets: float32 (B,).
-
-    Returns:
-        float32 (B, H, W, 3), whole numbers in [0, 255].
-    """
-    flat = torch.baddbmm(offsets[:, None, None], pixels.flatten(1, 2), matrices.mT)
-    return flat.clamp_(0, 255).round_().view_as(pixels)
+    hue = np.deg2rad(views.hue.astype(np.float64))
+    chroma = np.zeros((*hue.shape, 3, 3))
+    chroma[..., 0, 0] = 1
+    chroma[..., 1, 1] = chroma[..., 2, 2] = views.saturation * np.cos(hue)
+    chroma[..., 1, 2] = views.saturation * np.sin(hue)
+    chroma[..., 2, 1] = -chroma[..., 1, 2]
+    gain = (views.brightness * views.contrast)[..., None, None]
+    offset = (views.brightness * (1 - views.contrast) * _MID_GRAY)[..., None, None]
+    linear = gain * (_YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ)
+    return np.concatenate([linear, np.broadcast_to(offset, (*hue.shape, 3, 1))], axis=-1)
