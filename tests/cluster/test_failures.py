@@ -1,0 +1,62 @@
+import pickle
+
+import pytest
+
+from cluster.errors import ClusterError, WorkerLostError
+from cluster.failures import WorkerFailure, capture, raise_root_cause
+
+
+class PickyError(ValueError):
+    """Cannot be rebuilt from `args`, as many exceptions that build their own message."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
+def caught(error: BaseException, *, behind: BaseException | None = None) -> WorkerFailure:
+    """What the driver gets when a worker raises `error` while handling `behind`."""
+    try:
+        try:
+            if behind is not None:
+                raise behind
+        finally:
+            raise error
+    except BaseException as raised:
+        failure: WorkerFailure = pickle.loads(pickle.dumps(capture(raised)))
+        return failure
+
+
+PEER = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:36063")
+
+
+def test_error_travels_with_its_type_message_and_traceback() -> None:
+    failure = caught(KeyError("temperature"))
+    assert type(failure.error) is KeyError
+    assert failure.error.args == ("temperature",)
+    assert "in caught" in failure.trace
+    assert not failure.lost_peer
+
+
+@pytest.mark.parametrize("error", [PickyError("a.png", "empty"), SystemExit(0), KeyboardInterrupt("stop")])
+def test_error_that_cannot_be_raised_again_is_quoted(error: BaseException) -> None:
+    failure = caught(error)
+    assert type(failure.error) is ClusterError
+    assert str(failure.error) == f"{type(error).__name__} in the worker function: {error}"
+
+
+def test_lost_peer_is_seen_through_the_error_that_wraps_it() -> None:
+    assert caught(PEER).lost_peer
+    assert caught(ClusterError("exchange failed"), behind=PEER).lost_peer
+    assert not caught(ValueError("Connection closed by peer")).lost_peer
+
+
+def test_own_error_comes_before_death_and_lost_peers_and_low_ranks_before_high() -> None:
+    dead = RuntimeError("The actor is dead because it was killed. Some common causes include: (1) …")
+    failures = {0: caught(PEER), 1: dead, 2: caught(ValueError("second")), 3: caught(ValueError("third"))}
+    with pytest.raises(ValueError, match="second") as own:
+        raise_root_cause(failures, 4)
+    assert own.value.__notes__ == ["(raised on rank 2 of 4)"]
+    with pytest.raises(WorkerLostError, match=r"^rank 1 of 4 died: it was killed \("):
+        raise_root_cause({0: failures[0], 1: dead}, 4)
+    with pytest.raises(WorkerLostError, match=r"rank 0 of 4 lost another worker: .*closed by peer"):
+        raise_root_cause({0: failures[0], 3: caught(PEER)}, 4)

@@ -1,0 +1,81 @@
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.errors import ClusterError
+from cluster.placement import Node, Strategy, WorkerGroup, choose_group, describe, require_room
+
+LAPTOP = [{"CPU": 8.0}]
+MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]
+
+
+def chosen(
+    nodes: Sequence[Node],
+    num_workers: int | None = None,
+    cpus_per_worker: float | None = None,
+    gpus_per_worker: int | None = None,
+    strategy: Strategy = "PACK",
+) -> tuple[int, float, int]:
+    group = choose_group(
+        nodes,
+        num_workers=num_workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        strategy=strategy,
+    )
+    return group.num_workers, group.cpus, group.gpus
+
+
+def test_defaults_use_the_whole_cluster() -> None:
+    assert chosen(LAPTOP) == (2, 4, 0)
+    assert chosen([{"CPU": 1.0}]) == (1, 1, 0)
+    assert chosen(MIXED) == (6, 8, 1)
+    assert chosen([{"memory": 1e9}]) == (1, 1, 0)
+
+
+def test_cpus_are_shared_such_that_all_workers_fit() -> None:
+    assert chosen(LAPTOP, num_workers=3) == (3, 2, 0)
+    # 12 CPUs for three workers would be 4 each, but then only two fit.
+    assert chosen([{"CPU": 9.0}, {"CPU": 3.0}], num_workers=3) == (3, 3, 0)
+    assert chosen([{"CPU": 9.0}, {"CPU": 3.0}], num_workers=2, strategy="STRICT_SPREAD") == (2, 3, 0)
+    # Only the nodes with GPUs count where workers use them.
+    assert chosen(MIXED, num_workers=4, strategy="SPREAD") == (4, 16, 1)
+
+
+def test_what_is_given_is_kept() -> None:
+    assert chosen(MIXED, num_workers=3, cpus_per_worker=0.5, gpus_per_worker=0) == (3, 0.5, 0)
+    assert chosen(MIXED, gpus_per_worker=0) == (2, 32, 0)
+    assert chosen(LAPTOP, gpus_per_worker=1) == (1, 1, 1)
+
+
+def test_room_counts_workers_that_fit_on_one_node() -> None:
+    assert WorkerGroup(9, 3, 0, "PACK").room([{"CPU": 8.0}, {"CPU": 8.0}]) == 4
+    assert WorkerGroup(9, 3, 0, "STRICT_SPREAD").room([{"CPU": 8.0}, {"CPU": 8.0}]) == 2
+    assert WorkerGroup(9, 8, 1, "PACK").room(MIXED) == 6
+    assert WorkerGroup(9, 17, 1, "PACK").room(MIXED) == 2
+    assert WorkerGroup(9, 1, 0, "PACK").room([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "remedy"),
+    [
+        (WorkerGroup(3, 4, 0, "PACK"), "room for 2: 1 node with 8 CPUs; ask for --num-workers 2 or fewer"),
+        (WorkerGroup(2, 4, 1, "PACK"), "--gpus-per-worker 0"),
+        (WorkerGroup(2, 9, 0, "PACK"), "lower --cpus-per-worker"),
+        (WorkerGroup(2, 1, 0, "STRICT_SPREAD"), "--num-workers 1 or fewer"),
+    ],
+)
+def test_refusal_names_the_flag_to_change(group: WorkerGroup, remedy: str) -> None:
+    with pytest.raises(ClusterError, match=remedy):
+        require_room(group, LAPTOP)
+
+
+def test_enough_room_is_not_refused() -> None:
+    require_room(WorkerGroup(2, 4, 0, "PACK"), LAPTOP)
+    require_room(WorkerGroup(6, 8, 1, "PACK"), MIXED)
+
+
+def test_nodes_are_described_by_kind() -> None:
+    assert describe([*MIXED, {"CPU": 32.0, "memory": 1.0}]) == (
+        "2 nodes with 32 CPUs, 1 node with 16 CPUs and 2 GPUs, 1 node with 48 CPUs and 4 GPUs"
+    )
