@@ -55,23 +55,43 @@ def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:
         image_size: Side of the square images in pixels.
 
     Raises:
-        ConfigError: If the network is unknown or cannot take images of this size.
+        ConfigError: If the network is unknown.
     """
     if config.name in CIFAR_RESNETS:
         backbone = CIFAR_RESNETS[config.name](config.embedding_dim)
     else:
         backbone = _torchvision_backbone(config, image_size)
-    embedder = Embedder(backbone)
-    _check_forward(embedder, config, image_size)
-    return embedder
+    return Embedder(backbone)
+
+
+def check_backbone(config: BackboneConfig, image_size: int) -> None:
+    """Refuse a network that is unknown or cannot take the images, at no cost: nothing is allocated or computed.
+
+    Args:
+        config: Settings.
+        image_size: Side of the square images in pixels.
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    with torch.device("meta"):
+        embedder = build_embedder(config, image_size).eval()
+        try:
+            shape = embedder(torch.empty(1, 3, image_size, image_size)).shape
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"backbone {config.name} cannot take images of {image_size} pixels ({str(error).splitlines()[0]}): "
+                "change --augmentation.image-size or --backbone.name"
+            ) from error
+    assert shape == (1, config.embedding_dim), shape
 
 
 def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if config.name not in known:
         raise ConfigError(
-            f"backbone.name is {config.name!r}, which is unknown: use one of {', '.join(CIFAR_RESNETS)} or a torchvision "
-            f"classification network: {', '.join(known)}"
+            f"backbone.name is {config.name!r}, which is unknown: use one of {', '.join(CIFAR_RESNETS)} or a "
+            f"torchvision classification network: {', '.join(known)}"
         )
     options: dict[str, object] = {}
     if config.name in ("googlenet", "inception_v3"):
@@ -82,7 +102,7 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     if image_size <= _SMALL_IMAGE:
         _shrink_stem(backbone)
     head = [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1:]
-    if head and not head[0].weight.any():
+    if head and head[0].weight.device.type != "meta" and not head[0].weight.any():
         head[0].reset_parameters()  # vision transformers start with a head of zeros, which has no direction
     return backbone
 
@@ -101,22 +121,6 @@ def _shrink_stem(backbone: nn.Module) -> None:
     backbone.set_submodule(name, stem)
     if rest and isinstance(rest[0][1], nn.MaxPool2d):
         backbone.set_submodule(rest[0][0], nn.Identity())
-
-
-def _check_forward(embedder: Embedder, config: BackboneConfig, image_size: int) -> None:
-    """Try one image, so that a network that cannot take the size is refused before anything starts."""
-    training = embedder.training
-    try:
-        with torch.no_grad():
-            shape = embedder.eval()(torch.zeros(1, 3, image_size, image_size)).shape
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"backbone {config.name} cannot take images of {image_size} pixels ({str(error).splitlines()[0]}): "
-            "change --augmentation.image-size or --backbone.name"
-        ) from error
-    finally:
-        embedder.train(training)
-    assert shape == (1, config.embedding_dim), shape
 
 
 class _BasicBlock(nn.Module):

@@ -20,11 +20,11 @@ class ProgressBar:
     On a terminal the bar stays in its line; in a log a line appears every ten seconds.
 
     Args:
-        metrics: The JSON-lines file, which may not exist yet.
+        metrics: The JSON-lines file. It is opened at once, so that it may be renamed later.
     """
 
     def __init__(self, metrics: Path) -> None:
-        self._metrics = metrics
+        self._file = metrics.open()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm[Any] | None = None
@@ -36,20 +36,18 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        self._file.close()
 
     def _follow(self) -> None:
-        position = 0
+        line = ""
         while True:
             last_round = self._done.wait(_POLL_SECONDS)
-            if self._metrics.exists():
-                with self._metrics.open() as file:
-                    file.seek(position)
-                    # A line that is still being written has no end yet; it is read in the next round.
-                    for line in iter(file.readline, ""):
-                        if not line.endswith("\n"):
-                            break
-                        position += len(line.encode())
-                        self._show(json.loads(line))
+            # The end of a line that is still being written comes in a later round.
+            while part := self._file.readline():
+                line += part
+                if line.endswith("\n"):
+                    self._show(json.loads(line))
+                    line = ""
             if last_round:
                 break
         if self._bar is not None:

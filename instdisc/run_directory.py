@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
+from pipelines.manifest import Manifest, Rejected
 
 
 class RunDirectory:
     """The files of a run.
 
     ```
-    config.json           the configuration, written when training starts
+    config.json           the configuration
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
     metrics.jsonl         a line every few steps and for every measurement
@@ -23,8 +25,14 @@ class RunDirectory:
     weights.pt            state dict of the network, head included
     bank.zarr             the memory bank, row = instance id
     summary.json          the results, written last
-    ray/                  Ray Train's own state
+    .ray/                 Ray Train's own state
     ```
+
+    A new run is prepared in `.next/` and takes the place of an earlier one only when its workers stand ready, so that
+    no mistake in its settings costs what was there.
+
+    Args:
+        path: The directory, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,13 +45,17 @@ class RunDirectory:
         self.weights = self.path / "weights.pt"
         self.bank = self.path / "bank.zarr"
         self.summary = self.path / "summary.json"
-        self.ray = self.path / "ray"
+
+    @property
+    def next(self) -> RunDirectory:
+        """Where the next run is prepared."""
+        return RunDirectory(self.path / ".next")
 
     def check_free(self, config: RunConfig) -> None:
         """Refuse a directory that holds another run, unless it may be overwritten.
 
         Raises:
-            ConfigError: There is a run, with the settings in which it differs, or no directory can be made there.
+            ConfigError: There is a run, with the settings in which it differs, or no directory can be there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run directory {self.path} is a file: choose another --run-dir")
@@ -61,16 +73,45 @@ class RunDirectory:
             )
         raise ConfigError(f"run directory {self.path} already holds a run with this configuration: {remedy}")
 
-    def clear(self) -> None:
-        """Make the directory, without the files of an earlier run. Files that are not ours stay."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for owned in vars(self).values():
-            if owned == self.path:
+    def prepare(
+        self, config: RunConfig, train: Manifest, test: Manifest | None, rejected: Iterable[Rejected]
+    ) -> None:
+        """Write what is known before training into `next`, empty metrics file included.
+
+        Raises:
+            ConfigError: The directory cannot be written to.
+        """
+        following = self.next
+        try:
+            if following.path.exists():
+                shutil.rmtree(following.path)
+            following.path.mkdir(parents=True)
+            write_json(following.config, config.identity())
+            train.save(following.manifest)
+            if test is not None:
+                test.save(following.test_manifest)
+            following.metrics.touch()
+            for image in rejected:
+                append_line(following.corrupt_images, {"name": image.name, "reason": image.reason})
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
+            ) from error
+
+    def begin(self) -> None:
+        """Replace an earlier run by the prepared one. Files that are not a run's stay."""
+        following = self.next
+        for name, owned in vars(self).items():
+            if name == "path":
                 continue
             if owned.is_dir():
                 shutil.rmtree(owned)
             else:
                 owned.unlink(missing_ok=True)
+            prepared = getattr(following, name)
+            if prepared.exists():
+                prepared.rename(owned)
+        following.path.rmdir()
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

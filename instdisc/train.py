@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import tyro
 
 from cluster.errors import ClusterError
 from cluster.launch import launch
+from instdisc.backbone import check_backbone
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError, NonFiniteError
 from instdisc.progress import ProgressBar
 from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory, append_line
+from instdisc.run_directory import RunDirectory
 from instdisc.worker import train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        recipe, config = parse(arguments)
+        recipe, config = parse(sys.argv[1:] if arguments is None else arguments)
         run = RunDirectory(config.run_dir or Path("runs") / recipe)
         summary = train(recipe, config, run)
     except (ConfigError, DataError, NonFiniteError) as error:
@@ -50,31 +52,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, RunConfig]:
+def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     """Read the command line.
 
     Args:
-        arguments: Without the program's name; None for those of this process.
+        arguments: Without the program's name.
 
     Returns:
         Name of the recipe and its configuration with the overrides.
 
     Raises:
-        ConfigError: A value outside its range.
-        SystemExit: An unknown recipe or option (status 2), or --help.
+        ConfigError: An unknown recipe.
+        SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    recipes = {name: (recipe.description, recipe.config) for name, recipe in RECIPES.items()}
-    try:
-        config = tyro.extras.overridable_config_cli(
-            recipes,
-            args=arguments,
-            prog="python -m instdisc.train",
-            config=(tyro.conf.OmitSubcommandPrefixes,),
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return next(argument for argument in arguments if argument in RECIPES), config
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if arguments else 2)
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    config = tyro.cli(
+        RunConfig,
+        default=recipe.config,
+        args=arguments[1:],
+        prog=f"python -m instdisc.train {name}",
+        description=recipe.description,
+    )
+    return name, config
+
+
+def _usage() -> str:
+    lines = ["usage: python -m instdisc.train RECIPE [--option VALUE ...]", ""]
+    for name, recipe in RECIPES.items():
+        text = textwrap.fill(recipe.description, 100, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"  {name}", text]
+    return "\n".join([*lines, "", "python -m instdisc.train RECIPE --help lists its options."])
 
 
 def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
@@ -87,17 +100,19 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         ClusterError: The workers could not be run.
     """
     run.check_free(config)
+    check_backbone(config.backbone, config.augmentation.image_size)
     train_images = open_images(config, config.data.path)
     test_images = None if config.data.test_path is None else open_images(config, config.data.test_path)
-    run.clear()
-    train_images.save(run.manifest)
-    if test_images is not None:
-        test_images.save(run.test_manifest)
-    for image in (*train_images.rejected, *(test_images.rejected if test_images else ())):
-        append_line(run.corrupt_images, {"name": image.name, "reason": image.reason})
+    if len(train_images) < config.training.batch_size:
+        raise ConfigError(
+            f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
+            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}"
+        )
+    rejected = (*train_images.rejected, *(test_images.rejected if test_images else ()))
+    run.prepare(config, train_images, test_images, rejected)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
-    with ProgressBar(run.metrics):
+    with ProgressBar(run.next.metrics):
         return launch(train_on_worker, (recipe, config, run), config.launch, name=recipe, storage=run.path)
 
 
@@ -118,7 +133,33 @@ def open_images(config: RunConfig, path: str) -> Manifest:
 
 def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
-    return str(summary)
+    accuracies = {
+        "raw pixels": summary["knn_top1_raw_pixels"],
+        "untrained network": summary["knn_top1_untrained"],
+        f"trained, {summary['epochs']} epochs": summary["knn_top1"],
+        "trained, classified by the bank": summary["knn_top1_bank"],
+    }
+    lines = [""]
+    if summary["knn_top1"] is not None:
+        lines.append(f"weighted kNN top-1 ({summary['knn_protocol']})")
+        lines += [
+            f"  {name:<33}{100 * value:5.1f}%" for name, value in accuracies.items() if value is not None
+        ]
+    place = run.path.relative_to(Path.cwd()) if run.path.is_relative_to(Path.cwd()) else run.path
+    lines += [
+        f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
+        f"{summary['train_seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s, "
+        f"{100 * summary['loader_wait_fraction']:.1f}% of the time waiting for images",
+        f"run directory: {place}",
+        "",
+        "next:",
+        f"  head {place}/summary.json {place}/metrics.jsonl",
+        f"  python -c \"import zarr; print(zarr.open('{place}/bank.zarr').info)\"",
+        "  python -m instdisc.train cifar10-npid --data.download           # CIFAR-10, best on a GPU",
+        "  python -m instdisc.train imagenet-resnet50-npid --data.path FOLDER --data.test-path None   # your images",
+        "  python -m instdisc.train sample --help                          # every setting",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

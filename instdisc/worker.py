@@ -31,7 +31,7 @@ def train_on_worker(worker: Worker, job: tuple[str, RunConfig, RunDirectory]) ->
 
     Args:
         worker: This rank.
-        job: Name of the recipe, settings, and the run directory, which already holds the manifests.
+        job: Name of the recipe, settings, and the run directory, in which the run is prepared.
 
     Returns:
         The summary that is also in the run directory.
@@ -47,8 +47,10 @@ class _Run:
 
     def __init__(self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory) -> None:
         self.worker, self.recipe, self.config, self.run = worker, recipe, config, run
-        self.manifest = Manifest.load(run.manifest)
-        test = Manifest.load(run.test_manifest) if run.test_manifest.exists() else None
+        self.manifest = Manifest.load(run.next.manifest)
+        test = Manifest.load(run.next.test_manifest) if run.next.test_manifest.exists() else None
+        self.trainer = Trainer(worker, config, len(self.manifest))
+        self.probe = Probe(self.trainer, self.manifest, test, self._on_corrupt)
         self.order = Order(
             num_instances=len(self.manifest),
             global_batch=config.training.batch_size,
@@ -56,15 +58,15 @@ class _Run:
             world_size=worker.world_size,
             rank=worker.rank,
         )
-        self.trainer = Trainer(worker, config, len(self.manifest))
-        self.probe = Probe(self.trainer, self.manifest, test, self._on_corrupt)
         self.clock = _Clock()
         self.corrupt = 0
 
     def complete(self) -> dict[str, Any]:
         """Baselines, training, last measurements, files."""
+        self.trainer.exchange.barrier()
         if self.worker.is_first:
-            write_json(self.run.config, self.config.identity())
+            self.run.begin()
+        self.trainer.exchange.barrier()
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
         baselines: dict[str, float] = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from instdisc.backbone import BackboneConfig, build_embedder
+from instdisc.backbone import BackboneConfig, build_embedder, check_backbone
 from instdisc.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ from instdisc.errors import ConfigError
     "name", ["resnet18", "resnet50", "alexnet", "vgg16_bn", "googlenet", "resnet8", "resnet20", "resnet32"]
 )
 def test_embeddings_have_unit_length(name: str, size: int) -> None:
+    check_backbone(BackboneConfig(name=name, embedding_dim=24), size)
     embedder = build_embedder(BackboneConfig(name=name, embedding_dim=24), size).eval()
     with torch.no_grad():
         embeddings = embedder(torch.randn(2, 3, size, size))
@@ -50,9 +51,9 @@ def test_cifar_resnets_have_the_size_of_the_paper(name: str, parameters: int) ->
 
 def test_unknown_network() -> None:
     with pytest.raises(ConfigError, match=r"'resnet19'.*resnet8.*resnet18"):
-        build_embedder(BackboneConfig(name="resnet19"), 32)
+        check_backbone(BackboneConfig(name="resnet19"), 32)
 
 
 def test_image_size_that_does_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"vit_b_16 cannot take images of 96 pixels.*image-size"):
-        build_embedder(BackboneConfig(name="vit_b_16"), 96)
+        check_backbone(BackboneConfig(name="vit_b_16"), 96)
