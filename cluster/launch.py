@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture, raise_root_cause
-from cluster.placement import Strategy, WorkerGroup, choose_group, describe, require_room
+from cluster.placement import Strategy, WorkerGroup, amounts, choose_group, describe, require_room
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ def launch(
             Its `__cause__` holds the worker's traceback.
     """
     if config.num_workers == 0:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         return function(Worker(0, 1, 0, 1, 0, device), payload)
     storage = storage.absolute()
     if _JOB_DIRECTORY in storage.as_posix():
@@ -150,10 +151,10 @@ def launch(
     with _ray():
         for restart in range(1, config.max_restarts + 1):
             try:
-                return _run_group(task, config, name, storage)
+                return _run_group(task, config, name, storage, restarting=restart > 1)
             except WorkerLostError as error:
                 logger.warning("%s; restart %d of %d", error, restart, config.max_restarts)
-        return _run_group(task, config, name, storage)
+        return _run_group(task, config, name, storage, restarting=config.max_restarts > 0)
 
 
 class ProgressBar(Protocol):
@@ -184,14 +185,16 @@ def progress_bar(worker: Worker, total: int, description: str) -> ProgressBar:
     return bar
 
 
-def _run_group(task: Callable[[], R | None], config: LaunchConfig, name: str, storage: Path) -> R:
+def _run_group(
+    task: Callable[[], R | None], config: LaunchConfig, name: str, storage: Path, *, restarting: bool
+) -> R:
     """Wait for room, run the task on a new worker group and return rank 0's value."""
     import ray.train
     from ray.exceptions import RayError
     from ray.train.torch import TorchConfig
 
     train: Any = ray.train  # annotated as the first version of Ray Train, which this one replaces on import
-    group = _wait_for_room(config)
+    group = _wait_for_room(config, restarting)
     logger.info("starting %s", group)
     trainer = _trainer_class()(
         task,
@@ -241,8 +244,12 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _wait_for_room(config: LaunchConfig) -> WorkerGroup:
-    """Return the group to start once the cluster has granted its resources, at most `config.wait_s` later."""
+def _wait_for_room(config: LaunchConfig, restarting: bool) -> WorkerGroup:
+    """Return the group to start once the cluster has granted its resources, at most `config.wait_s` later.
+
+    A request beyond the whole cluster is refused at once, unless more nodes may come: the cluster grows by
+    itself, or a lost node is being replaced.
+    """
     import ray
     from ray._private.state import state  # nothing public says whether a cluster grows by itself
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -258,7 +265,7 @@ def _wait_for_room(config: LaunchConfig) -> WorkerGroup:
             gpus_per_worker=config.gpus_per_worker,
             strategy=config.strategy,
         )
-        if not state.get_max_resources_from_cluster_config():
+        if not restarting and not state.get_max_resources_from_cluster_config():
             require_room(group, nodes)
         reservation = placement_group([group.resources_per_worker] * group.num_workers, group.strategy)
         try:
@@ -267,7 +274,7 @@ def _wait_for_room(config: LaunchConfig) -> WorkerGroup:
         finally:
             remove_placement_group(reservation)
         waited = time.monotonic() - start
-        free = describe([ray.available_resources()])  # type: ignore[no-untyped-call]
+        free = amounts(ray.available_resources())  # type: ignore[no-untyped-call]
         if waited >= config.wait_s:
             raise ClusterError(
                 f"waited {waited:.0f} s for {group}; the cluster has {describe(nodes)}, free are {free}; ask "
@@ -338,8 +345,8 @@ def _ray() -> Iterator[None]:
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs "
-            "(`ray status`), unset RAY_ADDRESS to use this machine, or pass --num-workers 0 to run without Ray"
+            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`) "
+            "and whether it wants RAY_AUTH_MODE=token, or pass --num-workers 0 to run without Ray"
         ) from error
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,12 +89,14 @@ def require_room(group: WorkerGroup, nodes: Sequence[Node]) -> None:
 
 def describe(nodes: Sequence[Node]) -> str:
     """Return the nodes in words, equal ones counted: `2 nodes with 16 CPUs, 1 node with 4 CPUs`."""
-    counts: dict[str, int] = {}
-    for node in nodes:
-        gpus = node.get("GPU", 0.0)
-        words = f"{node.get('CPU', 0.0):g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        counts[words] = counts.get(words, 0) + 1
+    counts = Counter(amounts(node) for node in nodes)
     return ", ".join(f"{count} node{'s' * (count > 1)} with {words}" for words, count in counts.items())
+
+
+def amounts(node: Node) -> str:
+    """Return the CPUs and GPUs of a node in words: `16 CPUs and 2 GPUs`."""
+    gpus = node.get("GPU", 0.0)
+    return f"{node.get('CPU', 0.0):g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _total(nodes: Sequence[Node], resource: str) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture
 from cluster.launch import LaunchConfig, Worker, launch
-from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
+from tests.ray_cluster import CHECKOUT, RayCluster, free_port, processes_of_this_block, wait_until
 
 HERE = LaunchConfig(num_workers=0)
 TWO = LaunchConfig(num_workers=2)
@@ -175,9 +175,16 @@ def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCa
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         assert placement_group([{"CPU": 2}]).wait(60)
-        with pytest.raises(ClusterError, match=r"waited 2 s for 1 workers .* free are 1 node with 0 CPUs"):
+        with pytest.raises(ClusterError, match=r"waited 2 s for 1 workers .* free are 0 CPUs"):
             launch(describe_worker, 1.0, LaunchConfig(num_workers=1, wait_s=2), name="test", storage=tmp_path)
         assert ray.is_initialized()  # whoever connected shall disconnect
+
+
+def test_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=f"RAY_ADDRESS is '{address}'.*refused"):
+        launch(describe_worker, 1.0, TWO, name="test", storage=tmp_path)
 
 
 def test_submitted_job_runs_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
