@@ -203,8 +203,8 @@ def test_own_cluster_leaves_nothing_running(tmp_path: Path) -> None:
     with processes_of_this_block(environment) as alive:
         program = subprocess.run(
             [sys.executable, "-m", "tests.cluster.test_launch", str(tmp_path)],
-            cwd=CHECKOUT,
-            env=os.environ | environment | {"RAY_ADDRESS": "local"},
+            cwd=tmp_path,
+            env=os.environ | environment | {"RAY_ADDRESS": "local", "PYTHONPATH": str(CHECKOUT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
