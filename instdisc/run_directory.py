@@ -113,6 +113,12 @@ class RunDirectory:
                 prepared.rename(owned)
         following.path.rmdir()
 
+    def count_corrupt_images(self) -> int:
+        """Images named in `corrupt_images.jsonl`, where several ranks may name the same one."""
+        if not self.corrupt_images.exists():
+            return 0
+        return len({json.loads(line)["name"] for line in self.corrupt_images.read_text().splitlines()})
+
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append one JSON line and hand it to the operating system at once."""

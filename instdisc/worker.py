@@ -59,7 +59,7 @@ class _Run:
             rank=worker.rank,
         )
         self.clock = _Clock()
-        self.corrupt = 0
+        self.corrupt: set[str] = set()
 
     def complete(self) -> dict[str, Any]:
         """Baselines, training, last measurements, files."""
@@ -175,8 +175,7 @@ class _Run:
         self, baselines: dict[str, float], accuracies: dict[str, float], means: dict[str, float]
     ) -> dict[str, Any]:
         exchange = self.trainer.exchange
-        local = torch.tensor([self.clock.wait_fraction, self.corrupt], dtype=torch.float64)
-        waited, corrupt = exchange.sum(local.to(self.worker.device)).tolist()
+        waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
         summary = {
             "recipe": self.recipe,
@@ -195,8 +194,8 @@ class _Run:
             "seed": training.seed,
             "train_seconds": self.clock.train_seconds,
             "images_per_second": self.clock.images_per_second,
-            "loader_wait_fraction": waited / self.worker.world_size,
-            "corrupt_images": len(self.manifest.rejected) + int(corrupt),
+            "loader_wait_fraction": float(waited) / self.worker.world_size,
+            "corrupt_images": self.run.count_corrupt_images(),
         }
         if self.worker.is_first:
             write_json(self.run.summary, summary)
@@ -207,9 +206,10 @@ class _Run:
             append_line(self.run.metrics, {"kind": "status", "message": message})
 
     def _on_corrupt(self, row: int, name: str, reason: str) -> None:
-        self.corrupt += 1
-        logger.warning("skipping %s: %s", name, reason)
-        append_line(self.run.corrupt_images, {"name": name, "reason": reason})
+        if name not in self.corrupt:
+            self.corrupt.add(name)
+            logger.warning("skipping %s: %s", name, reason)
+            append_line(self.run.corrupt_images, {"name": name, "reason": reason})
 
 
 class _Clock:

@@ -1,6 +1,5 @@
 """From whatever holds the images to the manifest."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ _FORMS = (
     "expected a folder of images, WebDataset .tar files (one, a folder of them, or a pattern), "
     "or a .txt or .csv list of images"
 )
-
-logger = logging.getLogger(__name__)
 
 
 def build_manifest(
@@ -46,12 +43,9 @@ def build_manifest(
         DataError: There is nothing at `path`, no readable image in it, or what it holds cannot be trusted.
     """
     scan = _scan(path, labels, show_progress)
-    if scan.rejected:
-        total, first = len(scan.rows) + len(scan.rejected), scan.rejected[0]
-        message = f"{len(scan.rejected)} of {total} images are left out, e.g. {first.name}: {first.reason}"
-        if not scan.rows:
-            raise DataError(f"{message}; none remains")
-        logger.warning("%s", message)
+    if scan.rejected and not scan.rows:
+        first = scan.rejected[0]
+        raise DataError(f"none of {len(scan.rejected)} images can be used, e.g. {first.name}: {first.reason}")
     return _manifest(scan)
 
 

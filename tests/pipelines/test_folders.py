@@ -73,7 +73,7 @@ def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "manifest").keys[0] == name
 
 
-def test_what_is_no_image_is_rejected_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_image_is_rejected_by_name(tmp_path: Path) -> None:
     write_files(tmp_path, "a/good.png", "b/good.png")
     write_files(tmp_path, "a/empty.png", content=b"")
     write_files(tmp_path, "b/html.jpg", content=b"<html>")
@@ -88,12 +88,11 @@ def test_what_is_no_image_is_rejected_by_name(tmp_path: Path, caplog: pytest.Log
         Rejected("b/dangling.png", "No such file or directory"),
         Rejected("b/html.jpg", "not an image: 6 bytes, the first are b'<html>'"),
     )
-    assert "4 of 6 images are left out, e.g. a/empty.png: empty" in caplog.text
 
 
 def test_no_image_left_is_an_error(tmp_path: Path) -> None:
     write_files(tmp_path, "a.png", "b.png", content=b"")
-    with pytest.raises(DataError, match=r"2 of 2 images are left out, e\.g\. a\.png: empty.*none remains"):
+    with pytest.raises(DataError, match=r"none of 2 images can be used, e\.g\. a\.png: empty"):
         build_manifest(tmp_path)
 
 
