@@ -88,13 +88,15 @@ class DaliLoader:
             self._under_way.extend(self._next_encoded(self._job.prefetch))
             if not self._under_way:
                 raise StopIteration
-            self._largest = max(len(encoded.rows) for encoded in self._under_way)
             self._start()
         images = self._collect()
         encoded = self._under_way.popleft()
-        following = self._next_encoded(1)
-        self._under_way.extend(following)
-        self._schedule(following)
+        for following in self._next_encoded(1):
+            self._under_way.append(following)
+            if len(following.rows) > self._largest:
+                self._start()
+            else:
+                self._schedule([following])
         instance_ids = encoded.rows.copy()
         for index, reason in encoded.failures.items():
             instance_ids[index] = -1
@@ -136,11 +138,12 @@ class DaliLoader:
     def _start(self) -> None:
         """Build the pipeline and run it once for each batch under way."""
         self._failure = None
+        self._largest = max(len(encoded.rows) for encoded in self._under_way)
         self._pipeline = self._build(self._largest, depth=len(self._under_way))
         self._schedule(self._under_way)  # the first `schedule_run` fills the pipeline's queue
 
     def _schedule(self, batches: Sequence[_Encoded]) -> None:
-        if not batches or self._failure:
+        if self._failure:
             return
         try:
             for encoded in batches:
@@ -193,15 +196,17 @@ class DaliLoader:
         ]
 
     def _build(self, batch_size: int, depth: int) -> Pipeline:
-        on_gpu = self._job.device.type == "cuda"
+        job, device_id = self._job, None
+        if job.device.type == "cuda":
+            device_id = torch.cuda.current_device() if job.device.index is None else job.device.index
         pipeline = Pipeline(
             batch_size=batch_size,
-            num_threads=self._job.threads,
-            device_id=(self._job.device.index or 0) if on_gpu else None,
+            num_threads=job.threads,
+            device_id=device_id,
             prefetch_queue_depth=depth,
         )
         with pipeline:
-            pipeline.set_outputs(*_graph(self._job, "mixed" if on_gpu else "cpu"))
+            pipeline.set_outputs(*_graph(job, "cpu" if device_id is None else "mixed"))
         pipeline.build()
         return pipeline
 

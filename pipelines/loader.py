@@ -47,6 +47,14 @@ class LoaderConfig:
         if self.prefetch < 1:
             raise ValueError(f"prefetch={self.prefetch}: must be at least 1")
 
+    def available_threads(self) -> int:
+        """Return `threads`, or its default."""
+        if self.threads is not None:
+            return self.threads
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        limit = os.environ.get("OMP_NUM_THREADS", "")
+        return min(cores, int(limit)) if limit.isdigit() and int(limit) > 0 else cores
+
 
 def open_loader(
     manifest: Manifest,
@@ -65,7 +73,7 @@ def open_loader(
     Args:
         manifest: Where the images are.
         requests: Which images to load, from `Order.requests` or any other source; may be endless, is consumed a
-            few batches ahead. No batch may be larger than the largest of the first `config.prefetch`.
+            few batches ahead. Batches may differ in size, but each that is larger than all before costs time.
         augmentation: Size, normalisation and, in training, the random variation of the images.
         training: Random views if true, else the centre of each image.
         views: Views per image, V; 1 in evaluation.
@@ -92,7 +100,7 @@ def open_loader(
         views=views,
         seed=seed,
         device=device,
-        threads=config.threads or _available_threads(),
+        threads=config.available_threads(),
         prefetch=config.prefetch,
         on_corrupt=on_corrupt or _warn,
     )
@@ -111,9 +119,3 @@ def open_loader(
 
 def _warn(row: int, name: str, reason: str) -> None:
     logger.warning("image %s (row %d) is left out: %s", name, row, reason)
-
-
-def _available_threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(limit)) if limit.isdigit() and int(limit) > 0 else cores

@@ -1,4 +1,5 @@
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -57,6 +58,15 @@ def test_any_number_of_batches(manifest: Manifest, backend: str, batches: int, p
         assert len(list(loader)) == batches
         with pytest.raises(StopIteration):
             next(loader)
+
+
+def test_batches_of_any_size(manifest: Manifest, backend: str) -> None:
+    sizes = [3, 1, 1, 7, 2, COUNT, 1, 1, 1, 1, 5]
+    requests = [Request(0, np.arange(size)) for size in sizes]
+    batches = load(manifest, requests, backend, prefetch=2)
+    assert [batch.instance_ids.tolist() for batch in batches] == [list(range(size)) for size in sizes]
+    for batch in batches:
+        assert torch.equal(batch.images, batches[5].images[:, : len(batch.instance_ids)])
 
 
 def test_requests_are_taken_lazily(manifest: Manifest, backend: str) -> None:
@@ -211,3 +221,15 @@ def test_without_dali(
         (without,) = load(manifest, in_order(4, 4), "auto")
         (expected,) = load(manifest, in_order(4, 4), "host")
         assert torch.equal(without.images, expected.images)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("1", 1), ("", None), ("0", None), ("4,2", None), ("100000", None)]
+)
+def test_threads_by_default(
+    setting: str, expected: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    assert LoaderConfig(backend=backend).available_threads() == (expected or cores)
+    assert LoaderConfig(backend=backend, threads=7).available_threads() == 7

@@ -18,7 +18,7 @@ from pipelines.decode import decode_rgb
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 from pipelines.reader import ImageReader
-from tests.pipelines.images import encode, in_order, load, photo, photos, pixels, write_images
+from tests.pipelines.images import collector, encode, in_order, load, photo, photos, pixels, write_images
 
 COLORLESS = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale_probability": 0.0}
 
@@ -199,3 +199,24 @@ def test_training_statistics_agree_with_each_other_and_torchvision(small: Manife
         assert (one / other - 1).abs().max() < 0.005
         # torchvision's colour space is another, and it cuts at black and white after each of its four changes.
         assert (one / reference - 1).abs().max() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["dali", "host"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_gpu_agrees_with_the_cpu(tmp_path: Path, backend: str, kind: str) -> None:
+    manifest = photos(tmp_path, 20, kind)
+    (tmp_path / "0003").write_bytes(bytes(int(manifest.sizes[3])))
+    augmentation = Augmentation(image_size=32)
+    options = {"augmentation": augmentation, "views": 2, "on_corrupt": collector([])}
+    gpu, cpu = (
+        load(manifest, in_order(20, 8, epochs=2), backend, device=torch.device(device), **options)
+        for device in ("cuda", "cpu")
+    )
+    for one, other in zip(gpu, cpu, strict=True):
+        assert one.images.is_cuda
+        assert one.images[0].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.instance_ids.cpu(), other.instance_ids)
+        on_cpu = one._replace(images=one.images.cpu())
+        assert (pixels(on_cpu, augmentation) - pixels(other, augmentation)).abs().mean() <= 2
