@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import DataError
@@ -25,6 +25,7 @@ def test_an_epoch_is_a_permutation(num_instances: int) -> None:
         np.testing.assert_array_equal(np.sort(rows), np.arange(num_instances))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(-(2**70), 2**70), st.integers(0, 2**40))
 def test_an_epoch_is_a_permutation_for_any_seed(num_instances: int, seed: int, epoch: int) -> None:
     np.testing.assert_array_equal(np.sort(whole_epoch(num_instances, seed, epoch)), np.arange(num_instances))
