@@ -141,8 +141,8 @@ class _BasicBlock(nn.Module):
             shortcut = F.pad(
                 inputs[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added_channels)
             )
-        hidden = F.relu(self.bn1(self.conv1(inputs)))
-        return F.relu(self.bn2(self.conv2(hidden)) + shortcut)
+        hidden = F.relu(self.bn1(self.conv1(inputs)), inplace=True)
+        return F.relu(self.bn2(self.conv2(hidden)) + shortcut, inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -170,7 +170,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to outputs."""
-        hidden = F.relu(self.bn1(self.conv1(images)))
+        hidden = F.relu(self.bn1(self.conv1(images)), inplace=True)
         hidden = self.layer3(self.layer2(self.layer1(hidden)))
         outputs: Tensor = self.fc(hidden.mean(dim=(2, 3)))
         return outputs

@@ -25,6 +25,8 @@ from instdisc.objectives.base import Result
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
+# Up to so many rows in the shard for each negative, two products with all rows take less time than gathering.
+_DENSE_ROWS_PER_NEGATIVE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +118,46 @@ class NCE:
     def negative_terms(
         self, queries_GD: Tensor, negatives_GK: Tensor, weight: float, rows_SD: Tensor
     ) -> Tensor:
-        """The negatives' part of `shard_terms`, one block of queries at a time.
+        """The negatives' part of `shard_terms`, a block of queries at a time; nothing of size G·K·D ever exists.
 
-        A block's rows are gathered once and serve both products, so nothing of size G·K·D exists.
+        A block's rows are gathered once and serve both products. Where the shard is hardly larger than the sample,
+        products with the whole shard are cheaper, and the sample is picked from their result.
+
+        Args:
+            queries_GD: (G, D), dtype of the rows.
+            negatives_GK: int64 (G, K), positions in this shard.
+            weight: How often each draw counts.
+            rows_SD: (S, D), this shard.
         """
-        num_queries, dim = queries_GD.shape
-        num_negatives = negatives_GK.shape[1]
-        block_bytes = _BLOCK_BYTES[rows_SD.device.type]
-        block = max(1, block_bytes // (num_negatives * dim * rows_SD.element_size()))
-        gathered = rows_SD.new_empty(min(block, num_queries) * num_negatives, dim)
+        (num_queries, dim), (num_rows, num_negatives) = (
+            queries_GD.shape,
+            (len(rows_SD), negatives_GK.shape[1]),
+        )
+        dense = num_rows <= _DENSE_ROWS_PER_NEGATIVE * num_negatives
+        query_entries = num_rows if dense else num_negatives * dim
+        block = max(1, _BLOCK_BYTES[rows_SD.device.type] // (query_entries * rows_SD.element_size()))
+        gathered = rows_SD.new_empty(0 if dense else min(block, num_queries) * num_negatives, dim)
         terms = queries_GD.new_empty(num_queries, dim + 3, dtype=torch.float32)
         for first in range(0, num_queries, block):
             queries_bD = queries_GD[first : first + block]
             negatives_bK = negatives_GK[first : first + block]
-            rows_bKD = gathered[: negatives_bK.numel()]
-            torch.index_select(rows_SD, 0, negatives_bK.flatten(), out=rows_bKD)
-            rows_bKD = rows_bKD.view(*negatives_bK.shape, dim)
-            scaled_bK = torch.bmm(rows_bKD, queries_bD[:, :, None])[..., 0].float() / self.config.temperature
+            if dense:
+                scores_bK = (queries_bD @ rows_SD.T).gather(1, negatives_bK)
+            else:
+                rows_bKD = gathered[: negatives_bK.numel()]
+                torch.index_select(rows_SD, 0, negatives_bK.flatten(), out=rows_bKD)
+                rows_bKD = rows_bKD.view(*negatives_bK.shape, dim)
+                scores_bK = torch.bmm(rows_bKD, queries_bD[:, :, None])[..., 0]
+            scaled_bK = scores_bK.float() / self.config.temperature
             logits_bK = scaled_bK + self._logit_offset
-            out = terms[first : first + block]
             coefficients_bK = (weight / self.config.temperature) * torch.sigmoid(logits_bK)
-            out[:, :dim] = torch.bmm(coefficients_bK[:, None].to(rows_bKD.dtype), rows_bKD)[:, 0]
+            out = terms[first : first + block]
+            if dense:
+                coefficients_bS = coefficients_bK.new_zeros(len(out), num_rows)
+                coefficients_bS.scatter_add_(1, negatives_bK, coefficients_bK)
+                out[:, :dim] = coefficients_bS.to(rows_SD.dtype) @ rows_SD
+            else:
+                out[:, :dim] = torch.bmm(coefficients_bK[:, None].to(rows_SD.dtype), rows_bKD)[:, 0]
             out[:, dim] = weight * F.softplus(logits_bK).sum(dim=1)
             out[:, dim + 1] = 0
             out[:, dim + 2] = torch.logsumexp(scaled_bK, dim=1) + math.log(weight)

@@ -62,11 +62,11 @@ def all_ids(num_instances: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
-@pytest.mark.parametrize("proximal_weight", [0.0, 3.0])
+@pytest.mark.parametrize(("num_negatives", "proximal_weight"), [(5, 0.0), (20, 3.0)])
 def test_any_number_of_ranks_computes_the_formulas(
-    world_size: int, temperature: float, proximal_weight: float
+    world_size: int, temperature: float, num_negatives: int, proximal_weight: float
 ) -> None:
-    num_instances, num_negatives = 53, 20
+    num_instances = 53
     config = NCEConfig(temperature=temperature, num_negatives=num_negatives, proximal_weight=proximal_weight)
     ranks = run_ranks(world_size, step, num_instances, config, torch.float32)
     before = random_unit_rows(0, num_instances, DIM, seed=7).double().numpy()
@@ -176,13 +176,19 @@ def test_negatives_cover_every_row_evenly() -> None:
     assert abs(chi_squared - 199) < 5 * math.sqrt(2 * 199)
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block_bytes", [1, 3 * 7 * DIM * 4, 1 << 20])
+@pytest.mark.parametrize("rows_per_negative", [0, 100])
+def test_blocks_and_the_way_to_the_scores_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, rows_per_negative: int
+) -> None:
     objective = NCE(NCEConfig(num_negatives=7), 50, DIM)
     bank, queries = Bank(random_unit_rows(0, 50, DIM, seed=1)), unit(11, 2)
     negatives, weight = objective.draw(11, bank, torch.Generator().manual_seed(4))
-    whole = objective.negative_terms(queries, negatives, weight, bank.rows)
-    monkeypatch.setattr("instdisc.objectives.nce._BLOCK_BYTES", {"cpu": 3 * 7 * DIM * 4})
-    torch.testing.assert_close(objective.negative_terms(queries, negatives, weight, bank.rows), whole)
+    negatives[:, 3] = negatives[:, 5]  # a row may be drawn twice
+    expected = objective.negative_terms(queries, negatives, weight, bank.rows)
+    monkeypatch.setattr("instdisc.objectives.nce._BLOCK_BYTES", {"cpu": block_bytes})
+    monkeypatch.setattr("instdisc.objectives.nce._DENSE_ROWS_PER_NEGATIVE", rows_per_negative)
+    torch.testing.assert_close(objective.negative_terms(queries, negatives, weight, bank.rows), expected)
 
 
 @pytest.mark.parametrize("mode", ["moving-average", "frozen"])
