@@ -229,7 +229,8 @@ def main() -> None:
     for world_size in WORLD_SIZES:
         rows += measure_bytes(world_size, arguments.batch, arguments.dim)
     print(
-        f"n = {arguments.instances:,}, D = {arguments.dim}, batch {arguments.batch}, {device}, torch {torch.__version__}"
+        f"n = {arguments.instances:,}, D = {arguments.dim}, batch {arguments.batch}, {device}, "
+        f"torch {torch.__version__}"
     )
     print_table(rows)
     if arguments.json:

@@ -11,17 +11,15 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture, raise_root_cause
@@ -38,8 +36,6 @@ _RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Workers name their rank themselves.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    # `print` stays what it is; replaced by a logger, it breaks Ray's progress bars.
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # How often to look for failed and finished workers.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # A reclaimed node ends the group, and `max_restarts` alone decides what follows.
@@ -68,9 +64,8 @@ class LaunchConfig:
     collective_timeout_s: int = 600
     """Seconds after which a collective that a worker never joins fails."""
     max_restarts: int = 0
-    """How often to start the group again after a worker or node was lost. The function runs anew, so it must
-    resume from what it saved; where `num_workers` is None the new group is as large as the cluster allows by
-    then. Exceptions of the function itself are never retried."""
+    """How often to start again from the beginning after a worker or node was lost. Where `num_workers` is None the
+    new group is as large as the cluster allows by then. Errors of the program itself are never retried."""
 
     def __post_init__(self) -> None:
         """Refuse values that no cluster could satisfy."""
@@ -145,7 +140,7 @@ def launch(
     if _JOB_DIRECTORY in storage.as_posix():
         raise ClusterError(
             f"{storage} lies in the job's own copy of the working directory, which Ray deletes; give an absolute "
-            "path that all nodes share"
+            "path that all nodes share (--run-dir)"
         )
     task = functools.partial(_run_on_worker, function, payload, Path.cwd())
     with _ray():
@@ -155,34 +150,6 @@ def launch(
             except WorkerLostError as error:
                 logger.warning("%s; restart %d of %d", error, restart, config.max_restarts)
         return _run_group(task, config, name, storage, restarting=config.max_restarts > 0)
-
-
-class ProgressBar(Protocol):
-    """What the bars of `progress_bar` have in common."""
-
-    def update(self, n: int = 1) -> Any:
-        """Advance by n."""
-
-    def set_description(self, desc: str) -> Any:
-        """Replace the words before the bar."""
-
-    def close(self) -> Any:
-        """Leave the bar as it is."""
-
-
-def progress_bar(worker: Worker, total: int, description: str) -> ProgressBar:
-    """Return a bar that the person at the terminal sees; only rank 0's shows.
-
-    What a worker writes reaches the terminal line by line: an ordinary bar would show when it is complete.
-    """
-    if worker.is_first and "ray" in sys.modules:
-        import ray
-        from ray.experimental import tqdm_ray
-
-        if ray.is_initialized():
-            return tqdm_ray.tqdm(total=total, desc=description)
-    bar: ProgressBar = tqdm(total=total, desc=description, disable=not worker.is_first)
-    return bar
 
 
 def _run_group(

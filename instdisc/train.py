@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a recipe and print its results.
 
     Returns:
-        0, or 2 after an error that the user can put right, 1 after one of the cluster.
+        0, or 2 after an error that the user can put right, 1 after one of the cluster, 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(report(summary, run))
     return 0
 

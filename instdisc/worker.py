@@ -47,8 +47,10 @@ class _Run:
 
     def __init__(self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory) -> None:
         self.worker, self.recipe, self.config, self.run = worker, recipe, config, run
-        self.manifest = Manifest.load(run.next.manifest)
-        test = Manifest.load(run.next.test_manifest) if run.next.test_manifest.exists() else None
+        # After a restart of the workers the run has begun already.
+        prepared = run.next if run.next.path.exists() else run
+        self.manifest = Manifest.load(prepared.manifest)
+        test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
         self.trainer = Trainer(worker, config, len(self.manifest))
         self.probe = Probe(self.trainer, self.manifest, test, self._on_corrupt)
         self.order = Order(
@@ -64,7 +66,7 @@ class _Run:
     def complete(self) -> dict[str, Any]:
         """Baselines, training, last measurements, files."""
         self.trainer.exchange.barrier()
-        if self.worker.is_first:
+        if self.worker.is_first and self.run.next.path.exists():
             self.run.begin()
         self.trainer.exchange.barrier()
         if not self.probe.possible:

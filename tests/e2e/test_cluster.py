@@ -1,0 +1,58 @@
+"""Training on a cluster that runs already: by a job, and what a user sees when something is wrong on a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zarr
+
+from tests.ray_cluster import CHECKOUT, RayCluster
+
+SHORT = ["--training.epochs", "1", "--objective.num-negatives", "256", "--data.root", "DATA"]
+
+
+def short(tmp_path: Path, *more: str) -> list[str]:
+    arguments = [argument.replace("DATA", str(tmp_path / "data")) for argument in SHORT]
+    return ["-m", "instdisc.train", "sample", *arguments, "--run-dir", str(tmp_path / "run"), *more]
+
+
+def test_a_submitted_job_trains_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    job = ray_cluster.submit("python", *short(tmp_path), timeout_s=300)
+    assert job.returncode == 0, job.stdout
+    assert "run directory" in job.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 39)
+    assert zarr.open_array(tmp_path / "run" / "bank.zarr", mode="r").shape == (5000, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        pytest.param(["--training.batch-size", "127"], ["batch of 127", "multiple of 2"], id="batch"),
+        pytest.param(
+            ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"],
+            ["step 1", "not finite on rank", "the bank from before this step"],
+            id="not finite",
+        ),
+    ],
+)
+def test_errors_of_workers_reach_the_user(
+    ray_cluster: RayCluster, tmp_path: Path, options: list[str], texts: list[str]
+) -> None:
+    program = subprocess.run(
+        [sys.executable, *short(tmp_path, *options)],
+        cwd=CHECKOUT,
+        env=os.environ | ray_cluster.environment | {"RAY_ADDRESS": ray_cluster.address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert program.returncode == 2, program.stderr
+    assert "Traceback" not in program.stderr
+    for text in texts:
+        assert text in program.stderr
