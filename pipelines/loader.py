@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 import torch
 
@@ -80,8 +82,8 @@ def open_loader(
         seed: Key of the random views.
         device: Where the batches go; DALI also decodes there.
         config: How they are produced.
-        on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, in the consumer's
-            thread; a warning is logged by default.
+        on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
+            loader, before the batch is returned; a warning is logged by default.
 
     Returns:
         An iterator over `Batch`, to be closed (it is a context manager).
@@ -106,7 +108,7 @@ def open_loader(
     )
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
-        return HostLoader(job)
+        return _OneAhead(HostLoader(job))
     if not has_dali:
         raise DataError(
             "the DALI loader is asked for, but DALI is not installed: install the extra with "
@@ -114,7 +116,43 @@ def open_loader(
         )
     from pipelines.dali import DaliLoader  # not at the top: DALI is optional
 
-    return DaliLoader(job)
+    return _OneAhead(DaliLoader(job))
+
+
+class _OneAhead:
+    """Implements `Loader`: has the next batch put together in a thread while the consumer works on this one."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._following: Future[Batch | None] | None = self._thread.submit(next, loader, None)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._following is None:
+            raise StopIteration
+        following, self._following = self._following, None  # an error is raised once, and ends the loader
+        batch = following.result()
+        if batch is None:
+            raise StopIteration
+        self._following = self._thread.submit(next, self._loader, None)
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and drop the batches under way. The loader yields nothing more."""
+        self._following = None
+        self._thread.shutdown()
+        self._loader.close()
 
 
 def _warn(row: int, name: str, reason: str) -> None:
