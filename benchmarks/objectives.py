@@ -81,7 +81,7 @@ def measure_nce(num_instances: int, dim: int, batch: int, dtype: torch.dtype, de
     generator = torch.Generator(device)
 
     def ours() -> tuple[Tensor, Tensor]:
-        terms = objective.shard_terms(queries, ids, bank, generator.manual_seed(3))
+        terms = objective.shard_terms(queries, ids, bank, generator.manual_seed(3), torch.clone)
         result = objective.merge(terms[None], ids)
         return result.loss_B, result.gradient_BD
 
@@ -176,7 +176,9 @@ def count_bytes(
             rank * local :
         ][:local]
         queries, all_ids = exchange.gather(embeddings, ids)
-        terms = objective.shard_terms(queries, all_ids, bank, torch.Generator().manual_seed(rank))
+        terms = objective.shard_terms(
+            queries, all_ids, bank, torch.Generator().manual_seed(rank), exchange.log_sum_exp
+        )
         result = objective.merge(exchange.to_askers(terms), ids)
         exchange.sum(torch.zeros(len(result.sums) + 1 + world_size, dtype=torch.float64))
         bank.update(*exchange.route(embeddings, all_ids, partition), momentum=0.5)

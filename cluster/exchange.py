@@ -120,6 +120,21 @@ class Exchange:
         self._count_all_reduce(values)
         return total
 
+    def log_sum_exp(self, values: Tensor) -> Tensor:
+        """Elementwise `log Σ exp` over the ranks.
+
+        Args:
+            values: floating point, any shape, the same on every rank; not changed.
+
+        Collectives: one all-gather; every rank must call.
+        """
+        if self.world_size == 1:
+            return values
+        gathered = values.new_empty(self.world_size, *values.shape)
+        dist.all_gather_into_tensor(gathered, values.contiguous()[None])
+        self.sent_bytes += values.numel() * values.element_size() * (self.world_size - 1)
+        return torch.logsumexp(gathered, dim=0)
+
     def maximum(self, values: Tensor) -> Tensor:
         """Elementwise maximum over the ranks.
 

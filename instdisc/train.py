@@ -81,6 +81,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         args=arguments[1:],
         prog=f"python -m instdisc.train {name}",
         description=recipe.description,
+        config=(tyro.conf.AvoidSubcommands,),
     )
     return name, config
 

@@ -159,7 +159,9 @@ class Trainer:
     def _objective_result(self, embeddings_BD: Tensor, instance_ids_B: Tensor) -> tuple[Result, Tensor]:
         """Queries to all owners, their parts back: loss and gradient, and the ids of all ranks."""
         queries_GD, ids_G = self.exchange.gather(embeddings_BD.to(self.bank.rows.dtype), instance_ids_B)
-        terms_GC = self.objective.shard_terms(queries_GD, ids_G, self.bank, self._generator)
+        terms_GC = self.objective.shard_terms(
+            queries_GD, ids_G, self.bank, self._generator, self.exchange.log_sum_exp
+        )
         return self.objective.merge(self.exchange.to_askers(terms_GC), instance_ids_B), ids_G
 
     def _autocast(self) -> AbstractContextManager[object]:

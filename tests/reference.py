@@ -68,3 +68,27 @@ def weighted_knn(
     for row in np.argsort(-similarities, kind="stable")[:k]:
         votes[labels[row]] += np.exp(similarities[row] / temperature)
     return votes
+
+
+def softmax(
+    f: Array, positive: int, bank: Array, *, temperature: float, proximal_weight: float
+) -> tuple[float, Array]:
+    """The non-parametric softmax of one image over all rows of the bank (Wu et al. 2018, Eq. 2).
+
+    Args:
+        f: (D,), the embedding.
+        positive: Its instance id.
+        bank: (n, D).
+        temperature: τ.
+        proximal_weight: λ.
+
+    Returns:
+        Loss and its gradient by f (D,).
+    """
+    scores = bank @ f / temperature
+    log_partition = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+    probabilities = np.exp(scores - log_partition)
+    difference = f - bank[positive]
+    loss = log_partition - scores[positive] + proximal_weight * difference @ difference
+    gradient = (probabilities @ bank - bank[positive]) / temperature + 2 * proximal_weight * difference
+    return float(loss), gradient

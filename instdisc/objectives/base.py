@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from instdisc.bank import Bank
+
+MergeLogSums = Callable[[Tensor], Tensor]
+"""From every rank's logarithms of sums, float32 (G,), to the logarithm of the sum over all ranks, the same on all."""
 
 
 class Result(NamedTuple):
@@ -34,9 +37,25 @@ class Objective(Protocol):
     """
 
     def shard_terms(
-        self, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank, generator: torch.Generator
+        self,
+        queries_GD: Tensor,
+        instance_ids_G: Tensor,
+        bank: Bank,
+        generator: torch.Generator,
+        merge_log_sums: MergeLogSums,
     ) -> Tensor:
-        """The owner's part for the queries of all ranks, float32 (G, C); C is the objective's own."""
+        """The owner's part for the queries of all ranks.
+
+        Args:
+            queries_GD: (G, D), unit rows, dtype of the bank.
+            instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
+            bank: This rank's rows.
+            generator: For what the objective draws, on the device of the bank; seeded differently on every rank.
+            merge_log_sums: How the owners agree on a sum over all rows; every rank calls it equally often.
+
+        Returns:
+            float32 (G, C); what the C columns are is the objective's own affair.
+        """
         ...
 
     def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:

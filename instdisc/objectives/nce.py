@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from instdisc.bank import Bank
-from instdisc.objectives.base import Result
+from instdisc.objectives.base import MergeLogSums, Result
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
@@ -81,15 +81,14 @@ class NCE:
         self.batches_seen = 0
 
     def shard_terms(
-        self, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank, generator: torch.Generator
+        self,
+        queries_GD: Tensor,
+        instance_ids_G: Tensor,
+        bank: Bank,
+        generator: torch.Generator,
+        merge_log_sums: MergeLogSums,
     ) -> Tensor:
-        """This owner's share of loss and gradient, for the queries of all ranks.
-
-        Args:
-            queries_GD: (G, D), unit rows, dtype of the bank.
-            instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
-            bank: This rank's rows.
-            generator: Draws the negatives, on the device of the bank; seeded differently on every rank.
+        """This owner's share of loss and gradient; see `Objective.shard_terms`. The owners need no agreement.
 
         Returns:
             float32 (G, D + 3): gradient; loss; similarity to the positive, 0 where another rank owns it; log of this

@@ -35,7 +35,7 @@ def step(rank: int, world_size: int, num_instances: int, config: NCEConfig, dtyp
     embeddings, ids = unit(12, 1)[mine], all_ids(num_instances)[mine]
     queries, all_rank_ids = exchange.gather(embeddings.to(dtype), ids)
     generator = torch.Generator().manual_seed(100 + rank)
-    terms = objective.shard_terms(queries, all_rank_ids, bank, generator)
+    terms = objective.shard_terms(queries, all_rank_ids, bank, generator, exchange.log_sum_exp)
     negatives, weight = objective.draw(len(queries), bank, generator.manual_seed(100 + rank))
     result = objective.merge(exchange.to_askers(terms), ids)
     sums = exchange.sum(torch.stack([*result.sums.values(), (ids >= 0).sum().double()]))
@@ -125,7 +125,7 @@ def test_gradient_is_the_derivative_of_the_loss() -> None:
 
     def loss_and_gradient(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
         terms = objective.shard_terms(
-            queries.float(), ids, Bank(bank.rows.float()), torch.Generator().manual_seed(1)
+            queries.float(), ids, Bank(bank.rows.float()), torch.Generator().manual_seed(1), torch.clone
         )
         result = objective.merge(terms[None], ids)
         return float(result.loss_B[0]), result.gradient_BD[0]
