@@ -29,12 +29,12 @@ RECIPES: dict[str, Recipe] = {
         "for the accuracy see the README.",
         RunConfig(
             data=DataConfig(path="sample", test_path="sample:test"),
-            augmentation=Augmentation(image_size=32, mean=_CIFAR_MEAN, std=_CIFAR_STD),
+            augmentation=Augmentation(image_size=32, hue=0.1, mean=_CIFAR_MEAN, std=_CIFAR_STD),
             backbone=BackboneConfig(name="resnet8"),
             objective=NCEConfig(temperature=0.1),
-            optimizer=OptimizerConfig(schedule="cosine", warmup_epochs=6, weight_decay=5e-4),
-            training=TrainingConfig(epochs=60, batch_size=128),
-            probe=ProbeConfig(every=10),
+            optimizer=OptimizerConfig(schedule="cosine", warmup_epochs=16, weight_decay=5e-4),
+            training=TrainingConfig(epochs=55, batch_size=128),
+            probe=ProbeConfig(every=20),
         ),
     ),
     "cifar10-npid": Recipe(
@@ -72,8 +72,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "imagenet-resnet50-softmax": Recipe(
-        "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which Wu et "
-        "al. 2018 held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is published.",
+        "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which "
+        "Wu et al. 2018 held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is published.",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             objective=SoftmaxConfig(),
