@@ -72,8 +72,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "imagenet-resnet50-softmax": Recipe(
-        "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which "
-        "Wu et al. 2018 held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is published.",
+        "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which the "
+        "2018 paper held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is known.",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             objective=SoftmaxConfig(),
