@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE, NCEConfig
+from instdisc.objectives import NCE, OBJECTIVES, NCEConfig, ObjectiveConfig, SoftmaxConfig
 
 REPEATS = 9
 WORLD_SIZES = (1, 2, 4)
@@ -71,42 +71,69 @@ def gather_then_bmm(
     return loss.detach(), gradient
 
 
-def measure_nce(num_instances: int, dim: int, batch: int, dtype: torch.dtype, device: torch.device) -> Row:
-    config = NCEConfig()
-    objective = NCE(config, num_instances, dim)
-    bank = Bank(random_unit_rows(0, num_instances, dim, seed=0).to(device, dtype))
-    queries = F.normalize(torch.randn(batch, dim, generator=torch.Generator().manual_seed(1)), dim=1)
-    queries = queries.to(device, dtype)
+def materialised_softmax(
+    queries: Tensor, positives: Tensor, bank: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient as public code computes them: all logits of the batch at once, then autograd."""
+    queries = queries.detach().requires_grad_()
+    logits = (queries @ bank.T).float() / temperature
+    loss = F.cross_entropy(logits, positives, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), queries)
+    return loss.detach(), gradient
+
+
+def measure(
+    config: ObjectiveConfig,
+    peer_name: str,
+    dtype: torch.dtype,
+    peer_dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> Row:
+    """Time and memory of one objective beside a peer on the same numbers."""
+    num_instances, dim, batch = sizes
+    objective = OBJECTIVES[type(config)](config, num_instances, dim)
+    exact = random_unit_rows(0, num_instances, dim, seed=0).to(device)
+    bank, peer_bank = Bank(exact.to(dtype)), Bank(exact.to(peer_dtype))
+    queries = F.normalize(torch.randn(batch, dim, generator=torch.Generator().manual_seed(1)), dim=1).to(
+        device
+    )
     ids = torch.randperm(num_instances, generator=torch.Generator().manual_seed(2))[:batch].to(device)
     generator = torch.Generator(device)
+    noise = NCE(config if isinstance(config, NCEConfig) else NCEConfig(), num_instances, dim)
 
     def ours() -> tuple[Tensor, Tensor]:
-        terms = objective.shard_terms(queries, ids, bank, generator.manual_seed(3), torch.clone)
+        terms = objective.shard_terms(queries.to(dtype), ids, bank, generator.manual_seed(3), torch.clone)
         result = objective.merge(terms[None], ids)
         return result.loss_B, result.gradient_BD
 
-    def peer() -> tuple[Tensor, Tensor]:
-        negatives, _ = objective.draw(batch, bank, generator.manual_seed(3))
-        return gather_then_bmm(queries, ids, negatives, bank.rows, config, objective.log_partition)
+    def gathered() -> tuple[Tensor, Tensor]:
+        negatives, _ = noise.draw(batch, peer_bank, generator.manual_seed(3))
+        sample = (queries.to(peer_dtype), ids, negatives, peer_bank.rows)
+        return gather_then_bmm(*sample, noise.config, noise.log_partition)
 
-    for mine, theirs in zip(ours(), peer(), strict=True):
+    def materialised() -> tuple[Tensor, Tensor]:
+        return materialised_softmax(queries.to(peer_dtype), ids, peer_bank.rows, config.temperature)
+
+    peer = {"gather then bmm": gathered, "all logits": materialised}[peer_name]
+    if isinstance(config, NCEConfig) == (peer is gathered):
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(
-            mine, theirs.float(), rtol=tolerance, atol=tolerance * float(theirs.abs().max())
-        )
+        for mine, theirs in zip(ours(), peer(), strict=True):
+            scale = float(theirs.abs().max())
+            torch.testing.assert_close(mine, theirs.float(), rtol=tolerance, atol=tolerance * scale)
     seconds, peer_seconds = alternate(ours, peer, device)
     return Row(
-        "nce",
-        str(dtype).removeprefix("torch."),
-        1,
-        seconds,
-        "gather then bmm",
-        peer_seconds,
-        peer_seconds / seconds,
-        extra_megabytes(ours, device),
-        extra_megabytes(peer, device),
-        0,
-        0,
+        objective="nce" if isinstance(config, NCEConfig) else "softmax",
+        dtype=str(dtype).removeprefix("torch."),
+        world_size=1,
+        seconds=seconds,
+        peer=f"{peer_name}, {str(peer_dtype).removeprefix('torch.')}",
+        peer_seconds=peer_seconds,
+        speedup=peer_seconds / seconds,
+        extra_megabytes=extra_megabytes(ours, device),
+        peer_extra_megabytes=extra_megabytes(peer, device),
+        sent_bytes=0,
+        sent_bytes_limit=0,
     )
 
 
@@ -206,12 +233,19 @@ def measure_bytes(world_size: int, batch: int, dim: int) -> list[Row]:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"{'objective':<30}{'dtype':<10}{'W':>2}{'ms':>9}{'peer ms':>9}{'speedup':>9}", end="")
+    print(
+        f"{'objective':<28}{'dtype':<10}{'W':>2}{'ms':>9}  {'peer':<26}{'peer ms':>9}{'speedup':>9}", end=""
+    )
     print(f"{'extra MB':>10}{'peer MB':>9}{'sent bytes':>12}{'limit':>9}")
     for row in rows:
-        print(f"{row.objective:<30}{row.dtype:<10}{row.world_size:>2}{1e3 * row.seconds:>9.1f}", end="")
-        print(f"{1e3 * row.peer_seconds:>9.1f}{row.speedup:>9.2f}{row.extra_megabytes:>10.1f}", end="")
-        print(f"{row.peer_extra_megabytes:>9.1f}{row.sent_bytes:>12,}{row.sent_bytes_limit:>9,}")
+        timed = f"{1e3 * row.seconds:>9.1f}  {row.peer:<26}{1e3 * row.peer_seconds:>9.1f}{row.speedup:>9.2f}"
+        memory = f"{row.extra_megabytes:>10.1f}{row.peer_extra_megabytes:>9.1f}"
+        sent = f"{row.sent_bytes:>12,}{row.sent_bytes_limit:>9,}"
+        print(
+            f"{row.objective:<28}{row.dtype:<10}{row.world_size:>2}{timed}{memory}{sent}".replace(
+                "nan", "  -"
+            )
+        )
 
 
 def main() -> None:
@@ -224,9 +258,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (arguments.instances, arguments.dim, arguments.batch)
+    full, half = torch.float32, torch.bfloat16
     rows = [
-        measure_nce(arguments.instances, arguments.dim, arguments.batch, dtype, device)
-        for dtype in (torch.float32, torch.bfloat16)
+        measure(NCEConfig(), "gather then bmm", full, full, sizes, device),
+        measure(NCEConfig(), "gather then bmm", half, half, sizes, device),
+        measure(SoftmaxConfig(), "all logits", full, full, sizes, device),
+        measure(SoftmaxConfig(), "gather then bmm", half, full, sizes, device),
     ]
     for world_size in WORLD_SIZES:
         rows += measure_bytes(world_size, arguments.batch, arguments.dim)

@@ -14,6 +14,7 @@ import zarr
 from PIL import Image
 
 from instdisc.backbone import BackboneConfig, build_embedder
+from instdisc.recipes import RECIPES
 from instdisc.train import main, parse
 from pipelines.manifest import Manifest
 
@@ -156,6 +157,16 @@ def test_options(run: Run, tmp_path: Path, options: list[str]) -> None:
     assert status == 0, said
 
 
+@pytest.mark.usefixtures("run")
+def test_the_softmax_over_all_images_trains(tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "train", 45, classes=3)
+    small = [option for option in SMALL if option not in ("--objective.num-negatives", "32")]
+    options = ["--augmentation.image-size", "16", "--backbone.name", "resnet8", "--data.test-path", "None"]
+    status = main(["cifar10-softmax", *small, *options, "--data.path", str(images), "--run-dir", "out"])
+    assert status == 0
+    assert summary_of(tmp_path / "out")["recipe"] == "cifar10-softmax"
+
+
 def test_loader_and_host_decode_give_the_same_weights_up_to_rounding(run: Run, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "train", 20)
     losses = []
@@ -220,7 +231,7 @@ def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     assert exit_.value.code == 0
     said = capsys.readouterr().out
-    for recipe in ("sample", "cifar10-npid", "imagenet-resnet50-npid"):
+    for recipe in RECIPES:
         assert recipe in said
         parse([recipe])
 
