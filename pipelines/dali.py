@@ -80,6 +80,7 @@ class DaliLoader:
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""
         self._ahead.close()
+        self._reader.close()
         self._under_way.clear()
         self._pipeline = None
 

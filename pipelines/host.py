@@ -49,6 +49,7 @@ class HostLoader:
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""
         self._ahead.close()
+        self._reader.close()
 
     def __next__(self) -> Batch:
         job = self._job

@@ -51,6 +51,10 @@ class ImageReader:
             raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
         return data
 
+    def close(self) -> None:
+        """Close all files, once nobody reads any more."""
+        self._open.cache_clear()
+
 
 class _Source:
     """A file that is open as long as somebody refers to it."""

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 import sys
@@ -145,6 +146,24 @@ def test_no_thread_outlives_the_loader(manifest: Manifest, backend: str) -> None
     with pytest.raises(KeyError):
         use_and_fail()
     assert set(threading.enumerate()) <= before
+
+
+def test_no_file_stays_open_after_the_loader(manifest: Manifest, backend: str) -> None:
+    def open_files() -> set[Path]:
+        links = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+        return {path for path in map(Path, links) if path.parent == manifest.root}
+
+    gc.collect()
+    assert not open_files()
+    gc.disable()  # what only the garbage collector would close is not closed
+    try:
+        for _ in range(3):
+            with open_any(manifest, in_order(COUNT, 4), backend) as loader:
+                next(loader)
+                assert open_files()
+            assert not open_files()
+    finally:
+        gc.enable()
 
 
 def test_a_closed_loader_is_at_its_end(manifest: Manifest, backend: str) -> None:
