@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -12,8 +12,11 @@ import numpy.typing as npt
 import torch
 
 from pipelines.augment import Augmentation, ViewParameters, evaluation_views, training_views
+from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+
+_TOO_MANY_TO_BE_CHANCE = 8  # images of a batch, none of which can be used
 
 OnCorrupt = Callable[[int, str, str], None]
 
@@ -90,21 +93,30 @@ class LoaderJob:
             self.augmentation, rows, heights, widths, seed=self.seed, epoch=request.epoch, views=self.views
         )
 
-    def report(self, row: int, reason: str) -> None:
-        """Tell the user about an image that cannot be decoded, unless it was told before."""
-        if row not in self._reported:
-            self._reported.add(row)
-            self.on_corrupt(row, self.manifest.name(row), reason)
-
-    def to_batch(self, images: torch.Tensor, instance_ids: npt.NDArray[np.int64]) -> Batch:
-        """Finish a batch.
+    def to_batch(
+        self, images: torch.Tensor, rows: npt.NDArray[np.int64], failures: Mapping[int, str]
+    ) -> Batch:
+        """Finish a batch, and tell the user about its corrupt images unless they were told before.
 
         Args:
             images: float32 (V, B, H, W, 3), contiguous; those of corrupt images are overwritten.
-            instance_ids: int64 (B,), -1 where the image is corrupt.
+            rows: int64 (B,), what was asked for.
+            failures: Why an image is corrupt, by row.
+
+        Raises:
+            DataError: If no image of a batch of at least 8 can be used: then the fault is not with the images.
         """
-        corrupt = np.flatnonzero(instance_ids < 0)
-        if len(corrupt):
+        corrupt = np.isin(rows, list(failures))
+        if len(rows) >= _TOO_MANY_TO_BE_CHANCE and corrupt.all():
+            examples = [f"{self.manifest.name(row)} {reason}" for row, reason in sorted(failures.items())[:3]]
+            raise DataError(
+                f"none of the {len(rows)} images of a batch can be read and decoded, e.g. {'; '.join(examples)}; "
+                f"check that {self.manifest.root} is on storage that every node sees and still holds the data"
+            )
+        for row in sorted(failures.keys() - self._reported):
+            self._reported.add(row)
+            self.on_corrupt(row, self.manifest.name(row), failures[row])
+        if failures:
             images[:, torch.from_numpy(corrupt)] = 0
-        ids = torch.from_numpy(instance_ids).to(images.device, non_blocking=True)
+        ids = torch.from_numpy(np.where(corrupt, -1, rows)).to(images.device, non_blocking=True)
         return Batch(images.permute(0, 1, 4, 2, 3), ids)

@@ -98,11 +98,8 @@ class DaliLoader:
                 self._start()
             else:
                 self._schedule([following])
-        instance_ids = encoded.rows.copy()
-        for index, reason in encoded.failures.items():
-            instance_ids[index] = -1
-            self._job.report(int(encoded.rows[index]), reason)
-        return self._job.to_batch(images, instance_ids)
+        failures = {int(encoded.rows[index]): reason for index, reason in encoded.failures.items()}
+        return self._job.to_batch(images, encoded.rows, failures)
 
     def _next_encoded(self, count: int) -> list[_Encoded]:
         batches: list[_Encoded] = []

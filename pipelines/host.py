@@ -54,15 +54,12 @@ class HostLoader:
     def __next__(self) -> Batch:
         job = self._job
         request, pieces = next(self._ahead)
-        instance_ids = request.rows.copy()
-        for row, reason in (failure for piece in pieces for failure in piece.failures.items()):
-            instance_ids[request.rows == row] = -1
-            job.report(row, reason)
+        failures = {row: reason for piece in pieces for row, reason in piece.failures.items()}
         pixels = torch.from_numpy(np.concatenate([piece.pixels for piece in pieces], axis=1)).to(job.device)
         std = torch.tensor(job.augmentation.std, device=job.device)
         mean = torch.tensor(job.augmentation.mean, device=job.device)
         images = torch.mul(pixels, 1 / (255 * std)).sub_(mean / std)
-        return job.to_batch(images, instance_ids)
+        return job.to_batch(images, request.rows, failures)
 
     def _load(self, request: Request) -> _Piece:
         size, manifest = self._job.augmentation.image_size, self._job.manifest

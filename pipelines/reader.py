@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import weakref
@@ -14,10 +15,14 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 
 from pipelines.decode import CorruptImage
+from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 
 _OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
+# These may be about one file alone. All others (too many open files, a failing disk) strike any image next.
+_ABOUT_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 Result = TypeVar("Result")
 
@@ -38,7 +43,9 @@ class ImageReader:
         """Return the encoded image of a row.
 
         Raises:
-            CorruptImage: If the source has gone, cannot be read, or ends too early.
+            CorruptImage: If the source alone has gone, may not be read, or ends too early.
+            DataError: If the trouble is not with this file: the manifest's root cannot be reached, the disk or
+                the network fails, or too many files are open.
         """
         manifest = self._manifest
         offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
@@ -46,7 +53,7 @@ class ImageReader:
         try:
             data = self._open(path).read(offset, size)
         except OSError as error:
-            raise CorruptImage(f"cannot be read: {error.strerror or error}") from error
+            raise self._finding(path, error) from error
         if len(data) < size:
             raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
         return data
@@ -54,6 +61,19 @@ class ImageReader:
     def close(self) -> None:
         """Close all files, once nobody reads any more."""
         self._open.cache_clear()
+
+    def _finding(self, path: Path, error: OSError) -> CorruptImage | DataError:
+        if error.errno in _ABOUT_ONE_FILE:
+            try:
+                os.stat(os.path.join(self._manifest.root, "."))  # noqa: PTH116, PTH118  Path drops the dot
+                return CorruptImage(f"cannot be read: {error.strerror}")
+            except OSError as root_error:
+                path, error = self._manifest.root, root_error
+        if error.errno in _TOO_MANY_OPEN:
+            remedy = "allow more open files (`ulimit -n`), or open fewer loaders"
+        else:
+            remedy = "the data must lie on storage that every node sees under this path; check that it works"
+        return DataError(f"cannot read {path}: {error.strerror or error}; {remedy}")
 
 
 class _Source:

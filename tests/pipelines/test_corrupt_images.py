@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Order, Request
 from tests.pipelines.images import (
@@ -170,3 +171,31 @@ def test_corrupt_images_are_logged_by_default(
     assert [record.message for record in caplog.records] == [
         f"image 0002 (row 2) is left out: is cut short: 8 of {manifest.sizes[2]} bytes"
     ]
+
+
+def test_data_that_cannot_be_reached_is_an_error(tmp_path: Path, backend: str) -> None:
+    (tmp_path / "data").mkdir()
+    manifest = photos(tmp_path / "data", 2)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    with (
+        open_any(manifest, in_order(2, 2), backend) as loader,
+        pytest.raises(DataError, match=rf"cannot read {manifest.root}: No such file .*that every node sees"),
+    ):
+        next(loader)
+
+
+def test_a_batch_without_any_good_image_is_an_error(tmp_path: Path, backend: str) -> None:
+    manifest = photos(tmp_path, 17)
+    spoil(manifest, set(range(8, 17)))
+    (tmp_path / "0009").unlink()
+    found: list = []
+    with open_any(manifest, in_order(17, 8), backend, on_corrupt=collector(found)) as loader:
+        assert next(loader).instance_ids.tolist() == list(range(8))
+        with pytest.raises(
+            DataError, match=r"none of the 8 images .*0008 .*; 0009 cannot be read: No such file"
+        ):
+            next(loader)
+        with pytest.raises(StopIteration):
+            next(loader)
+    few = load(manifest, [Request(0, np.arange(8, 15))], backend, on_corrupt=collector(found))
+    assert few[0].instance_ids.tolist() == [-1] * 7

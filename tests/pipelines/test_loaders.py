@@ -150,8 +150,8 @@ def test_no_thread_outlives_the_loader(manifest: Manifest, backend: str) -> None
 
 def test_no_file_stays_open_after_the_loader(manifest: Manifest, backend: str) -> None:
     def open_files() -> set[Path]:
-        links = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
-        return {path for path in map(Path, links) if path.parent == manifest.root}
+        links = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        return {path for path in links if path.parent == manifest.root}
 
     gc.collect()
     assert not open_files()
