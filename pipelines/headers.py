@@ -15,7 +15,10 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _NOT_FRAMES = frozenset((0xC4, 0xC8, 0xCC))  # between the start-of-frame markers C0 to CF
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
-_LIMIT = 2**31
+# No more than Pillow accepts by default: decoded, such an image takes half a gigabyte.
+MAX_PIXELS = 178_956_970
+# Pillow's own limit would bind the loader without DALI only, and comes with a warning from half of it on.
+Image.MAX_IMAGE_PIXELS = None
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
@@ -33,7 +36,7 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
         size: Bytes in the file.
 
     Raises:
-        HeaderError: Empty, not an image, or cut short inside the header.
+        HeaderError: Empty, not an image, cut short inside the header, or of more than `MAX_PIXELS` pixels.
     """
     if size == 0:
         raise HeaderError("empty (0 bytes)")
@@ -47,8 +50,12 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
             found = _pillow_size(read(size))
         if found:
             height, width = found
-            if not (0 < height < _LIMIT and 0 < width < _LIMIT):
+            if height <= 0 or width <= 0:
                 raise HeaderError(f"header says {height} x {width} pixels")
+            if height * width > MAX_PIXELS:
+                raise HeaderError(
+                    f"too large: {height} x {width} pixels, the most are {MAX_PIXELS:,}; scale or cut it"
+                )
             return height, width
         if count >= size:
             break

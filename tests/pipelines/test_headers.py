@@ -1,5 +1,6 @@
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.headers import HeaderError, image_size
+from pipelines.headers import MAX_PIXELS, HeaderError, image_size
 from tests.pipelines.stored import HEIGHT, ODD, WIDTH
 
 
@@ -70,6 +71,22 @@ def test_never_guesses_from_a_header_that_is_cut_short(name: str) -> None:
 def test_says_what_is_wrong(content: bytes, reason: str) -> None:
     with pytest.raises(HeaderError, match=reason):
         size_of(content)
+
+
+def header_of_png(height: int, width: int) -> bytes:
+    png = ODD["rgb.png"]
+    return png[:16] + width.to_bytes(4) + height.to_bytes(4) + png[24:]
+
+
+@pytest.mark.parametrize("form", [header_of_png, lambda height, width: b"P6 %d %d 255\n" % (width, height)])
+@pytest.mark.filterwarnings("error")
+def test_one_limit_for_the_number_of_pixels(form: Callable[[int, int], bytes]) -> None:
+    assert size_of(form(MAX_PIXELS // 2, 2)) == (MAX_PIXELS // 2, 2)
+    for height, width in ((MAX_PIXELS + 1, 1), (14_000, 14_000), (200_000, 200_000)):
+        with pytest.raises(
+            HeaderError, match=f"too large: {height} x {width} pixels, the most are 178,956,970"
+        ):
+            size_of(form(height, width))
 
 
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF", b"BM", b"II*\x00", b"P6 ")
