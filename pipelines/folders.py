@@ -1,6 +1,7 @@
 """Folders of images, with or without classes."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ _SPLITS = frozenset(("test", "train", "unlabeled", "unlabelled", "val", "valid",
 
 def scan_folder(root: Path, *, labels: Labels, show_progress: bool) -> Scan:
     """List the images in `root` at any depth, sorted by path; hidden files and folders do not count.
+
+    Links are followed, but each folder counts once.
 
     Args:
         root: The folder.
@@ -54,20 +57,33 @@ def _class_names(root: Path, images: list[str], labels: Labels) -> tuple[str, ..
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files, relative to `root`, links followed."""
+    """Paths of all files, relative to `root`. Links to folders are followed, but no folder is entered twice.
+
+    What really lies in `root` comes first, so that its names do not depend on links to it.
+    """
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
 
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
-        here = Path(folder)
-        subfolders[:] = [name for name in subfolders if name[0] != "." and not _leads_up(here, name)]
-        relative = here.relative_to(root).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        yield from (prefix + name for name in files if name[0] != ".")
+    seen: set[tuple[int, int]] = set()
+    starts = deque([root])
+    while starts:
+        for folder, subfolders, files in os.walk(starts.popleft(), onerror=fail):
+            here = Path(folder)
+            status = here.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in seen:
+                subfolders.clear()
+                continue
+            seen.add(identity)
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            links = [here / name for name in subfolders if (here / name).is_symlink()]
+            starts.extend(link for link in links if not _leads_up(link))  # os.walk does not enter links
+            relative = here.relative_to(root).as_posix()
+            prefix = "" if relative == "." else f"{relative}/"
+            yield from (prefix + name for name in files if name[0] != ".")
 
 
-def _leads_up(folder: Path, name: str) -> bool:
-    """Whether `name` links to `folder` or one above it, and would be followed for ever."""
-    path = folder / name
-    return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
+def _leads_up(link: Path) -> bool:
+    """Whether a link leads to a folder above it, which may hold far more than the data set."""
+    return link.parent.resolve().is_relative_to(link.resolve())

@@ -65,6 +65,18 @@ def test_links_are_followed_but_not_for_ever(tmp_path: Path) -> None:
     assert list(build_manifest(root).keys) == ["cat/1.png", "dog/1.png"]
 
 
+def test_links_do_not_multiply_images(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "root", "a/1.png", "b/2.png")
+    (root / "a" / "link").symlink_to("../b")
+    (root / "b" / "link").symlink_to("../a")
+    assert list(build_manifest(root).keys) == ["a/1.png", "b/2.png"]
+    write_files(tmp_path / "elsewhere", "3.png", "deep/4.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    for name in ("0", "c"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    assert list(build_manifest(root).keys) == ["0/3.png", "0/deep/4.png", "a/1.png", "b/2.png"]
+
+
 def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     manifest = build_manifest(write_files(tmp_path, name))
