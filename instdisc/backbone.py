@@ -65,7 +65,7 @@ def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:
 
 
 def check_backbone(config: BackboneConfig, image_size: int) -> None:
-    """Refuse a network that is unknown or cannot take the images, at no cost: nothing is allocated or computed.
+    """Refuse a network that is unknown or cannot take the images; costs next to nothing.
 
     Args:
         config: Settings.
@@ -74,15 +74,20 @@ def check_backbone(config: BackboneConfig, image_size: int) -> None:
     Raises:
         ConfigError: With what to change.
     """
-    with torch.device("meta"):
-        embedder = build_embedder(config, image_size).eval()
-        try:
-            shape = embedder(torch.empty(1, 3, image_size, image_size)).shape
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise ConfigError(
-                f"backbone {config.name} cannot take images of {image_size} pixels ({str(error).splitlines()[0]}): "
-                "change --augmentation.image-size or --backbone.name"
-            ) from error
+    try:
+        with torch.device("meta"):  # shapes only
+            embedder = build_embedder(config, image_size)
+    except NotImplementedError:  # some networks work out their sizes with tensors
+        embedder = build_embedder(config, image_size)
+    device = next(embedder.parameters()).device
+    try:
+        with torch.no_grad():
+            shape = embedder.eval()(torch.empty(1, 3, image_size, image_size, device=device)).shape
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"backbone {config.name} cannot take images of {image_size} pixels ({str(error).splitlines()[0]}): "
+            "change --augmentation.image-size or --backbone.name"
+        ) from error
     assert shape == (1, config.embedding_dim), shape
 
 
@@ -101,9 +106,13 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     )
     if image_size <= _SMALL_IMAGE:
         _shrink_stem(backbone)
-    head = [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1:]
-    if head and head[0].weight.device.type != "meta" and not head[0].weight.any():
-        head[0].reset_parameters()  # vision transformers start with a head of zeros, which has no direction
+    head = list(backbone.modules())[-1]
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"backbone {config.name} does not end in a linear classifier: use another --backbone.name"
+        )
+    if head.weight.device.type != "meta" and not head.weight.any():
+        head.reset_parameters()  # vision transformers start with a head of zeros, which has no direction
     return backbone
 
 

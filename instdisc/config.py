@@ -45,7 +45,7 @@ class BankConfig:
     """Weight of the old row in an update, 0 to below 1; 0 replaces the row, as in Wu et al. 2018, 0.5 is their public
     code."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the rows; half precision halves the memory and the bytes exchanged."""
+    """Type of the rows and of the queries sent to them; half precision halves the memory of the bank."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -119,12 +119,15 @@ class RunConfig:
     overwrite: bool = False
     """Replace an earlier run in the run directory."""
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide the result, as JSON values: all but how and where the run is carried out."""
+    def settings(self) -> dict[str, Any]:
+        """All settings as JSON values."""
         settings: dict[str, Any] = _jsonable(dataclasses.asdict(self))
-        for name in ("loader", "launch", "run_dir", "overwrite"):
-            del settings[name]
         return settings
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result: all but how and where the run is carried out."""
+        practical = ("loader", "launch", "run_dir", "overwrite")
+        return {name: value for name, value in self.settings().items() if name not in practical}
 
 
 def _jsonable(value: Any) -> Any:

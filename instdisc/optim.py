@@ -31,6 +31,15 @@ class OptimizerConfig:
     """The rate rises linearly from 0 over so many epochs."""
 
     def __post_init__(self) -> None:
+        if not all(
+            math.isfinite(value) for value in (self.learning_rate, self.weight_decay, self.warmup_epochs)
+        ):
+            raise ValueError(
+                f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay} and warmup_epochs "
+                f"{self.warmup_epochs} must be finite"
+            )
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}, it must be in [0, 1]: 0.1 is usual")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, it must be above 0: 0.03 is usual")
         if not 0 <= self.momentum < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -23,6 +25,8 @@ from pipelines.order import Request
 _QUERIES_AT_A_TIME = 256  # per rank
 _MOST_LEFT_OUT = 10_000
 _RAW_SIDE = 32
+
+logger = logging.getLogger(__name__)
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -50,7 +54,7 @@ class Probe:
         trainer: Gives the ranks, the partition and the bank.
         train: The training images; this rank embeds those whose rows it owns.
         test: Images to classify, or None.
-        on_corrupt: Called with row, name and reason for an image that cannot be decoded.
+        on_corrupt: Called with manifest, row, name and reason for an image that cannot be decoded.
 
     Raises:
         ConfigError: A test set whose images have no labels, or none of the classes of the training images.
@@ -61,7 +65,7 @@ class Probe:
         trainer: Trainer,
         train: Manifest,
         test: Manifest | None,
-        on_corrupt: Callable[[int, str, str], None],
+        on_corrupt: Callable[[Manifest, int, str, str], None],
     ) -> None:
         self._trainer, self._train, self._on_corrupt = trainer, train, on_corrupt
         self._queries = test if test is not None else train
@@ -79,8 +83,10 @@ class Probe:
             _test_labels(self._queries, train)[self._query_rows] if self.possible else labelled[:0]
         )
 
-    def measure(self, functions: Mapping[str, Embed], *, bank_as: str | None = None) -> dict[str, float]:
-        """Top-1 accuracy of every function, 0 to 1.
+    def measure(
+        self, functions: Mapping[str, Embed], *, bank_as: str | None = None
+    ) -> dict[str, float | None]:
+        """Top-1 accuracy of every function, 0 to 1; None if no query could be decoded.
 
         Args:
             functions: By name; each maps images (B, 3, H, W) to unit vectors.
@@ -93,6 +99,8 @@ class Probe:
         start, stop = trainer.bank.start, trainer.bank.stop
         tables, present = self._embed(self._train, np.arange(start, stop), list(functions.values()))
         queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
+        if not len(self._query_rows):  # more ranks than queries
+            queries = [table[:0] for table in tables]
         device = trainer.worker.device
         row_labels = torch.tensor(self._train.labels[start:stop], dtype=torch.int64, device=device)
         labels = torch.tensor(self._query_labels, dtype=torch.int64, device=device).masked_fill(~decoded, -1)
@@ -101,7 +109,7 @@ class Probe:
             for name, query, table in zip(functions, queries, tables, strict=True)
         }
         if bank_as is not None:
-            shards[bank_as] = (queries[0], trainer.bank.rows, row_labels)
+            shards[bank_as] = (queries[0], trainer.bank.rows, row_labels.masked_fill(~present, -1))
         own_rows = None
         if self.protocol == "leave-one-out":
             own_rows = torch.tensor(self._query_rows, device=device)
@@ -132,7 +140,7 @@ class Probe:
             seed=0,
             device=trainer.worker.device,
             config=trainer.config.loader,
-            on_corrupt=self._on_corrupt,
+            on_corrupt=functools.partial(self._on_corrupt, manifest),
         ) as loader:
             return embed_rows(loader, len(rows), functions, trainer.worker.device)
 
@@ -141,7 +149,18 @@ def _test_labels(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
     """The labels of the test images in the numbers of the training classes, matched by name.
 
     Classes that the training images lack get numbers of their own above theirs: no vote can name them.
+
+    Raises:
+        ConfigError: They have no class in common.
     """
+    missing = sorted(set(test.class_names) - set(train.class_names))
+    if len(missing) == len(test.class_names):
+        raise ConfigError(
+            f"the test images have none of the classes of the training images: {', '.join(test.class_names[:3])}, … "
+            f"are not among {', '.join(train.class_names[:3])}, …; classes are matched by name"
+        )
+    if missing:
+        logger.warning("%d classes of the test images are not in training, e.g. %s", len(missing), missing[0])
     numbers = {name: number for number, name in enumerate(train.class_names)}
     translated = np.array(
         [numbers.get(name, len(numbers) + number) for number, name in enumerate(test.class_names)],
@@ -190,8 +209,8 @@ def knn_top1(
     self_rows: Tensor | None,
     shard: tuple[Tensor, Tensor],
     num_classes: int,
-) -> float:
-    """Fraction of the queries of all ranks whose class the weighted vote names.
+) -> float | None:
+    """Fraction of the queries of all ranks whose class the weighted vote names; None without any query.
 
     Args:
         exchange: Of the ranks.
@@ -234,5 +253,5 @@ def knn_top1(
         truth_B = labels_Q[chosen]
         counts[0] += ((votes_BC.argmax(dim=1) == truth_B) & (truth_B >= 0)).sum()
         counts[1] += (truth_B >= 0).sum()
-    correct, total = exchange.sum(counts)
-    return float(correct / total.clamp(min=1))
+    correct, total = exchange.sum(counts).tolist()
+    return float(correct / total) if total else None

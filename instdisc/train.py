@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -35,17 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a recipe and print its results.
 
     Returns:
-        0, or 2 after an error that the user can put right, 1 after one of the cluster, 130 after Ctrl-C.
+        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe, config = parse(sys.argv[1:] if arguments is None else arguments)
-        run = RunDirectory(config.run_dir or Path("runs") / recipe)
+        run = RunDirectory((config.run_dir or Path("runs") / recipe).expanduser())
         summary = train(recipe, config, run)
     except (ConfigError, DataError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        logger.debug("", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -103,7 +108,11 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         NonFiniteError: Training diverged; what was there before is kept.
         ClusterError: The workers could not be run.
     """
-    run.check_free(config)
+    with run.claim(config):
+        return _train(recipe, config, run)
+
+
+def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     check_backbone(config.backbone, config.augmentation.image_size)
     train_images = open_images(config, config.data.path)
     test_images = None if config.data.test_path is None else open_images(config, config.data.test_path)
@@ -112,8 +121,7 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
             f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}"
         )
-    rejected = (*train_images.rejected, *(test_images.rejected if test_images else ()))
-    run.prepare(config, train_images, test_images, rejected)
+    run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
     with ProgressBar(run.next.metrics):
@@ -127,7 +135,7 @@ def open_images(config: RunConfig, path: str) -> Manifest:
     if config.data.verify:
         manifest = verify(manifest)
     for image in manifest.rejected[:_MOST_NAMED]:
-        logger.warning("leaving out %s: %s", image.name, image.reason)
+        logger.warning("leaving out %s: %s", manifest.root / image.name, image.reason)
     if len(manifest.rejected) > _MOST_NAMED:
         logger.warning(
             "… and %d more; all are named in corrupt_images.jsonl", len(manifest.rejected) - _MOST_NAMED
@@ -149,7 +157,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         lines += [
             f"  {name:<33}{100 * value:5.1f}%" for name, value in accuracies.items() if value is not None
         ]
-    place = run.path.relative_to(Path.cwd()) if run.path.is_relative_to(Path.cwd()) else run.path
+    place, python = _from_here(run.path), _from_here(Path(sys.executable))
     lines += [
         f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
         f"{summary['train_seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s, "
@@ -158,12 +166,17 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  python -c \"import zarr; print(zarr.open('{place}/bank.zarr').info)\"",
-        "  python -m instdisc.train cifar10-npid --data.download           # CIFAR-10, best on a GPU",
-        "  python -m instdisc.train imagenet-resnet50-npid --data.path FOLDER --data.test-path None   # your images",
-        "  python -m instdisc.train sample --help                          # every setting",
+        f"  {python} -c \"import zarr; print(zarr.open('{place}/bank.zarr').info)\"",
+        f"  {python} -m instdisc.train sample --help     # every setting",
+        f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",
+        f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER --data.test-path None",
     ]
     return "\n".join(lines)
+
+
+def _from_here(path: Path) -> str:
+    """A path as one would type it."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 if __name__ == "__main__":

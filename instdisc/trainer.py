@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -76,11 +77,12 @@ class Trainer:
             learning_rate: The rate of this step.
 
         Returns:
-            Means over the images of the global batch: `loss` and what else the objective reports.
+            Means over the images of the global batch, `loss` and what else the objective reports, and `gradient_norm`;
+            empty if no image of the batch could be decoded.
 
         Raises:
-            NonFiniteError: Loss or embeddings are not finite on some rank. Raised on all ranks; weights, buffers and
-                bank are as before the step.
+            NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
+                weights, buffers and bank are as before the step.
 
         Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
         call.
@@ -97,21 +99,18 @@ class Trainer:
         for number, (images, ids) in enumerate(
             zip(images_BCHW.to(device).chunk(parts), instance_ids_B.to(device).chunk(parts), strict=True)
         ):
-            last = number == parts - 1
-            with contextlib.nullcontext() if last else self._without_all_reduce():
+            with contextlib.nullcontext() if number == parts - 1 else self._without_all_reduce():
                 with self._autocast():
                     embeddings = self._network(images)
                 result, ids_G = self._objective_result(embeddings.detach(), ids)
-                observed = _Observed.of(result, ids, embeddings.detach(), self.exchange).plus(observed)
-                writes.append((embeddings.detach(), ids_G))
-                if last:
-                    on_host = _HostCopy([self.exchange.sum(observed.values), *(ids for _, ids in writes)])
                 embeddings.backward(result.gradient_BD / self.local_batch)
-        # Read only now, with the backward pass queued, so that a GPU never waits for the host.
-        values, *written_ids = on_host.wait()
+            observed = _Observed.of(result, ids, embeddings.detach(), self.exchange).plus(observed)
+            writes.append((embeddings.detach(), ids_G))
         assert observed is not None
+        gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         try:
-            means = observed.means(values)
+            means = observed.means(self.exchange.sum(observed.values), float(norm))
         except NonFiniteError:
             for buffer, before in zip(self._buffers, buffers_before, strict=True):
                 buffer.copy_(before)
@@ -119,8 +118,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        for (embeddings, _), ids_G in zip(writes, written_ids, strict=True):
-            owned_ids, rows = self.exchange.route(embeddings, ids_G, self.partition)
+        for embeddings, ids_G in writes:
+            owned_ids, rows = self.exchange.route(embeddings, ids_G.cpu(), self.partition)
             self.bank.update(owned_ids.to(device), rows, momentum=self.config.bank.momentum)
         if means:
             self.objective.observe(means)
@@ -196,36 +195,26 @@ class _Observed(NamedTuple):
     def plus(self, other: _Observed | None) -> _Observed:
         return self if other is None else _Observed(self.names, self.values + other.values)
 
-    def means(self, totals: Tensor) -> dict[str, float]:
-        """Means over all images from the totals over all ranks; empty if there was no image at all.
+    def means(self, totals: Tensor, gradient_norm: float) -> dict[str, float]:
+        """Means over all images from the totals over all ranks, and the gradient norm; empty if there was no image.
 
         Raises:
-            NonFiniteError: Some rank saw a non-finite number; names it.
+            NonFiniteError: Some rank saw a non-finite number, and which; or the gradient is not finite.
         """
         *sums, count = totals[: len(self.names) + 1].tolist()
-        ranks = totals[len(self.names) + 1 :].nonzero()[:, 0].tolist()
+        flags = totals[len(self.names) + 1 :]
+        ranks = flags.nonzero()[:, 0].tolist()
         if ranks:
             raise NonFiniteError(
-                f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of "
-                f"{len(totals) - len(self.names) - 1}"
+                f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of {len(flags)}"
             )
-        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
-
-
-class _HostCopy:
-    """Tensors on their way to the host; on a GPU the copy overlaps with what is queued after it."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._event: torch.cuda.Event | None = None
-        if tensors[0].is_cuda:
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def wait(self) -> list[Tensor]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copies
+        if not math.isfinite(gradient_norm):
+            raise NonFiniteError("the gradient is not finite on any rank")
+        if not count:
+            return {}
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)} | {
+            "gradient_norm": gradient_norm
+        }
 
 
 def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -47,8 +49,9 @@ class _Run:
 
     def __init__(self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory) -> None:
         self.worker, self.recipe, self.config, self.run = worker, recipe, config, run
-        # After a restart of the workers the run has begun already.
-        prepared = run.next if run.next.path.exists() else run
+        # After a restart of the workers the run has begun already; the configuration is what moves last.
+        self.restarted = not run.next.config.exists()
+        prepared = run if self.restarted else run.next
         self.manifest = Manifest.load(prepared.manifest)
         test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
         self.trainer = Trainer(worker, config, len(self.manifest))
@@ -61,17 +64,19 @@ class _Run:
             rank=worker.rank,
         )
         self.clock = _Clock()
-        self.corrupt: set[str] = set()
+        self.corrupt: set[tuple[str, int]] = set()
 
     def complete(self) -> dict[str, Any]:
         """Baselines, training, last measurements, files."""
         self.trainer.exchange.barrier()
-        if self.worker.is_first and self.run.next.path.exists():
+        if self.worker.is_first and not self.restarted:
             self.run.begin()
         self.trainer.exchange.barrier()
+        if self.restarted:
+            self._say("the workers were started again: training begins anew")
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
-        baselines: dict[str, float] = {}
+        baselines: dict[str, float | None] = {}
         if self.config.probe.baselines and self.probe.possible:
             self._say("measuring the baselines: raw pixels and the untrained network")
             baselines = self.probe.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
@@ -80,9 +85,9 @@ class _Run:
         except NonFiniteError as error:
             self._save()
             raise NonFiniteError(
-                f"step {self.trainer.steps}: {error}; the weights and the bank from before this step are in "
-                f"{self.run.path}. Lower --optimizer.learning-rate, lengthen --optimizer.warmup-epochs or raise "
-                "--objective.temperature"
+                f"step {self.trainer.steps + 1}: {error}; the weights and the bank from before this step are in "
+                f"{self.run.path}. Lower --optimizer.learning-rate or lengthen "
+                "--optimizer.warmup-epochs"
             ) from None
         accuracies = self._measure(self.config.training.epochs)
         self._save()
@@ -103,7 +108,7 @@ class _Run:
             seed=training.seed,
             device=self.worker.device,
             config=self.config.loader,
-            on_corrupt=self._on_corrupt,
+            on_corrupt=functools.partial(self._on_corrupt, self.manifest),
         ) as loader:
             for step in range(total_steps):
                 with self.clock.waiting():
@@ -124,7 +129,7 @@ class _Run:
         if every and epoch % every == 0:
             self._measure(epoch)
 
-    def _measure(self, epoch: int) -> dict[str, float]:
+    def _measure(self, epoch: int) -> dict[str, float | None]:
         """KNN accuracy with re-computed embeddings and with the bank as it stands."""
         self.trainer.average_buffers()
         if not self.probe.possible:
@@ -161,12 +166,16 @@ class _Run:
         """
         trainer, config = self.trainer, self.config
         if self.worker.is_first:
-            torch.save(trainer.embedder.backbone.state_dict(), self.run.weights)
+            partial = self.run.weights.with_suffix(".tmp")
+            torch.save(trainer.embedder.backbone.state_dict(), partial)
+            partial.replace(self.run.weights)
             attributes: dict[str, str | int | float] = {
                 "manifest_fingerprint": self.manifest.fingerprint,
                 "step": trainer.steps,
                 "backbone": config.backbone.name,
-                "temperature": config.objective.temperature,
+                **{
+                    f"objective.{name}": value for name, value in dataclasses.asdict(config.objective).items()
+                },
             }
             snapshots.create_table(self.run.bank, trainer.partition, trainer.bank.rows, attributes)
         trainer.exchange.barrier()
@@ -174,7 +183,7 @@ class _Run:
         trainer.exchange.barrier()
 
     def _summarise(
-        self, baselines: dict[str, float], accuracies: dict[str, float], means: dict[str, float]
+        self, baselines: dict[str, float | None], accuracies: dict[str, float | None], means: dict[str, float]
     ) -> dict[str, Any]:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
@@ -207,11 +216,11 @@ class _Run:
         if self.worker.is_first:
             append_line(self.run.metrics, {"kind": "status", "message": message})
 
-    def _on_corrupt(self, row: int, name: str, reason: str) -> None:
-        if name not in self.corrupt:
-            self.corrupt.add(name)
-            logger.warning("skipping %s: %s", name, reason)
-            append_line(self.run.corrupt_images, {"name": name, "reason": reason})
+    def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
+        if (manifest.fingerprint, row) not in self.corrupt:
+            self.corrupt.add((manifest.fingerprint, row))
+            logger.warning("skipping %s: %s", manifest.root / name, reason)
+            self.run.add_corrupt_image(manifest, name, reason)
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -27,6 +28,16 @@ class Result(NamedTuple):
     loss_B: Tensor
     gradient_BD: Tensor
     sums: dict[str, Tensor]
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a τ that exponentials of `similarity/τ` cannot bear.
+
+    Raises:
+        ValueError: τ is below 0.005 or not a number.
+    """
+    if not 0.005 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, it must be at least 0.005: 0.07 to 0.2 are usual")
 
 
 class Objective(Protocol):

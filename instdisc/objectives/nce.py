@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from instdisc.bank import Bank
-from instdisc.objectives.base import MergeLogSums, Result
+from instdisc.objectives.base import MergeLogSums, Result, check_temperature
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
@@ -34,7 +34,7 @@ class NCEConfig:
     """Noise-contrastive estimation; the defaults are those of Wu et al. 2018."""
 
     temperature: float = 0.07
-    """τ, above 0. Smaller tells neighbours apart more sharply."""
+    """τ, at least 0.005. Smaller tells neighbours apart more sharply."""
     num_negatives: int = 4096
     """m, noise samples for each image, drawn uniformly from the whole bank."""
     proximal_weight: float = 0.0
@@ -48,8 +48,7 @@ class NCEConfig:
     """Batches that the frozen Z is averaged over, at least 1."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, it must be above 0: 0.07 to 0.2 are usual")
+        check_temperature(self.temperature)
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
         if not self.proximal_weight >= 0:
@@ -66,7 +65,7 @@ class NCE:
     """The objective and its only state, log Z, which is the same on every rank.
 
     Until a batch has been seen, log Z is what random unit rows give: similarities are then normal with variance 1/D,
-    and `E exp(s/τ) = exp(1 / (2 D τ²))`.
+    and `E exp(s/τ) = exp(1 / (2 D τ²))`, but at most `exp(1/τ)`.
 
     Args:
         config: Settings.
@@ -77,7 +76,8 @@ class NCE:
     def __init__(self, config: NCEConfig, num_instances: int, embedding_dim: int) -> None:
         self.config = config
         self.num_instances = num_instances
-        self.log_partition = math.log(num_instances) + 1 / (2 * embedding_dim * config.temperature**2)
+        exponent = 1 / (2 * embedding_dim * config.temperature**2)
+        self.log_partition = math.log(num_instances) + min(exponent, 1 / config.temperature)
         self.batches_seen = 0
 
     def shard_terms(
@@ -163,32 +163,32 @@ class NCE:
         return terms
 
     def _add_positives(self, terms: Tensor, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank) -> None:
-        """Add the terms of the positives that this shard owns."""
+        """Add the terms of the positives that this shard owns; without masked indexing, which waits for a GPU."""
         dim = queries_GD.shape[1]
         temperature, proximal = self.config.temperature, self.config.proximal_weight
         positions_G, owned_G = bank.local(instance_ids_G)
-        queries_RD = queries_GD[owned_G].float()
-        rows_RD = bank.rows[positions_G[owned_G]].float()
-        similarity_R = (queries_RD * rows_RD).sum(dim=1)
-        logits_R = similarity_R / temperature + self._logit_offset
-        gradient_RD = -(torch.sigmoid(-logits_R) / temperature)[:, None] * rows_RD
-        difference_RD = queries_RD - rows_RD
-        positive = torch.empty(len(rows_RD), dim + 2, device=terms.device)
-        positive[:, :dim] = gradient_RD + 2 * proximal * difference_RD
-        positive[:, dim] = F.softplus(-logits_R) + proximal * difference_RD.square().sum(dim=1)
-        positive[:, dim + 1] = similarity_R
-        terms[owned_G, : dim + 2] += positive
+        queries_GD, rows_GD = queries_GD.float(), bank.rows[positions_G].float()
+        similarity_G = (queries_GD * rows_GD).sum(dim=1)
+        logits_G = similarity_G / temperature + self._logit_offset
+        difference_GD = queries_GD - rows_GD
+        gradient_GD = (
+            2 * proximal * difference_GD - (torch.sigmoid(-logits_G) / temperature)[:, None] * rows_GD
+        )
+        loss_G = F.softplus(-logits_G) + proximal * difference_GD.square().sum(dim=1)
+        terms[:, :dim] += torch.where(owned_G[:, None], gradient_GD, 0)
+        terms[:, dim] += torch.where(owned_G, loss_G, 0)
+        terms[:, dim + 1] += torch.where(owned_G, similarity_G, 0)
 
     def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:
         """Loss and gradient of this rank's queries; see `Objective.merge`.
 
-        `sums` holds `loss`, `positive_similarity` and `partition`, the estimate of Z:
-        `n/m · Σ_k exp(s_k/τ)`.
+        `sums` holds `loss`, `positive_similarity` and `partition_ratio`, the estimate `n/m · Σ_k exp(s_k/τ)` of Z over
+        the Z in use.
         """
         present_B = instance_ids_B >= 0
         summed_BC = torch.where(present_B[:, None], terms_WBC[..., :-1].sum(dim=0), 0)
         log_sum_B = torch.logsumexp(terms_WBC[..., -1].double(), dim=0)
-        partition_B = torch.exp(log_sum_B + math.log(self.num_instances / self.config.num_negatives))
+        ratio_B = torch.exp(log_sum_B + self._logit_offset)
         gradient_BD, loss_B, similarity_B = summed_BC[:, :-2], summed_BC[:, -2], summed_BC[:, -1]
         return Result(
             loss_B,
@@ -196,12 +196,12 @@ class NCE:
             {
                 "loss": loss_B.double().sum(),
                 "positive_similarity": similarity_B.double().sum(),
-                "partition": torch.where(present_B, partition_B, 0).sum(),
+                "partition_ratio": torch.where(present_B, ratio_B, 0).sum(),
             },
         )
 
     def observe(self, means: Mapping[str, float]) -> None:
-        """Update log Z from the mean over the global batch of the estimates of Z."""
+        """Update log Z from `partition_ratio`, the mean of the estimates over the Z that was in use."""
         config = self.config
         self.batches_seen += 1
         if config.log_partition_mode == "frozen":
@@ -210,8 +210,7 @@ class NCE:
             past_weight = (self.batches_seen - 1) / self.batches_seen
         else:
             past_weight = config.log_partition_momentum if self.batches_seen > 1 else 0.0
-        past = past_weight * math.exp(self.log_partition)
-        self.log_partition = math.log(past + (1 - past_weight) * means["partition"])
+        self.log_partition += math.log(past_weight + (1 - past_weight) * means["partition_ratio"])
 
     def state_dict(self) -> dict[str, float]:
         """`log_partition` and `batches_seen`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from instdisc.bank import Bank
 from instdisc.objectives.attention import attend
-from instdisc.objectives.base import MergeLogSums, Result
+from instdisc.objectives.base import MergeLogSums, Result, check_temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,12 @@ class SoftmaxConfig:
     """The softmax over every instance."""
 
     temperature: float = 0.07
-    """τ, above 0. Smaller tells neighbours apart more sharply."""
+    """τ, at least 0.005. Smaller tells neighbours apart more sharply."""
     proximal_weight: float = 0.0
     """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, it must be above 0: 0.07 to 0.2 are usual")
+        check_temperature(self.temperature)
         if not self.proximal_weight >= 0:
             raise ValueError(f"proximal_weight is {self.proximal_weight}, it must be 0 or above")
 
@@ -65,15 +64,16 @@ class Softmax:
         attended_GD, log_sum_G = attend(queries_GD, bank.rows, temperature)
         log_partition_G = merge_log_sums(log_sum_G)
         share_G = torch.exp(log_sum_G - log_partition_G)
-        terms = torch.zeros(len(queries_GD), dim + 2, device=queries_GD.device)
+        terms = queries_GD.new_empty(len(queries_GD), dim + 2, dtype=torch.float32)
         terms[:, :dim] = attended_GD * (share_G / temperature)[:, None]
         positions_G, owned_G = bank.local(instance_ids_G)
-        queries_RD, rows_RD = queries_GD[owned_G].float(), bank.rows[positions_G[owned_G]].float()
-        similarity_R, difference_RD = (queries_RD * rows_RD).sum(dim=1), queries_RD - rows_RD
-        terms[owned_G, :dim] += 2 * proximal * difference_RD - rows_RD / temperature
-        loss_R = log_partition_G[owned_G] - similarity_R / temperature
-        terms[owned_G, dim] = loss_R + proximal * difference_RD.square().sum(dim=1)
-        terms[owned_G, dim + 1] = similarity_R
+        queries_GD, rows_GD = queries_GD.float(), bank.rows[positions_G].float()
+        similarity_G, difference_GD = (queries_GD * rows_GD).sum(dim=1), queries_GD - rows_GD
+        gradient_GD = 2 * proximal * difference_GD - rows_GD / temperature
+        loss_G = log_partition_G - similarity_G / temperature + proximal * difference_GD.square().sum(dim=1)
+        terms[:, :dim] += torch.where(owned_G[:, None], gradient_GD, 0)
+        terms[:, dim] = torch.where(owned_G, loss_G, 0)
+        terms[:, dim + 1] = torch.where(owned_G, similarity_G, 0)
         return terms
 
     def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:

@@ -54,6 +54,11 @@ def test_unknown_network() -> None:
         check_backbone(BackboneConfig(name="resnet19"), 32)
 
 
+def test_a_network_without_a_linear_classifier() -> None:
+    with pytest.raises(ConfigError, match="squeezenet1_0 does not end in a linear classifier"):
+        check_backbone(BackboneConfig(name="squeezenet1_0"), 224)
+
+
 def test_image_size_that_does_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"vit_b_16 cannot take images of 96 pixels.*image-size"):
         check_backbone(BackboneConfig(name="vit_b_16"), 96)

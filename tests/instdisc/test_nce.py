@@ -197,15 +197,29 @@ def test_log_partition_follows_or_freezes(mode: str) -> None:
     objective = NCE(config, 100, DIM)
     seen = []
     for partition in (200.0, 400.0, 1000.0):
-        objective.observe({"partition": partition})
+        objective.observe({"partition_ratio": partition / math.exp(objective.log_partition)})
         seen.append(math.exp(objective.log_partition))
     expected = [200, 300, 300] if mode == "frozen" else [200, 220, 298]
     assert seen == pytest.approx(expected)
     resumed = NCE(config, 100, DIM)
     resumed.load_state_dict(objective.state_dict())
     for each in (objective, resumed):
-        each.observe({"partition": 500.0})
+        each.observe({"partition_ratio": 5.0})
     assert resumed.log_partition == objective.log_partition
+
+
+@pytest.mark.parametrize("dim", [2, 128])
+def test_the_smallest_temperature_overflows_nowhere(dim: int) -> None:
+    objective = NCE(NCEConfig(temperature=0.005, num_negatives=20), 30, dim)
+    bank = Bank(random_unit_rows(0, 30, dim, seed=3))
+    for queries in (bank.rows[:4], -bank.rows[:4]):
+        ids = torch.arange(4)
+        terms = objective.shard_terms(queries, ids, bank, torch.Generator().manual_seed(1), torch.clone)
+        result = objective.merge(terms[None], ids)
+        objective.observe({name: float(value) / 4 for name, value in result.sums.items()})
+        assert math.isfinite(objective.log_partition)
+        assert torch.isfinite(result.loss_B).all()
+        assert torch.isfinite(result.gradient_BD).all()
 
 
 def test_first_log_partition_fits_a_random_bank() -> None:
@@ -219,6 +233,7 @@ def test_first_log_partition_fits_a_random_bank() -> None:
     ("field", "value"),
     [
         ("temperature", 0.0),
+        ("temperature", 0.001),
         ("temperature", float("nan")),
         ("num_negatives", 0),
         ("proximal_weight", -1.0),

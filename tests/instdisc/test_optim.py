@@ -21,7 +21,14 @@ def test_cosine_rises_and_falls() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", 0.0), ("momentum", 1.0), ("weight_decay", -1.0), ("warmup_epochs", -1.0)],
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("decay", -3.0),
+        ("momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("warmup_epochs", -1.0),
+    ],
 )
 def test_settings_outside_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):

@@ -111,7 +111,7 @@ def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, block: int, dtype:
     torch.testing.assert_close(attended.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("proximal_weight", -1.0)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.001), ("proximal_weight", -1.0)])
 def test_settings_outside_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         SoftmaxConfig(**{field: value})

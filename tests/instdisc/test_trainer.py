@@ -130,6 +130,33 @@ def test_numbers_that_are_not_finite_change_nothing(world_size: int) -> None:
         assert result == {"weights kept": True, "bank kept": True, "objective kept": True, "steps": 1}
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    trainer = make_trainer(0, 1)
+    before = [parameter.detach().clone() for parameter in trainer.embedder.parameters()]
+    rows = trainer.bank.rows.clone()
+    first = next(iter(trainer.embedder.parameters()))
+    first.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteError, match="gradient is not finite"):
+        trainer.step(*global_batch(), learning_rate=RATE)
+    assert all(
+        torch.equal(one, other) for one, other in zip(before, trainer.embedder.parameters(), strict=True)
+    )
+    assert torch.equal(rows, trainer.bank.rows)
+
+
+def negative_seeds(rank: int, world_size: int) -> list[int]:
+    trainer, seeds = make_trainer(rank, world_size), []
+    for _ in range(3):
+        trainer.step(*my_part(rank, world_size), learning_rate=0.0)
+        seeds.append(trainer._generator.initial_seed())
+    return seeds
+
+
+def test_every_rank_and_step_draws_its_own_negatives() -> None:
+    seeds = [seed for rank in run_ranks(2, negative_seeds) for seed in rank]
+    assert len(set(seeds)) == 6
+
+
 def several_steps(rank: int, world_size: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     trainer = make_trainer(rank, world_size, name="resnet8")
     images, ids = my_part(rank, world_size)
