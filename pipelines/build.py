@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, naming_the_cause
 from pipelines.folders import scan_folder
 from pipelines.lists import scan_list
 from pipelines.manifest import Manifest
@@ -42,7 +42,10 @@ def build_manifest(
     Raises:
         DataError: There is nothing at `path`, no readable image in it, or what it holds cannot be trusted.
     """
-    scan = _scan(path, labels, show_progress)
+    if isinstance(path, str) and not path:
+        raise DataError(f"got an empty path; {_FORMS}")
+    with naming_the_cause(f"read {path}"):
+        scan = _scan(path, labels, show_progress)
     if scan.rejected and not scan.rows:
         first = scan.rejected[0]
         raise DataError(f"none of {len(scan.rejected)} images can be used, e.g. {first.name}: {first.reason}")
@@ -95,11 +98,19 @@ def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
         raise DataError(f"{path} is a {path.suffix or 'nameless'} file; {_FORMS}")
     matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not matches:
-        raise DataError(f"nothing at {path} (in {Path.cwd()}); {_FORMS}")
+        raise DataError(f"nothing at {path} (in {Path.cwd()}): {_why_missing(path)}; {_FORMS}")
     strangers = [match for match in matches if match.suffix != ".tar"]
     if strangers:
         raise DataError(f"{path} matches {strangers[0]}, expected only .tar files; narrow the pattern")
     return matches
+
+
+def _why_missing(path: Path) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it appeared just now"
 
 
 def _manifest(scan: Scan) -> Manifest:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, naming_the_cause
 from pipelines.scan import progress_bar
 from pipelines.tars import CLASS_NAMES
 from pipelines.webdataset import Sample, write_samples
@@ -41,12 +41,17 @@ def resolve(
         show_progress: Whether to draw a progress bar on standard error while writing.
 
     Raises:
-        DataError: No such data set or split, or its files are missing, damaged or cannot be fetched.
+        DataError: No such data set or split, or its files are missing, damaged or cannot be fetched, or
+            `root` cannot be written to.
     """
     text = str(path_or_name)
+    if not text:
+        raise DataError(f"got an empty path, expected one or the name of a data set: {', '.join(SPLITS)}")
     name, _, split = text.partition(":")
     if isinstance(path_or_name, Path) or name not in SPLITS:
-        if re.fullmatch(r"\w+(:[\w+]*)?", text) and not Path(text).exists():
+        with naming_the_cause(f"find {text}"):
+            missing = re.fullmatch(r"\w+(:[\w+]*)?", text) and not Path(text).exists()
+        if missing:
             raise DataError(f"{text!r} is neither a path nor one of the data sets {', '.join(SPLITS)}")
         return Path(path_or_name)
     splits = split.split("+") if split else ["train"]
@@ -54,13 +59,14 @@ def resolve(
         if part not in SPLITS[name]:
             raise DataError(f"{name} has no split {part!r}, expected one or more of {'+'.join(SPLITS[name])}")
     folder = Path(root).expanduser() / name
-    for part in splits:
-        if not (folder / f"{part}.tar").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            if name == "sample":
-                _unpack_sample(folder, part)
-            else:
-                _convert(name, part, folder, download, show_progress)
+    with naming_the_cause(f"keep the data set {name} in {root}"):
+        for part in splits:
+            if not (folder / f"{part}.tar").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                if name == "sample":
+                    _unpack_sample(folder, part)
+                else:
+                    _convert(name, part, folder, download, show_progress)
     tars = [folder / f"{part}.tar" for part in splits]
     return tars if len(tars) > 1 else tars[0]
 

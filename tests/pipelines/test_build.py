@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,34 @@ def test_no_column_depends_on_the_machine(tmp_path: Path) -> None:
     manifest = build_manifest(write_files(tmp_path, "1.png"))
     assert manifest.offsets.dtype == np.dtype("<i8")
     assert manifest.labels.dtype == np.dtype("<i4")
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_files(tmp_path, "1.png"))
+    with pytest.raises(DataError, match="got an empty path; expected a folder of images"):
+        build_manifest("")
+    assert len(build_manifest(".")) == 1
+
+
+def test_reasons_of_the_operating_system(tmp_path: Path) -> None:
+    write_files(tmp_path, "1.png")
+    with pytest.raises(DataError, match=r"1\.png/deeper .*: Not a directory; expected a folder"):
+        build_manifest(tmp_path / "1.png" / "deeper")
+    for path in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "*.tar", [tmp_path / ("x" * 300)]):
+        with pytest.raises(DataError, match="File name too long"):
+            build_manifest(path)
+    (tmp_path / "gone.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"gone\.tar.*: No such file or directory"):
+        build_manifest(tmp_path / "gone.tar")
+
+
+@pytest.mark.parametrize("call", ["listdir", "scandir"])  # what pathlib and os.walk use
+def test_a_folder_that_may_not_be_read(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, call, refuse)  # the superuser may read everything
+    with pytest.raises(
+        DataError, match=f"Permission denied.*{tmp_path.name}|{tmp_path.name}.*Permission denied"
+    ):
+        build_manifest(tmp_path)

@@ -158,6 +158,7 @@ def test_paths_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("cifra10", "'cifra10' is neither a path nor one of the data sets sample, cifar10, cifar100, stl10"),
         ("cifra10:test", "'cifra10:test' is neither a path"),
+        ("", "got an empty path, expected one or the name of a data set: sample, cifar10"),
         ("cifar10:unlabeled", r"cifar10 has no split 'unlabeled', expected one or more of train\+test"),
         ("stl10:train+", "stl10 has no split ''"),
     ],
@@ -165,3 +166,16 @@ def test_paths_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_names_that_are_none(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         resolve(name, root=tmp_path)
+
+
+def test_a_root_that_cannot_hold_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        DataError, match=r"cannot keep the data set sample in .*file: (Not a directory|File exists), "
+    ):
+        resolve("sample", root=tmp_path / "file")
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"File name too long|neither a path nor"):
+        resolve("x" * 300, root=tmp_path)
