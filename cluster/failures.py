@@ -10,11 +10,16 @@ from typing import NoReturn
 
 from cluster.errors import ClusterError, WorkerLostError
 
-# What gloo and NCCL say on the ranks that remain when another one has gone. Both raise RuntimeError or a
-# subclass of it for every kind of trouble, so only the words tell.
+# What gloo and NCCL say on the ranks that remain when another one hangs, or has gone. Both raise RuntimeError or
+# a subclass of it for every kind of trouble, so only the words tell.
+_TIMED_OUT = re.compile(
+    r"timed out waiting \d+ ?ms|application timeout caused pair closure"
+    r"|collective operation timeout|milliseconds before timing out",
+    re.IGNORECASE,
+)
 _LOST_PEER = re.compile(
     "connection (closed|reset|refused|was likely closed)|broken pipe|NCCL communicator was aborted"
-    "|ncclRemoteError|ncclSystemError|remote process exited",
+    f"|ncclRemoteError|ncclSystemError|remote process exited|{_TIMED_OUT.pattern}",
     re.IGNORECASE,
 )
 
@@ -25,7 +30,7 @@ class WorkerFailure(Exception):  # noqa: N818 - a parcel; whoever called `launch
     Attributes:
         error: The exception itself, or a `ClusterError` that quotes it where it cannot be pickled.
         trace: Its traceback as text; tracebacks do not travel.
-        lost_peer: Whether it only says that another worker went away.
+        lost_peer: Whether it only says that another worker went away or never joined a collective.
     """
 
     def __init__(self, error: Exception, trace: str, lost_peer: bool) -> None:
@@ -75,7 +80,11 @@ def raise_root_cause(failures: Mapping[int, Exception], world_size: int) -> NoRe
         raise WorkerLostError(f"rank {rank} of {world_size} died: {_cause_of_death(failure)}") from failure
     cause = _WorkerTraceback(failure.trace)
     if failure.lost_peer:
-        raise WorkerLostError(f"rank {rank} of {world_size} lost another worker: {failure.error}") from cause
+        slow = "; another worker hangs, or needs longer than --collective-timeout-s allows"
+        hint = slow if _TIMED_OUT.search(failure.trace) else ""
+        raise WorkerLostError(
+            f"rank {rank} of {world_size} lost another worker: {failure.error}{hint}"
+        ) from cause
     failure.error.add_note(f"(raised on rank {rank} of {world_size})")
     raise failure.error from cause
 

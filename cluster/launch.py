@@ -77,7 +77,7 @@ class LaunchConfig:
             raise ValueError(
                 f"gpus_per_worker must be 0 or 1 (a rank computes on one), got {self.gpus_per_worker}"
             )
-        if self.wait_s < 1 or self.collective_timeout_s < 1 or self.max_restarts < 0:
+        if not (self.wait_s >= 1 and self.collective_timeout_s >= 1 and self.max_restarts >= 0):
             raise ValueError("wait_s and collective_timeout_s must be 1 or more, max_restarts 0 or more")
 
 
@@ -132,16 +132,16 @@ def launch(
         Exception: What the function raised, on the lowest rank whose error does not follow from another's.
             Its `__cause__` holds the worker's traceback.
     """
-    if config.num_workers == 0:
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        return function(Worker(0, 1, 0, 1, 0, device), payload)
     storage = storage.absolute()
     if _JOB_DIRECTORY in storage.as_posix():
         raise ClusterError(
             f"{storage} lies in the job's own copy of the working directory, which Ray deletes; give an absolute "
             "path that all nodes share (--run-dir)"
         )
+    if config.num_workers == 0:
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return function(Worker(0, 1, 0, 1, 0, device), payload)
     task = functools.partial(_run_on_worker, function, payload, Path.cwd())
     with _ray():
         for restart in range(1, config.max_restarts + 1):

@@ -1,9 +1,17 @@
+import os
 import pickle
+import signal
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import WorkerFailure, capture, raise_root_cause
+from tests.processes import run_ranks
+from tests.ray_cluster import wait_until
 
 
 class PickyError(ValueError):
@@ -48,6 +56,50 @@ def test_lost_peer_is_seen_through_the_error_that_wraps_it() -> None:
     assert caught(PEER).lost_peer
     assert caught(ClusterError("exchange failed"), behind=PEER).lost_peer
     assert not caught(ValueError("Connection closed by peer")).lost_peer
+
+
+def time_out(rank: int, world_size: int) -> WorkerFailure | None:
+    """Stop rank 1, and return what rank 0 makes of the collective that rank 1 never joins."""
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
+    dist.barrier(impatient)
+    pids: list[int] = [0] * world_size
+    dist.all_gather_object(pids, os.getpid())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return None
+    failure = None
+    try:
+        dist.all_reduce(torch.ones(1), group=impatient)
+    except RuntimeError as error:
+        failure = capture(error)
+    wait_until(lambda: "T (stopped)" in Path(f"/proc/{pids[1]}/status").read_text(), timeout_s=30)
+    os.kill(pids[1], signal.SIGCONT)
+    return failure
+
+
+def test_hung_peer_is_lost() -> None:
+    failure, _ = run_ranks(2, time_out)
+    assert failure.lost_peer
+    with pytest.raises(
+        WorkerLostError, match=r"rank 0 of 2 lost .*Timed out.* --collective-timeout-s allows"
+    ):
+        raise_root_cause({0: failure}, 2)
+
+
+# The words of NCCL's watchdog, for which a GPU is needed.
+WATCHDOG = RuntimeError(
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=1, "
+    "NumelOut=1, Timeout(ms)=10000) ran for 10003 milliseconds before timing out."
+)
+PAIR = RuntimeError("Application timeout caused pair closure")  # gloo's for all collectives after a timeout
+
+
+@pytest.mark.parametrize("error", [WATCHDOG, PAIR])
+def test_timeouts_are_seen_through_the_error_that_wraps_them(error: RuntimeError) -> None:
+    failure = caught(ClusterError("exchange failed"), behind=error)
+    assert failure.lost_peer
+    with pytest.raises(WorkerLostError, match="--collective-timeout-s"):
+        raise_root_cause({1: failure}, 2)
 
 
 def test_own_error_comes_before_death_and_lost_peers_and_low_ranks_before_high() -> None:

@@ -92,6 +92,13 @@ def test_zero_workers_is_a_plain_call_in_this_process(
     assert not (tmp_path / ".ray").exists()
 
 
+@pytest.mark.parametrize("config", [HERE, TWO])
+def test_results_are_not_left_in_what_ray_deletes(config: LaunchConfig, tmp_path: Path) -> None:
+    storage = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs"
+    with pytest.raises(ClusterError, match=r"which Ray deletes; give an absolute path .*\(--run-dir\)"):
+        launch(describe_worker, 1.0, config, name="test", storage=storage)
+
+
 def test_ray_is_not_imported_for_zero_workers(tmp_path: Path) -> None:
     program = f"""
 import sys
@@ -242,10 +249,11 @@ def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
         {"cpus_per_worker": 0},
         {"gpus_per_worker": 2},
         {"wait_s": 0},
+        {"wait_s": float("nan")},
         {"max_restarts": -1},
     ],
 )
-def test_config_refuses_what_no_cluster_has(setting: dict[str, int]) -> None:
+def test_config_refuses_what_no_cluster_has(setting: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
         LaunchConfig(**setting)  # type: ignore[arg-type]
 
