@@ -1,25 +1,25 @@
 """Decoding every image once, to find those that a header does not give away."""
 
-import io
 import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
-from PIL import Image
 
+from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.errors import DataError
-from pipelines.headers import FORMATS
 from pipelines.manifest import Manifest, Rejected
+from pipelines.reader import ImageReader
 from pipelines.scan import progress_bar
 
 _CHUNK = 64
 
 
 def verify(manifest: Manifest, *, workers: int | None = None, show_progress: bool = True) -> Manifest:
-    """Decode every image fully, to RGB.
+    """Decode every image fully, to RGB, with the reader and the decoder that judge images while training.
 
     Args:
         manifest: What to check.
@@ -31,16 +31,17 @@ def verify(manifest: Manifest, *, workers: int | None = None, show_progress: boo
         The others keep their relative order, but their instance ids and the fingerprint change.
 
     Raises:
-        DataError: No image can be decoded.
+        DataError: No image can be decoded, or the storage fails.
     """
     reasons: list[str | None] = []
     with (
+        closing(ImageReader(manifest)) as reader,
         warnings.catch_warnings(),
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
         progress_bar(show_progress, len(manifest), " images") as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow warns of oddities in images that it decodes all the same
-        for part in _results(manifest, pool):
+        for part in _results(manifest, reader, pool):
             reasons += part
             bar.update(len(part))
     broken = [row for row, reason in enumerate(reasons) if reason is not None]
@@ -53,33 +54,25 @@ def verify(manifest: Manifest, *, workers: int | None = None, show_progress: boo
     return manifest.select(np.delete(np.arange(len(manifest)), broken), rejected)
 
 
-def _results(manifest: Manifest, pool: ThreadPoolExecutor) -> Iterator[list[str | None]]:
+def _results(manifest: Manifest, reader: ImageReader, pool: ThreadPoolExecutor) -> Iterator[list[str | None]]:
     """Chunk by chunk in row order: why each image cannot be used, None if it can."""
     pending: deque[Future[list[str | None]]] = deque()
     for start in range(0, len(manifest), _CHUNK):
-        pending.append(pool.submit(_check, manifest, range(start, min(start + _CHUNK, len(manifest)))))
+        rows = range(start, min(start + _CHUNK, len(manifest)))
+        pending.append(pool.submit(_check, manifest, reader, rows))
         if len(pending) > 1000:  # a manifest may have more chunks than memory has room for futures
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _check(manifest: Manifest, rows: range) -> list[str | None]:
-    return [_why_not(manifest, row) for row in rows]
+def _check(manifest: Manifest, reader: ImageReader, rows: range) -> list[str | None]:
+    return [_why_not(manifest, reader, row) for row in rows]
 
 
-def _why_not(manifest: Manifest, row: int) -> str | None:
+def _why_not(manifest: Manifest, reader: ImageReader, row: int) -> str | None:
     try:
-        with (manifest.root / manifest.sources[int(manifest.source_index[row])]).open("rb") as file:
-            file.seek(int(manifest.offsets[row]))
-            content = file.read(int(manifest.sizes[row]))
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.convert("RGB").size
-    except Exception as error:  # Pillow's readers let through whatever damaged bytes make them raise
-        return str(error) or type(error).__name__
-    if (height, width) != (manifest.heights[row], manifest.widths[row]):
-        return (
-            f"{height} x {width} pixels, the manifest says {manifest.heights[row]} x {manifest.widths[row]}: "
-            "the data changed, build the manifest again"
-        )
+        decode_rgb(reader.read(row), int(manifest.heights[row]), int(manifest.widths[row]))
+    except CorruptImage as corrupt:
+        return str(corrupt)
     return None

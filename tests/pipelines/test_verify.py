@@ -6,7 +6,7 @@ from PIL import Image
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
 from pipelines.verify import verify
-from tests.pipelines.stored import ODD, encode
+from tests.pipelines.stored import ODD, encode, png
 
 
 @pytest.fixture
@@ -39,11 +39,23 @@ def test_broken_images_are_left_out_in_order(odd_images: Path) -> None:
 def test_data_that_changed_since_is_left_out(odd_images: Path) -> None:
     manifest = build_manifest(odd_images)
     Image.new("RGB", (2, 3)).save(odd_images / "rgb.bmp")
+    (odd_images / "grey.png").write_bytes(png(3, 2).ljust(len(ODD["grey.png"]), b"\0"))
+    (odd_images / "rgb.png").write_bytes(ODD["rgb.png"][:-1])
     (odd_images / "rgb.ppm").unlink()
     reasons = dict(verify(manifest, workers=1).rejected)
-    assert "the data changed" in reasons["rgb.bmp"] or "truncated" in reasons["rgb.bmp"]
+    assert len(reasons) == 4
+    assert "is 3 x 2 pixels, the manifest says 21 x 34: build it again" in reasons["grey.png"]
+    # The last byte decodes nothing, but a loader that gets fewer bytes than promised leaves the image out.
+    assert f"is cut short: {len(ODD['rgb.png']) - 1} of" in reasons["rgb.png"]
+    assert "is cut short" in reasons["rgb.bmp"]
     assert "No such file" in reasons["rgb.ppm"]
-    assert len(reasons) == 2
+
+
+def test_storage_that_fails_leaves_no_image_out(odd_images: Path) -> None:
+    manifest = build_manifest(odd_images)
+    odd_images.rename(odd_images.with_name("elsewhere"))
+    with pytest.raises(DataError, match="No such file or directory; the data must lie on storage that"):
+        verify(manifest)
 
 
 def test_nothing_sound_is_an_error(tmp_path: Path) -> None:
