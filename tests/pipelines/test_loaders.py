@@ -12,7 +12,7 @@ import torch
 
 from pipelines.augment import Augmentation
 from pipelines.errors import DataError
-from pipelines.loader import LoaderConfig
+from pipelines.loader import Batch, LoaderConfig
 from pipelines.manifest import Manifest
 from pipelines.order import Order, Request
 from tests.pipelines.images import BACKENDS, in_order, load, open_any, photos, same
@@ -80,7 +80,7 @@ def test_requests_are_taken_lazily(manifest: Manifest, backend: str) -> None:
 
     with open_any(manifest, endless(), backend, prefetch=2) as loader:
         for number, _ in enumerate(loader, 1):
-            assert taken <= number + 2 * 2
+            assert taken <= number + 1 + 2 * 2  # one batch more is being made meanwhile
             if number == 10:
                 break
 
@@ -188,6 +188,51 @@ def test_errors_of_the_requests_and_of_the_threads_reach_the_consumer(
     ):
         next(loader)
     with open_any(manifest, [Request(0, np.array([COUNT]))], backend) as loader, pytest.raises(IndexError):
+        next(loader)
+
+
+def test_an_error_is_raised_once_and_ends_the_loader(manifest: Manifest, backend: str) -> None:
+    asked = 0
+
+    def broken() -> Iterator[Request]:
+        nonlocal asked
+        for asked in itertools.count(1):
+            yield Request(0, np.arange(4) if asked != 6 else np.array([COUNT]))
+
+    before = set(threading.enumerate())
+    loader = open_any(manifest, broken(), backend, prefetch=2)
+    good: list[Batch] = []
+    with pytest.raises(IndexError):
+        good.extend(loader)
+    assert len(good) <= 5
+    taken = asked
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            next(loader)
+    assert asked == taken
+    loader.close()
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 3])
+def test_close_while_a_batch_is_being_made(manifest: Manifest, backend: str, consumed: int) -> None:
+    asked, making = 0, threading.Event()
+
+    def endless() -> Iterator[Request]:
+        nonlocal asked
+        for asked in itertools.count(1):
+            making.set()
+            yield Request(asked, np.arange(4))
+
+    before = set(threading.enumerate())
+    loader = open_any(manifest, endless(), backend, prefetch=2)
+    for _ in range(consumed):
+        next(loader)
+    assert making.wait(60)
+    loader.close()
+    assert asked <= consumed + 1 + 2 * 2  # no more than the batch that was being made
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(StopIteration):
         next(loader)
 
 
