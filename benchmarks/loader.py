@@ -82,7 +82,7 @@ def main() -> None:
                 config = LoaderConfig(backend=backend, threads=arguments.threads)
                 got = speed(manifest, size, batch, options, config, arguments.seconds)
                 best[backend] = max(best[backend][0], got[0]), max(best[backend][1], got[1])
-            row = {"data": name, "case": case}
+            row: dict[str, str | int] = {"data": name, "case": case}
             for backend, (per_second, per_core_second) in best.items():
                 row |= {f"{backend}/s": round(per_second), f"{backend}/core-s": round(per_core_second)}
             rows.append(row)
@@ -90,7 +90,8 @@ def main() -> None:
                 print("".join(f"{key:>18}" for key in row))
             print("".join(f"{value:>18}" for value in row.values()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+        cores = {"cores": os.cpu_count()}
+        arguments.json.write_text(json.dumps([row | cores for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
