@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class _Run:
             rank=worker.rank,
         )
         self.clock = _Clock()
-        self.corrupt: set[tuple[str, int]] = set()
+        self.corrupt: set[Path] = set()
 
     def complete(self) -> dict[str, Any]:
         """Baselines, training, last measurements, files."""
@@ -217,9 +218,10 @@ class _Run:
             append_line(self.run.metrics, {"kind": "status", "message": message})
 
     def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
-        if (manifest.fingerprint, row) not in self.corrupt:
-            self.corrupt.add((manifest.fingerprint, row))
-            logger.warning("skipping %s: %s", manifest.root / name, reason)
+        path = manifest.root / name
+        if path not in self.corrupt:
+            self.corrupt.add(path)
+            logger.warning("skipping %s: %s", path, reason)
             self.run.add_corrupt_image(manifest, name, reason)
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cluster.exchange import Exchange
+from cluster.launch import Worker
 from cluster.partition import Partition
+from instdisc.backbone import BackboneConfig
 from instdisc.bank import random_unit_rows
-from instdisc.config import ProbeConfig
+from instdisc.config import DataConfig, ProbeConfig, RunConfig, TrainingConfig
 from instdisc.knn import shard_top_k, weighted_votes
-from instdisc.probe import knn_top1
+from instdisc.probe import Probe, knn_top1, raw_pixels
+from instdisc.trainer import Trainer
+from pipelines.augment import Augmentation
+from pipelines.build import build_manifest
+from pipelines.loader import LoaderConfig
+from pipelines.manifest import Manifest
 from tests import reference
 from tests.processes import run_ranks
 
@@ -94,3 +103,36 @@ def test_shards_classify_as_the_whole(leave_one_out: bool, k: int) -> None:
     for world_size in (1, 2, 3):
         results = run_ranks(world_size, sharded, leave_one_out, k)
         assert results == pytest.approx([np.mean(correct)] * world_size)
+
+
+def measure_one(rank: int, world_size: int, directory: str) -> dict[str, float | None]:
+    config = RunConfig(
+        data=DataConfig(path="unused"),
+        augmentation=Augmentation(image_size=32),
+        backbone=BackboneConfig(name="resnet8", embedding_dim=16),
+        training=TrainingConfig(batch_size=12),
+        probe=ProbeConfig(neighbours=3),
+        loader=LoaderConfig(backend="host", threads=1),
+    )
+    trainer = Trainer(Worker(rank, world_size, rank, world_size, 0, torch.device("cpu")), config, 24)
+    train, test = Manifest.load(f"{directory}/train.manifest"), Manifest.load(f"{directory}/test.manifest")
+    probe = Probe(trainer, train, test, lambda *_: None)
+    return probe.measure({"network": trainer.embed, "raw": raw_pixels}, bank_as="bank")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_fewer_queries_than_ranks(world_size: int, tmp_path: Path) -> None:
+    for part, count in {"train": 12, "test": 1}.items():
+        for name, colour in {"red": (200, 30, 30), "green": (30, 200, 30)}.items():
+            if part == "test" and name == "green":
+                continue
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                noise = np.random.default_rng(number).integers(-20, 20, (32, 32, 3))
+                pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
+        build_manifest(tmp_path / part, labels="folders").save(tmp_path / f"{part}.manifest")
+    results = run_ranks(world_size, measure_one, str(tmp_path))
+    assert all(result == results[0] for result in results)
+    assert results[0]["raw"] == 1.0
+    assert set(results[0]) == {"raw", "network", "bank"}

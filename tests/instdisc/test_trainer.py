@@ -83,7 +83,7 @@ def expected_step() -> tuple[list[Tensor], Tensor, float]:
     parameters = [parameter.detach() - RATE * parameter.grad for parameter in network.parameters()]
     bank = row.expand(NUM_INSTANCES, DIM).clone()
     bank[ids[ids >= 0]] = F.normalize(0.5 * row + 0.5 * f[ids >= 0].detach(), dim=1)
-    return parameters, bank, float(losses.mean())
+    return parameters, bank, float(losses.mean().detach())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
