@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,8 +95,10 @@ def check_backbone(config: BackboneConfig, image_size: int) -> None:
 def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if config.name not in known:
+        close = difflib.get_close_matches(config.name, [*CIFAR_RESNETS, *known], n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"backbone.name is {config.name!r}, which is unknown: use one of {', '.join(CIFAR_RESNETS)} or a "
+            f"backbone.name is {config.name!r}, which is unknown: {hint}use one of {', '.join(CIFAR_RESNETS)} or a "
             f"torchvision classification network: {', '.join(known)}"
         )
     options: dict[str, object] = {}

@@ -27,7 +27,7 @@ class DataConfig:
     sample, or cifar10, cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
     """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it, labelled training images
-    are classified by the others (leave one out)."""
+    are classified by the others (leave one out). A recipe's test images are only used with its training images."""
     root: Path = Path("data")
     """Where data sets with a name are kept, in torchvision's own files or as the tar files made of them once."""
     download: bool = False
@@ -67,7 +67,7 @@ class TrainingConfig:
     compile: bool = False
     """Compile the network with torch.compile."""
     sync_batch_norm: bool = False
-    """Batch statistics over all workers."""
+    """Batch statistics over all workers; needs GPUs."""
     seed: int = 0
     """Seed of weights, bank, order, augmentation and negatives."""
     log_every: int = 10

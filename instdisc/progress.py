@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +31,7 @@ class ProgressBar:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm[Any] | None = None
+        self._next_line = 0.0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -64,11 +68,23 @@ class ProgressBar:
             )
             tqdm.write(f"epoch {row['epoch']:.0f}: kNN top-1 {accuracy}", file=sys.stderr)
         elif row["kind"] == "train":
-            if self._bar is None:
-                interval = 0.1 if sys.stderr.isatty() else _LINE_SECONDS
-                self._bar = tqdm(total=row["total_steps"], unit="step", mininterval=interval, file=sys.stderr)
-            self._bar.set_postfix_str(
-                f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s",
-                refresh=False,
+            self._advance(row)
+
+    def _advance(self, row: dict[str, Any]) -> None:
+        if self._bar is None:
+            # Without a terminal the bar only keeps the time; what it would show is printed as lines.
+            sink = sys.stderr if sys.stderr.isatty() else io.StringIO()
+            self._bar = tqdm(total=row["total_steps"], unit="step", file=sink, dynamic_ncols=True)
+        state = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s"
+        self._bar.set_postfix_str(state, refresh=False)
+        self._bar.update(row["step"] - self._bar.n)
+        if not sys.stderr.isatty() and (
+            time.monotonic() >= self._next_line or row["step"] == row["total_steps"]
+        ):
+            self._next_line = time.monotonic() + _LINE_SECONDS
+            left = (row["total_steps"] - row["step"]) / (self._bar.format_dict["rate"] or math.inf)
+            print(
+                f"step {row['step']}/{row['total_steps']}, {state}, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
             )
-            self._bar.update(row["step"] - self._bar.n)

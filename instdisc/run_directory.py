@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
 from pipelines.manifest import Manifest
@@ -143,6 +146,22 @@ class RunDirectory:
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
         append_line(self.corrupt_images, {"name": str(manifest.root / name), "reason": reason})
+
+    def load_network(self) -> Embedder:
+        """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
+
+        Raises:
+            ConfigError: There is no trained network.
+        """
+        try:
+            settings = json.loads(self.config.read_text())
+            embedder = build_embedder(
+                BackboneConfig(**settings["backbone"]), settings["augmentation"]["image_size"]
+            )
+            embedder.backbone.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True))
+        except OSError as error:
+            raise ConfigError(f"{self.path} holds no trained network: {error}") from error
+        return embedder.eval()
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    config = tyro.cli(
+    config: RunConfig = tyro.cli(
         RunConfig,
         default=recipe.config,
         args=arguments[1:],
@@ -88,6 +89,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         description=recipe.description,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    own, theirs = config.data, recipe.config.data
+    if own.path != theirs.path and own.test_path == theirs.test_path:
+        # A recipe's test images are for its own training images.
+        config = dataclasses.replace(config, data=dataclasses.replace(own, test_path=None))
     return name, config
 
 
@@ -114,12 +119,13 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     check_backbone(config.backbone, config.augmentation.image_size)
-    train_images = open_images(config, config.data.path)
-    test_images = None if config.data.test_path is None else open_images(config, config.data.test_path)
+    train_images = _open_images(config, "path")
+    test_images = None if config.data.test_path is None else _open_images(config, "test_path")
     if len(train_images) < config.training.batch_size:
         raise ConfigError(
             f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
-            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}"
+            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple of "
+            "the number of workers"
         )
     run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
@@ -128,12 +134,15 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         return launch(train_on_worker, (recipe, config, run), config.launch, name=recipe, storage=run.path)
 
 
-def open_images(config: RunConfig, path: str) -> Manifest:
-    """The manifest of a data set in any of the accepted forms; names the images that are left out."""
-    found = resolve(path, root=config.data.root, download=config.data.download)
-    manifest = build_manifest(found)
-    if config.data.verify:
-        manifest = verify(manifest)
+def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
+    """The manifest of the training or test images; names the images that are left out."""
+    try:
+        found = resolve(getattr(config.data, option), root=config.data.root, download=config.data.download)
+        manifest = build_manifest(found)
+        if config.data.verify:
+            manifest = verify(manifest)
+    except DataError as error:
+        raise DataError(f"--data.{option.replace('_', '-')}: {error}") from error
     for image in manifest.rejected[:_MOST_NAMED]:
         logger.warning("leaving out %s: %s", manifest.root / image.name, image.reason)
     if len(manifest.rejected) > _MOST_NAMED:
@@ -169,7 +178,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         f"  {python} -c \"import zarr; print(zarr.open('{place}/bank.zarr').info)\"",
         f"  {python} -m instdisc.train sample --help     # every setting",
         f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",
-        f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER --data.test-path None",
+        f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER",
     ]
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def _open(name: str, split: str, root: Path, download: bool) -> Any:
         dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         return dataset(root, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        remedy = "check the connection" if download else "allow the download"
+        remedy = "check the connection" if download else "allow the download (--data.download)"
         raise DataError(
             f"cannot read {name} in {root.absolute()}: {error}; {remedy}, or put its files there as "
             "torchvision keeps them"

@@ -1,5 +1,6 @@
 """Folders of images, with or without classes."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pipelines.files import read_headers, scan_of_files
 from pipelines.scan import Labels, Scan, is_image_name, nothing_found
 
 _SPLITS = frozenset(("test", "train", "unlabeled", "unlabelled", "val", "valid", "validation"))
+
+logger = logging.getLogger(__name__)
 
 
 def scan_folder(root: Path, *, labels: Labels, show_progress: bool) -> Scan:
@@ -40,6 +43,13 @@ def scan_folder(root: Path, *, labels: Labels, show_progress: bool) -> Scan:
 def _class_names(root: Path, images: list[str], labels: Labels) -> tuple[str, ...]:
     folders = {name.partition("/")[0] for name in images if "/" in name}
     direct = [name for name in images if "/" not in name]
+    if labels == "auto" and direct and folders:
+        logger.warning(
+            "no labels: %d images, e.g. %s, lie directly in %s, so its folders are not taken for classes",
+            len(direct),
+            direct[0],
+            root,
+        )
     if labels == "none" or (labels == "auto" and (direct or len(folders) < 2)):
         return ()
     if direct:

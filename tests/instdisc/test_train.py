@@ -14,8 +14,8 @@ import torch
 import zarr
 from PIL import Image
 
-from instdisc.backbone import BackboneConfig, build_embedder
 from instdisc.recipes import RECIPES
+from instdisc.run_directory import RunDirectory
 from instdisc.train import main, parse
 from pipelines.manifest import Manifest
 
@@ -100,8 +100,9 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     assert bank.shape == (45, 16)
     assert bank.attrs["manifest_fingerprint"] == manifest.fingerprint
     np.testing.assert_allclose(np.linalg.norm(bank[:], axis=1), 1, atol=1e-6)
-    network = build_embedder(BackboneConfig(name="resnet8", embedding_dim=16), 32).backbone
-    network.load_state_dict(torch.load(out / "weights.pt", weights_only=True), strict=True)
+    network = RunDirectory(out).load_network()
+    with torch.no_grad():
+        torch.testing.assert_close(network(torch.randn(2, 3, 32, 32)).norm(dim=1), torch.ones(2))
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"], config["training"]["batch_size"], config["launch"]["num_workers"]) == (
         "sample",
@@ -256,7 +257,7 @@ def refused(result: tuple[int, str, Path], *texts: str) -> None:
 
 
 def test_no_such_path(run: Run, tmp_path: Path) -> None:
-    refused(run(tmp_path / "nowhere"), "nowhere")
+    refused(run(tmp_path / "nowhere"), "--data.path: ", "nowhere")
     refused(run(write_pictures(tmp_path / "train", 20), test=tmp_path / "elsewhere"), "elsewhere")
 
 
@@ -273,12 +274,18 @@ def test_unknown_recipe_option_backbone_and_values(run: Run, tmp_path: Path) -> 
     assert main(["simple"]) == 2
     images = write_pictures(tmp_path / "train", 20)
     refused(run(images, "--no-such-option", "1"), "no-such-option")
-    refused(run(images, "--backbone.name", "resnet19"), "resnet19", "resnet18")
+    refused(run(images, "--backbone.name", "resnet19"), "resnet19", "did you mean", "resnet18")
     refused(run(images, "--backbone.name", "vit_b_16"), "32 pixels")
     refused(run(images, "--objective.temperature", "0"), "temperature")
     refused(run(images, "--bank.momentum", "1.5"), "momentum")
     refused(run(images, "--training.epochs", "0"), "epochs")
     refused(run(images, "--augmentation.crop-scale", "0", "1"), "crop_scale")
+
+
+def test_a_recipes_test_images_are_for_its_training_images() -> None:
+    assert parse(["sample"])[1].data.test_path == "sample:test"
+    assert parse(["sample", "--data.path", "mine"])[1].data.test_path is None
+    assert parse(["sample", "--data.path", "mine", "--data.test-path", "other"])[1].data.test_path == "other"
 
 
 def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
