@@ -124,8 +124,8 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     if len(train_images) < config.training.batch_size:
         raise ConfigError(
             f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
-            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple of "
-            "the number of workers"
+            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
+            "of the number of workers"
         )
     run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
