@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import zarr
 
-from tests.ray_cluster import CHECKOUT, RayCluster
+from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
 SHORT = ["--training.epochs", "1", "--objective.num-negatives", "256", "--data.root", "DATA"]
 
@@ -56,3 +57,29 @@ def test_errors_of_workers_reach_the_user(
     assert "Traceback" not in program.stderr
     for text in texts:
         assert text in program.stderr
+
+
+def test_a_lost_worker_is_replaced_and_training_begins_anew(tmp_path: Path) -> None:
+    environment: dict[str, str] = {"RAY_ADDRESS": "local"}
+    with processes_of_this_block(environment) as alive:
+        program = subprocess.Popen(
+            [sys.executable, *short(tmp_path, "--max-restarts", "1", "--training.epochs", "2")],
+            cwd=CHECKOUT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and '"step": 10,' in metrics.read_text(), timeout_s=200)
+        workers = [
+            pid for pid in alive() if b"ray::RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        said, _ = program.communicate(timeout=300)
+    assert program.returncode == 0, said
+    assert "restart 1 of 1" in said
+    assert "training begins anew" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 78
