@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from instdisc.backbone import BackboneConfig
-from instdisc.config import DataConfig, ProbeConfig, RunConfig, TrainingConfig
+from instdisc.config import BankConfig, DataConfig, ProbeConfig, RunConfig, TrainingConfig
 from instdisc.objectives import NCEConfig, SoftmaxConfig
 from instdisc.optim import OptimizerConfig
 from pipelines.augment import Augmentation
