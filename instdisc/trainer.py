@@ -87,26 +87,8 @@ class Trainer:
         Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
         call.
         """
-        device = self.worker.device
-        seed = derive_seed(self.config.training.seed, "negatives", self.steps, self.worker.rank)
-        self._generator.manual_seed(seed)
         buffers_before = [buffer.clone() for buffer in self._buffers]
-        self._network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = self.config.training.accumulation
-        writes: list[tuple[Tensor, Tensor]] = []
-        observed: _Observed | None = None
-        for number, (images, ids) in enumerate(
-            zip(images_BCHW.to(device).chunk(parts), instance_ids_B.to(device).chunk(parts), strict=True)
-        ):
-            with contextlib.nullcontext() if number == parts - 1 else self._without_all_reduce():
-                with self._autocast():
-                    embeddings = self._network(images)
-                result, ids_G = self._objective_result(embeddings.detach(), ids)
-                embeddings.backward(result.gradient_BD / self.local_batch)
-            observed = _Observed.of(result, ids, embeddings.detach(), self.exchange).plus(observed)
-            writes.append((embeddings.detach(), ids_G))
-        assert observed is not None
+        observed, embedded = self._forward_backward(images_BCHW, instance_ids_B)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         try:
@@ -118,13 +100,44 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        for embeddings, ids_G in writes:
-            owned_ids, rows = self.exchange.route(embeddings, ids_G.cpu(), self.partition)
-            self.bank.update(owned_ids.to(device), rows, momentum=self.config.bank.momentum)
+        for embeddings_BD, ids_G in embedded:
+            owned_ids, rows = self.exchange.route(embeddings_BD, ids_G.cpu(), self.partition)
+            self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
         if means:
             self.objective.observe(means)
         self.steps += 1
         return means
+
+    def _forward_backward(
+        self, images_BCHW: Tensor, instance_ids_B: Tensor
+    ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
+        """Gradients of the mean loss over the global batch, part by part.
+
+        Returns:
+            What was observed on this rank, and for every part its embeddings and the instance ids of all ranks.
+        """
+        training, device = self.config.training, self.worker.device
+        self._generator.manual_seed(derive_seed(training.seed, "negatives", self.steps, self.worker.rank))
+        self._network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        observed: list[_Observed] = []
+        embedded: list[tuple[Tensor, Tensor]] = []
+        for part, (images, ids_B) in enumerate(
+            zip(
+                images_BCHW.to(device).chunk(training.accumulation),
+                instance_ids_B.to(device).chunk(training.accumulation),
+                strict=True,
+            )
+        ):
+            is_last = part == training.accumulation - 1
+            with contextlib.nullcontext() if is_last else self._without_all_reduce():
+                with self._autocast():
+                    embeddings_BD = self._network(images)
+                result, ids_G = self._objective_result(embeddings_BD.detach(), ids_B)
+                embeddings_BD.backward(result.gradient_BD / self.local_batch)
+            observed.append(_Observed.of(result, ids_B, embeddings_BD.detach(), self.exchange))
+            embedded.append((embeddings_BD.detach(), ids_G))
+        return _Observed.total(observed), embedded
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -192,8 +205,9 @@ class _Observed(NamedTuple):
         values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
         return cls(tuple(result.sums), values)
 
-    def plus(self, other: _Observed | None) -> _Observed:
-        return self if other is None else _Observed(self.names, self.values + other.values)
+    @classmethod
+    def total(cls, parts: list[_Observed]) -> _Observed:
+        return cls(parts[0].names, torch.stack([part.values for part in parts]).sum(dim=0))
 
     def means(self, totals: Tensor, gradient_norm: float) -> dict[str, float]:
         """Means over all images from the totals over all ranks, and the gradient norm; empty if there was no image.
