@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,21 +86,29 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
 def processes_of_this_block(environment: dict[str, str]) -> Iterator[Callable[[], list[int]]]:
     """Mark `environment`, yield a function that lists the processes alive with the mark, and kill those left.
 
-    Ray's processes leave their parent, their session and their command line behind, but not their environment.
+    Ray's processes leave their session and their command line behind, and some overwrite their environment; those are
+    found as children of the others.
     """
     mark = secrets.token_hex(8)
     environment[_MARK] = mark
     needle = f"{_MARK}={mark}".encode()
 
     def alive() -> list[int]:
-        found = []
+        found: set[int] = set()
+        children: dict[int, list[int]] = defaultdict(list)
         for process in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):  # gone, or somebody else's
+                pid = int(process.name)
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                children[parent].append(pid)
                 if needle in (process / "environ").read_bytes():
-                    found.append(int(process.name))
-            except OSError:  # gone, or somebody else's
-                continue
-        return found
+                    found.add(pid)
+        unexplored = list(found)
+        while unexplored:
+            new = [pid for pid in children[unexplored.pop()] if pid not in found]
+            found.update(new)
+            unexplored += new
+        return sorted(found)
 
     try:
         yield alive
