@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +36,24 @@ class Batch(NamedTuple):
     instance_ids: torch.Tensor
 
 
-class Loader(Protocol):
+class Loader(ABC):
     """An iterator over the batches of a stream of requests, in their order; to be closed after use."""
 
-    def __iter__(self) -> Self: ...
+    def __iter__(self) -> Self:
+        return self
 
+    @abstractmethod
     def __next__(self) -> Batch: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""
 

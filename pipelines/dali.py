@@ -11,8 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from nvidia.dali import Pipeline, fn, math, types
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import ViewParameters
-from pipelines.batch import Batch, LoaderJob
+from pipelines.batch import Batch, Loader, LoaderJob
 from pipelines.decode import CorruptImage, decode_rgb, encode_pnm, needs_pillow
 from pipelines.order import Request
 from pipelines.reader import Ahead, ImageReader
@@ -50,7 +49,7 @@ class _Encoded:
         self.views.height[index] = self.views.width[index] = 1
 
 
-class DaliLoader:
+class DaliLoader(Loader):
     """Implements `Loader` with DALI.
 
     Up to `job.prefetch` batches are being read while as many are under way in DALI.
@@ -65,17 +64,6 @@ class DaliLoader:
         self._failure: RuntimeError | None = None
         self._largest = 0  # images in the largest batch the pipeline takes
         self._for_pillow: set[int] = set()  # rows that DALI failed on before
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines.augment import ViewParameters
-from pipelines.batch import Batch, LoaderJob
+from pipelines.batch import Batch, Loader, LoaderJob
 from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.order import Request
 from pipelines.reader import Ahead, ImageReader
@@ -27,24 +26,13 @@ class _Piece(NamedTuple):
     failures: dict[int, str]  # row -> reason
 
 
-class HostLoader:
+class HostLoader(Loader):
     """Implements `Loader` with Pillow and torch; gives what `DaliLoader` gives, up to rounding."""
 
     def __init__(self, job: LoaderJob) -> None:
         self._job = job
         self._reader = ImageReader(job.manifest)
         self._ahead = Ahead(job.requests, self._load, threads=job.threads, depth=job.prefetch)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""

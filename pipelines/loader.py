@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 
@@ -119,16 +118,13 @@ def open_loader(
     return _OneAhead(DaliLoader(job))
 
 
-class _OneAhead:
+class _OneAhead(Loader):
     """Implements `Loader`: has the next batch put together in a thread while the consumer works on this one."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._following: Future[Batch | None] | None = self._thread.submit(next, loader, None)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._following is None:
@@ -139,14 +135,6 @@ class _OneAhead:
             raise StopIteration
         self._following = self._thread.submit(next, self._loader, None)
         return batch
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""
