@@ -274,7 +274,12 @@ def main() -> None:
     )
     print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+        values = [dataclasses.asdict(row) for row in rows]
+        # Not a number stands for not measured, which JSON writes as null.
+        measured = [
+            {name: None if value != value else value for name, value in row.items()} for row in values
+        ]
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":
