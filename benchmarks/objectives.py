@@ -10,6 +10,7 @@ it is used.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import math
@@ -166,6 +167,8 @@ def extra_megabytes(function: Callable[[], object], device: torch.device) -> flo
         function()
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    # Memory that the allocator kept from earlier calls would hide what this one needs.
+    ctypes.CDLL(None).malloc_trim(0)
     before, most, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
