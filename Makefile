@@ -24,5 +24,5 @@ environment: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dali,onnx,dev]'
 	touch $@
