@@ -1,0 +1,1 @@
+"""The papers' protocols: what the embeddings of a run are worth."""
