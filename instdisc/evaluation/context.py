@@ -1,0 +1,285 @@
+"""What every protocol of an evaluation works with, each part opened when it is first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.snapshots import Snapshot, open_snapshot
+from cluster.topk import ActorsConfig, RowSource, TopK, connect, read_rows
+from instdisc.backbone import Embedder
+from instdisc.errors import ConfigError
+from instdisc.evaluation.images import ImageFunction, ImageRows, embed
+from instdisc.evaluation.queries import Queries, QueryConfig, leave_one_out, open_queries
+from instdisc.run_directory import RunDirectory, write_json
+from pipelines.augment import Augmentation
+from pipelines.loader import LoaderConfig
+from pipelines.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is evaluated, on what, and where."""
+
+    source: str
+    """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
+    queries: QueryConfig = field(default_factory=QueryConfig)
+    recompute: bool = False
+    """Compare with fresh embeddings of the training images instead of those stored while training."""
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    output: Path | None = None
+    """Where the results go; RUN/evaluation/step-… by default."""
+
+
+class Protocol(NamedTuple):
+    """An entry of the table of protocols."""
+
+    run: Callable[[Evaluation, Any], dict[str, Any]]
+    """Called with the evaluation and the protocol's own settings. Returns the JSON values to be written as
+    `output/NAME.json`; `summary` in it holds the figures of the printed table, by name."""
+    settings: str
+    """Name of the field of the program's configuration that holds its settings."""
+
+
+class TableRows:
+    """One table of a snapshot as a source of rows; picklable."""
+
+    def __init__(self, snapshot: Snapshot, table: str) -> None:
+        self._snapshot, self._table = snapshot, table
+        self.num_rows = snapshot.num_rows
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start … stop - 1."""
+        return self._snapshot.read(self._table, start, stop)
+
+
+class Evaluation:
+    """A run or a snapshot, its queries and its bank; a context manager that ends the actors it started.
+
+    Errors that a user can put right are raised by the part that meets them: `ConfigError`, `DataError`, `ClusterError`.
+
+    Args:
+        config: Settings.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(connect(self.config.actors))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @cached_property
+    def has_run(self) -> bool:
+        """Whether the source is, or lies in, a run directory that can be read here."""
+        return self._run is not None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory; raises ConfigError where only a snapshot is at hand."""
+        if self._run is None:
+            raise ConfigError(
+                f"{self.config.source} is a snapshot outside of its run: this needs the network and the list of "
+                "images, so give the run directory"
+            )
+        return self._run
+
+    @cached_property
+    def _run(self) -> RunDirectory | None:
+        if "://" in self.config.source:
+            return None
+        path = Path(self.config.source).expanduser().absolute()
+        for place in (path, path.parent, path.parent.parent):
+            if (place / "config.json").exists():
+                return RunDirectory(place)
+        return None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The run's configuration: `config.json`."""
+        settings: dict[str, Any] = json.loads(self.run.config.read_text())
+        return settings
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The snapshot named, or the newest one; every stored piece has been checked."""
+        here = self.has_run and Path(self.config.source).expanduser().absolute() == self.run.path
+        snapshot = open_snapshot(str(self.run.path / "snapshots") if here else self.config.source)
+        if broken := snapshot.verify():
+            raise ConfigError(
+                f"snapshot {snapshot.step} of {self.config.source} is damaged in {len(broken)} pieces "
+                f"({', '.join(broken[:3])}): restore them, or name an older snapshot"
+            )
+        backbone = snapshot.attributes.get("backbone")
+        if self.has_run and backbone not in (None, self.settings["backbone"]["name"]):
+            raise ConfigError(
+                f"the snapshot was made with backbone {backbone}, the run around it has "
+                f"{self.settings['backbone']['name']}: name a snapshot of this run, or move it out"
+            )
+        return snapshot
+
+    @cached_property
+    def output(self) -> Path:
+        """Where the results go; exists."""
+        path = self.config.output
+        if path is None:
+            base = self.run.path if self.has_run else Path()
+            path = base / "evaluation" / f"step-{self.snapshot.step:09d}"
+        path = path.expanduser().absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path} ({error}): choose another --output") from error
+        return path
+
+    @cached_property
+    def network(self) -> Embedder:
+        """The trained network on the CPU, in evaluation mode."""
+        return self.run.load_network()
+
+    @cached_property
+    def augmentation(self) -> Augmentation:
+        """Size and normalisation that the network was trained with."""
+        values = self.settings["augmentation"]
+        names = {each.name for each in dataclasses.fields(Augmentation)}
+        as_given = {name: value for name, value in values.items() if name in names}
+        return Augmentation(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in as_given.items()}
+        )
+
+    @cached_property
+    def train(self) -> Manifest:
+        """The training images: row = row of the bank."""
+        manifest = Manifest.load(self.run.manifest)
+        stored = self.snapshot.attributes.get("manifest_fingerprint")
+        if len(manifest) != self.snapshot.num_rows or stored not in (None, manifest.fingerprint):
+            raise ConfigError(
+                f"the snapshot's {self.snapshot.num_rows} rows are not of the {len(manifest)} images listed in "
+                f"{self.run.manifest}: name a snapshot of this run"
+            )
+        return manifest
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the bank's classes, by number; empty without labels."""
+        if self.has_run:
+            return self.train.class_names
+        return tuple(self.snapshot.attributes.get("class_names", ()))
+
+    @cached_property
+    def bank_labels(self) -> npt.NDArray[np.int64]:
+        """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
+        labels = None
+        if "labels" in self.snapshot.tables:
+            labels = self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
+        if labels is None or not (labels >= 0).any():
+            raise ConfigError(
+                f"the bank of {self.config.source} has no labels, accuracy needs them: evaluate a run on labelled "
+                "images, or choose --protocols that need none"
+            )
+        return labels
+
+    @cached_property
+    def bank(self) -> RowSource:
+        """The rows that queries are compared with, stored or re-computed; read in the actors, never whole here."""
+        if self.config.recompute:
+            return self.image_rows(self.train, embed)
+        return TableRows(self.snapshot, "embeddings")
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, entries of an embedding."""
+        return int(self.snapshot.tables["embeddings"][0][1])
+
+    @cached_property
+    def queries(self) -> Queries:
+        """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
+        config = self.config.queries
+        if config.path is None and not (self.has_run and self.run.test_manifest.exists()):
+            return leave_one_out(self)
+        return open_queries(self, config)
+
+    @cached_property
+    def _top_k(self) -> TopK:
+        return self._open.enter_context(TopK(self.bank, self.config.actors))
+
+    def search(
+        self, queries: npt.NDArray[np.float32], k: int, excluded: npt.NDArray[np.int64] | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The exact k nearest rows of the bank.
+
+        Args:
+            queries: float32 (Q, D).
+            k: Neighbours per query.
+            excluded: int64 (Q,), a row that does not count for the query, negative for none.
+
+        Returns:
+            Scores float32 (Q, k), largest first, and rows int64 (Q, k); see `cluster.topk.TopK.search`.
+
+        Raises:
+            ConfigError: Queries of another dimension, or k beyond the bank.
+        """
+        others = self.snapshot.num_rows - (excluded is not None)
+        if k > others:
+            raise ConfigError(f"k is {k}, but a query has only {others} rows to compare with: lower --k")
+        if queries.shape[1] != self.embedding_dim:
+            raise ConfigError(
+                f"the queries have {queries.shape[1]} dimensions and the bank {self.embedding_dim}: they are not "
+                "embeddings of this network"
+            )
+        return self._top_k.search(queries, k, excluded=excluded)
+
+    def image_rows(self, manifest: Manifest, function: ImageFunction) -> ImageRows:
+        """A table with a row for every image, computed by the trained network as it is read."""
+        return ImageRows(
+            manifest=manifest,
+            network=self.network,
+            function=function,
+            augmentation=self.augmentation,
+            loader=self.config.loader,
+        )
+
+    def compute(
+        self,
+        manifest: Manifest,
+        function: ImageFunction = embed,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Apply a function of network and images to images, in the actors where there are any.
+
+        Args:
+            manifest: Where the images are.
+            function: By default the unit embeddings; features of stages are functions of the same kind.
+            rows: int64 (R,), which images; all by default.
+
+        Returns:
+            float32 (R, F); a row of NaN for an image that cannot be decoded.
+        """
+        chosen = manifest if rows is None else manifest.select(rows)
+        return read_rows(self.image_rows(chosen, function), self.config.actors)
+
+    def write(self, name: str, values: dict[str, Any]) -> Path:
+        """Write `output/NAME.json`, whole or not at all."""
+        path = self.output / f"{name}.json"
+        write_json(path, values)
+        return path

@@ -1,0 +1,88 @@
+"""Images as rows of numbers: what a network makes of them, in pieces that any process can compute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from instdisc.backbone import Embedder
+from pipelines.augment import Augmentation
+from pipelines.loader import LoaderConfig, open_loader
+from pipelines.manifest import Manifest
+from pipelines.order import Request
+
+_BATCH = 256
+
+logger = logging.getLogger(__name__)
+
+ImageFunction = Callable[[Embedder, Tensor], Tensor]
+"""Importable by name: the network in evaluation mode and normalised images (B, 3, H, W) to rows (B, F)."""
+
+
+def embed(network: Embedder, images: Tensor) -> Tensor:
+    """Unit embeddings: the `ImageFunction` of kNN."""
+    embeddings: Tensor = network(images)
+    return embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """Rows computed from images as they are asked for; picklable, a source for `cluster.topk`.
+
+    Attributes:
+        manifest: Where the images are; row i of this table is made of image i.
+        network: Applied on a GPU where the process has one.
+        function: What to compute.
+        augmentation: Size and normalisation; the views are those of evaluation.
+        loader: The loader of training.
+    """
+
+    manifest: Manifest
+    network: Embedder
+    function: ImageFunction
+    augmentation: Augmentation
+    loader: LoaderConfig
+
+    @property
+    def num_rows(self) -> int:
+        """Images, N."""
+        return len(self.manifest)
+
+    @torch.no_grad()
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Compute rows start … stop - 1.
+
+        Returns:
+            float32 (stop - start, F); NaN throughout where the image cannot be decoded.
+
+        Raises:
+            DataError: The storage of the images fails, or none of a batch of images can be decoded.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = self.network.to(device).eval()
+        chosen = np.arange(start, stop)
+        parts = []
+        with open_loader(
+            self.manifest,
+            (Request(0, chosen[first : first + _BATCH]) for first in range(0, len(chosen), _BATCH)),
+            augmentation=self.augmentation,
+            training=False,
+            views=1,
+            seed=0,
+            device=device,
+            config=self.loader,
+            on_corrupt=self._warn,
+        ) as loader:
+            for batch in loader:
+                rows = self.function(network, batch.images[0]).float()
+                parts.append(rows.masked_fill(batch.instance_ids[:, None] < 0, torch.nan).cpu().numpy())
+        return np.concatenate(parts)
+
+    def _warn(self, row: int, name: str, reason: str) -> None:
+        logger.warning("%s: %s", self.manifest.root / name, reason)

@@ -1,0 +1,247 @@
+"""The queries of an evaluation: labelled images, labelled vectors, or rows of the bank itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.arrays import is_array, open_array
+from instdisc.errors import ConfigError
+from pipelines.build import build_manifest
+from pipelines.datasets import resolve
+from pipelines.errors import DataError
+from pipelines.manifest import Manifest
+
+if TYPE_CHECKING:
+    from instdisc.evaluation.context import Evaluation
+
+_MOST_LEFT_OUT = 10_000
+_BLOCK = 65_536
+_MOST_NAMED = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryConfig:
+    """What is classified or retrieved."""
+
+    path: str | None = None
+    """Labelled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
+    the run's test images; without those, up to 10,000 labelled rows of the bank, each among all the others."""
+    labels: str | None = None
+    """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
+    root: Path = Path("data")
+    """Where data sets with a name are kept."""
+    download: bool = False
+    """Download a torchvision data set that is not in `root`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Queries:
+    """Labelled queries, Q of them.
+
+    Attributes:
+        kind: `test-set`, `array` or `leave-one-out`.
+        embeddings: float32 (Q, D).
+        labels: int64 (Q,) in the numbers of the bank's classes. Classes that the bank lacks have numbers of their own
+            above those, which no vote can name.
+        rows: int64 (Q,), the row of each query in `manifest`, in the array or, left out of it, in the bank.
+        excluded: int64 (Q,), the bank's row that is the query itself, or None.
+        manifest: The images, None where there are none.
+        unknown: Classes among `labels` that the bank lacks: name and number of queries.
+    """
+
+    kind: Literal["test-set", "array", "leave-one-out"]
+    embeddings: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    excluded: npt.NDArray[np.int64] | None
+    manifest: Manifest | None
+    unknown: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def leave_one_out(evaluation: Evaluation) -> Queries:
+    """Up to 10,000 labelled rows, spread evenly; embedded anew where the run is at hand, else as they are stored."""
+    labels = evaluation.bank_labels
+    labelled = np.flatnonzero(labels >= 0)
+    spread = np.linspace(0, len(labelled) - 1, min(_MOST_LEFT_OUT, len(labelled)))
+    rows = labelled[spread.astype(np.int64)]
+    if evaluation.has_run:
+        embeddings = evaluation.compute(evaluation.train, rows=rows)
+        rows = _decoded(embeddings, rows, evaluation.train)
+        embeddings = embeddings[np.isfinite(embeddings[:, 0])]
+    else:
+        embeddings = _stored(evaluation, rows)
+    return Queries(
+        kind="leave-one-out",
+        embeddings=embeddings,
+        labels=labels[rows],
+        rows=rows,
+        excluded=rows,
+        manifest=evaluation.train if evaluation.has_run else None,
+        unknown={},
+    )
+
+
+def _stored(evaluation: Evaluation, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Rows of the snapshot by number, ascending, read block by block."""
+    found = np.empty((len(rows), evaluation.embedding_dim), np.float32)
+    for start in range(0, evaluation.snapshot.num_rows, _BLOCK):
+        stop = min(start + _BLOCK, evaluation.snapshot.num_rows)
+        first, last = np.searchsorted(rows, [start, stop])
+        if first < last:
+            block = evaluation.snapshot.read("embeddings", start, stop)
+            found[first:last] = block[rows[first:last] - start]
+    return found
+
+
+def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
+    """The queries named by the user, or the run's test images.
+
+    Raises:
+        ConfigError: They have no labels, or none of the bank's classes, or do not fit the bank.
+        DataError: There are no such images, or one of those named by the user cannot be decoded.
+    """
+    if config.path is not None and is_array(config.path):
+        return _from_arrays(evaluation, config.path, config.labels)
+    if config.labels is not None:
+        raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
+    if config.path is None:
+        manifest = Manifest.load(evaluation.run.test_manifest)
+    else:
+        manifest = _find_images(config)
+    rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
+    if not len(rows):
+        raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")
+    numbers, unknown_names = match_classes(manifest.class_names, evaluation.class_names)
+    embeddings = evaluation.compute(manifest, rows=rows)
+    decoded = _decoded(embeddings, rows, manifest)
+    if config.path is not None and len(decoded) < len(rows):
+        broken = np.setdiff1d(rows, decoded)
+        raise DataError(
+            f"--queries.path: {len(broken)} images cannot be decoded, e.g. {manifest.root / manifest.name(broken[0])}: "
+            "replace or remove them"
+        )
+    labels = numbers[np.asarray(manifest.labels)[decoded]]
+    return Queries(
+        kind="test-set",
+        embeddings=embeddings[np.isfinite(embeddings[:, 0])],
+        labels=labels,
+        rows=decoded,
+        excluded=None,
+        manifest=manifest,
+        unknown=_count_unknown(labels, len(evaluation.class_names), unknown_names),
+    )
+
+
+def _find_images(config: QueryConfig) -> Manifest:
+    assert config.path is not None
+    try:
+        manifest = build_manifest(resolve(config.path, root=config.root, download=config.download))
+    except DataError as error:
+        raise DataError(f"--queries.path: {error}") from error
+    if manifest.rejected:
+        name, reason = manifest.rejected[0]
+        raise DataError(
+            f"--queries.path: {len(manifest.rejected)} images cannot be read, e.g. {manifest.root / name}: {reason}; "
+            "replace or remove them"
+        )
+    return manifest
+
+
+def _decoded(
+    embeddings: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], manifest: Manifest
+) -> npt.NDArray[np.int64]:
+    decoded = rows[np.isfinite(embeddings[:, 0])]
+    if not len(decoded):
+        raise DataError(f"none of the {len(rows)} query images of {manifest.root} can be decoded")
+    if len(decoded) < len(rows):
+        logger.warning("%d of %d query images cannot be decoded", len(rows) - len(decoded), len(rows))
+    return decoded
+
+
+def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> Queries:
+    if labels_path is None:
+        raise ConfigError(f"{path} holds embeddings without labels: name their classes with --queries.labels")
+    vectors, classes = open_array(path), open_array(labels_path)
+    backbone = vectors.attributes.get("backbone")
+    ours = evaluation.snapshot.attributes.get("backbone")
+    if backbone is not None and ours is not None and backbone != ours:
+        raise ConfigError(f"{path} was made with backbone {backbone}, the bank with {ours}: embed them anew")
+    if len(vectors.shape) != 2 or classes.shape != vectors.shape[:1]:
+        raise ConfigError(
+            f"{path} has shape {vectors.shape} and {labels_path} {classes.shape}: expected (Q, D) and (Q,)"
+        )
+    if vectors.shape[1] != evaluation.embedding_dim:
+        raise ConfigError(
+            f"{path} has {vectors.shape[1]} dimensions and the bank {evaluation.embedding_dim}: they are not "
+            "embeddings of one network"
+        )
+    labels = classes.read(0, len(vectors)).astype(np.int64)
+    rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        raise ConfigError(f"no entry of {labels_path} is a class (0 or above)")
+    embeddings = vectors.read(0, len(vectors))[rows].astype(np.float32)
+    if not np.isfinite(embeddings).all():
+        raise ConfigError(f"{path} holds numbers that are not finite: embed the queries anew")
+    names = evaluation.class_names
+    known = len(names) if names else int(evaluation.bank_labels.max()) + 1
+    unknown_names = [f"class {number}" for number in range(known, int(labels.max()) + 1)]
+    if (labels[rows] >= known).all():
+        raise ConfigError(f"{labels_path} names none of the bank's {known} classes, numbers 0 to {known - 1}")
+    return Queries(
+        kind="array",
+        embeddings=np.ascontiguousarray(embeddings),
+        labels=labels[rows],
+        rows=rows,
+        excluded=None,
+        manifest=None,
+        unknown=_count_unknown(labels[rows], known, unknown_names),
+    )
+
+
+def match_classes(
+    names: Sequence[str], bank_names: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Number the classes of the queries as the bank does, matched by name.
+
+    Returns:
+        int64 (len(names),), the bank's number of each class, those that it lacks numbered on from its last, and the
+        names of these in their order.
+
+    Raises:
+        ConfigError: They have no class in common.
+    """
+    numbers = {name: number for number, name in enumerate(bank_names)}
+    unknown = [name for name in names if name not in numbers]
+    if len(unknown) == len(names):
+        raise ConfigError(
+            f"the queries have none of the bank's classes: {', '.join(names[:3])}, … are not among "
+            f"{', '.join(bank_names[:3])}, …; classes are matched by name"
+        )
+    numbers |= {name: len(bank_names) + number for number, name in enumerate(unknown)}
+    return np.array([numbers[name] for name in names], np.int64), unknown
+
+
+def _count_unknown(labels: npt.NDArray[np.int64], known: int, names: Sequence[str]) -> dict[str, int]:
+    counts = {name: int((labels == known + number).sum()) for number, name in enumerate(names)}
+    counts = {name: count for name, count in counts.items() if count}
+    if counts:
+        named = ", ".join(list(counts)[:_MOST_NAMED]) + (", …" if len(counts) > _MOST_NAMED else "")
+        logger.warning(
+            "%d classes of the queries are not in the bank (%s): their %d queries count as wrong",
+            len(counts),
+            named,
+            sum(counts.values()),
+        )
+    return counts
