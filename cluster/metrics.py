@@ -1,0 +1,288 @@
+"""What a process tells Prometheus: one table of all metrics, and the endpoint that serves them.
+
+Every worker serves its own `/metrics`, the first of a node on the base port, the next ones above it, and writes a file
+into the run directory by which Prometheus finds it (`file_sd`). Nothing here stops training: a port that is taken or a
+directory that cannot be written to costs the metrics, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from wsgiref.simple_server import WSGIServer
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "instdisc_"
+LABELS = ("run", "rank")
+
+_STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_SNAPSHOT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_PORTS_TRIED = 16
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: Without the prefix. Base units (seconds, bytes, ratios from 0 to 1); counters end in `_total`.
+        kind: Counters and histograms start at 0; a gauge appears when it is first set.
+        help: What it means. "Of the run" are numbers that all ranks know and export alike; all others are this rank's.
+        buckets: Upper bounds of a histogram.
+        since: For an age: the gauge with the Unix time that it counts from.
+    """
+
+    name: str
+    kind: Literal["histogram", "counter", "gauge"]
+    help: str
+    buckets: tuple[float, ...] = _STEP_BUCKETS
+    since: str | None = None
+
+
+TRAINING = (
+    Metric("step_seconds", "histogram", "A whole step, from asking for a batch to the bank's update."),
+    Metric("data_wait_seconds", "histogram", "Waiting for the batch of a step."),
+    Metric(
+        "exchange_seconds",
+        "histogram",
+        "Exchange between ranks in a step, waiting for slower ranks included.",
+    ),
+    Metric("objective_seconds", "histogram", "Loss and gradient of a step from this rank's rows."),
+    Metric("optimizer_seconds", "histogram", "The optimizer's part of a step."),
+    Metric("snapshot_seconds", "histogram", "Writing and committing a snapshot.", buckets=_SNAPSHOT_BUCKETS),
+    Metric("images_total", "counter", "Images trained on."),
+    Metric("exchange_bytes_total", "counter", "Bytes sent to other ranks, without DDP's gradients."),
+    Metric("corrupt_images_total", "counter", "Different images that could not be decoded."),
+    Metric("restarts_total", "counter", "Of the run: times that the worker group was started again."),
+    Metric("snapshot_failures_total", "counter", "Snapshots that could not be written or committed."),
+    Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
+    Metric("learning_rate", "gauge", "Of the run: rate of the last step."),
+    Metric("gradient_norm", "gauge", "Of the run: L2 norm of the last step's gradient."),
+    Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before they are made unit."),
+    Metric("positive_similarity", "gauge", "Of the run: mean cosine of an embedding and its own row."),
+    Metric("negative_similarity", "gauge", "Of the run: mean cosine of an embedding and other rows."),
+    Metric("log_partition", "gauge", "Of the run: logarithm of the normalising constant Z."),
+    Metric("knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN, embeddings computed anew."),
+    Metric("bank_knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN by the bank as it stands."),
+    Metric("bank_rows", "gauge", "Rows of the bank that this rank owns."),
+    Metric("bank_bytes", "gauge", "Memory of those rows."),
+    Metric("bank_element_bytes", "gauge", "Bytes of one number of the bank: 4 is float32, 2 half precision."),
+    Metric("epoch", "gauge", "Of the run: epochs done, with fraction."),
+    Metric("epochs", "gauge", "Of the run: epochs to do in all."),
+    Metric("world_size", "gauge", "Of the run: ranks in the group."),
+    Metric("snapshot_bytes", "gauge", "Of the run: size of the newest snapshot."),
+    Metric(
+        "snapshot_timestamp_seconds",
+        "gauge",
+        "Of the run: Unix time at which the newest snapshot was committed; before the first one, of the start.",
+    ),
+    Metric(
+        "snapshot_age_seconds",
+        "gauge",
+        "Of the run: time since snapshot_timestamp_seconds.",
+        since="snapshot_timestamp_seconds",
+    ),
+)
+"""What the workers of a training run export."""
+
+EVALUATION = (
+    Metric("evaluation_queries_total", "counter", "Queries answered."),
+    Metric(
+        "evaluation_search_seconds", "histogram", "Search of one block of queries over all shards of rows."
+    ),
+    Metric("evaluation_actor_restarts_total", "counter", "Actors that were lost and started again."),
+    Metric("evaluation_actors", "gauge", "Actors that hold rows."),
+    Metric("evaluation_rows", "gauge", "Rows that are searched."),
+    Metric("evaluation_knn_top1_ratio", "gauge", "Top-1 accuracy of weighted kNN."),
+    Metric("evaluation_knn_top5_ratio", "gauge", "Top-5 accuracy of weighted kNN."),
+)
+"""What the evaluation job exports, from its driver, which is rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where workers serve their metrics."""
+
+    port: int | None = 9500
+    """Port of the first worker of a node; the next workers use the ports above it. 0 or None: no metrics are served."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no port."""
+        if self.port is not None and not (self.port == 0 or 1024 <= self.port <= 65_000):
+            raise ValueError(
+                f"metrics port is {self.port}, it must be from 1024 to 65000, or 0 for no metrics"
+            )
+
+
+class Metrics:
+    """The values of one process, in a registry of its own. Safe to use from several threads.
+
+    Recording costs about a microsecond and is done whether or not the values are served.
+
+    Args:
+        table: `TRAINING` or `EVALUATION`.
+        run: Name of the run, the same for its training and its evaluation, over all restarts.
+        rank: This process among those of the run.
+    """
+
+    def __init__(self, table: tuple[Metric, ...], *, run: str, rank: int) -> None:
+        self.table, self.run, self.rank = table, run, rank
+        # Otherwise every counter and histogram exports its time of creation as a metric of its own.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._ages = {metric.since: metric.name for metric in table if metric.since}
+        self._labels = (run, str(rank))
+        for metric in table:
+            name, text = PREFIX + metric.name, metric.help
+            if metric.kind == "gauge":
+                self._gauges[metric.name] = Gauge(name, text, LABELS, registry=self.registry)
+            elif metric.kind == "counter":
+                counter = Counter(name, text, LABELS, registry=self.registry)
+                self._counters[metric.name] = counter.labels(*self._labels)
+            else:
+                histogram = Histogram(name, text, LABELS, registry=self.registry, buckets=metric.buckets)
+                self._histograms[metric.name] = histogram.labels(*self._labels)
+
+    def observe(self, name: str, value: float) -> None:
+        """Add one value, a duration in seconds, to a histogram.
+
+        Raises:
+            KeyError: The table has no such histogram.
+        """
+        self._histograms[name].observe(value)
+
+    def add(self, name: str, amount: float = 1) -> None:
+        """Count.
+
+        Raises:
+            KeyError: The table has no such counter.
+        """
+        self._counters[name].inc(amount)
+
+    def set(self, **values: float | None) -> None:
+        """Set gauges by name; None stands for a value that there is not and changes nothing.
+
+        Raises:
+            KeyError: The table has no such gauge.
+        """
+        for name, value in values.items():
+            gauge = self._gauges[name]
+            if value is None:
+                continue
+            gauge.labels(*self._labels).set(value)
+            if name in self._ages:
+                age = self._gauges[self._ages[name]].labels(*self._labels)
+                age.set_function(functools.partial(_seconds_since, value))
+
+
+@contextmanager
+def exported(
+    metrics: Metrics, config: MetricsConfig, *, local_rank: int, world_size: int, directory: Path
+) -> Iterator[str | None]:
+    """Serve the metrics over HTTP and list the endpoint in `directory` as long as the context lasts.
+
+    Listens on the address by which Ray knows this node, and on the loopback interface without Ray.
+
+    Args:
+        metrics: What to serve.
+        config: Where.
+        local_rank: This process among those of its node; keeps their ports apart.
+        world_size: Ranks of the group. Files that a larger group left behind are removed.
+        directory: Of the target files, shared by all nodes; `directory/*.json` belongs into `file_sd_configs`.
+
+    Yields:
+        `host:port`, or None if nothing is served.
+    """
+    server = _listen(metrics, config, local_rank)
+    if server is None:
+        yield None
+        return
+    host, port = server.server_address[:2]
+    address = f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+    target = _Target(metrics, address, directory)
+    try:
+        target.write(world_size)
+        yield address
+    finally:
+        target.remove()
+        server.shutdown()
+        server.server_close()
+
+
+def _seconds_since(timestamp: float) -> float:
+    return time.time() - timestamp
+
+
+def _listen(metrics: Metrics, config: MetricsConfig, local_rank: int) -> WSGIServer | None:
+    """Start the server on the first free port; None, with a warning unless it is wished, if there is none."""
+    if not config.port:
+        return None
+    host, first = _node_address(), config.port + local_rank
+    reason: OSError | None = None
+    last = min(first + _PORTS_TRIED - 1, 65_535)
+    for port in range(first, last + 1):
+        try:
+            server, _ = prometheus_client.start_http_server(port, host, metrics.registry)
+        except OSError as error:
+            reason = error
+        else:
+            return server
+    logger.warning(
+        "rank %d serves no metrics: cannot listen on ports %d to %d of %s (%s); choose others with --metrics.port",
+        *(metrics.rank, first, last, host, reason),
+    )
+    return None
+
+
+def _node_address() -> str:
+    """This node's address as the others know it."""
+    ray = sys.modules.get("ray")  # imported by now if this process belongs to a cluster
+    if ray is None or not ray.is_initialized():
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())
+
+
+class _Target:
+    """The file by which Prometheus finds one endpoint."""
+
+    def __init__(self, metrics: Metrics, address: str, directory: Path) -> None:
+        self._kind = "evaluation" if metrics.table is EVALUATION else "rank"
+        self._path = directory / f"{self._kind}-{metrics.rank}.json"
+        labels = {"run": metrics.run, "rank": str(metrics.rank)}
+        self._text = json.dumps([{"targets": [address], "labels": labels}]) + "\n"
+
+    def write(self, world_size: int) -> None:
+        """Write the file at once or not at all, and drop those of ranks that are no more."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(self._path.name + ".tmp")
+            temporary.write_text(self._text)
+            temporary.replace(self._path)
+            for other in self._path.parent.glob(f"{self._kind}-*.json"):
+                number = re.fullmatch(rf"{self._kind}-(\d+)", other.stem)
+                if number and int(number[1]) >= world_size:
+                    other.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("Prometheus will not find this worker's metrics: %s", error)
+
+    def remove(self) -> None:
+        """Remove the file, unless a successor of this rank has written its own."""
+        with suppress(OSError):
+            if self._path.read_text() == self._text:
+                self._path.unlink()

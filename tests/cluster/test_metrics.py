@@ -1,0 +1,205 @@
+"""What is exported, where, and that nothing about it stops the program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.metrics import EVALUATION, TRAINING, Metrics, MetricsConfig, exported
+from tests.ray_cluster import CHECKOUT, free_port, wait_until
+
+
+def scrape(address: str) -> dict[str, float]:
+    """Every sample by name, labels checked; of histograms count, sum and buckets by their bound."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            bound = labels.pop("le", None)
+            assert labels == {"run": "blue", "rank": "3"}
+            samples[sample.name if bound is None else f"{sample.name}{{{bound}}}"] = sample.value
+    return samples
+
+
+def test_recorded_values_are_served_and_the_file_is_there_meanwhile(tmp_path: Path) -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=3)
+    metrics.observe("step_seconds", 0.03)
+    metrics.observe("step_seconds", 0.07)
+    metrics.add("images_total", 256)
+    metrics.set(loss=5.5, knn_accuracy_ratio=None)
+    config = MetricsConfig(port=free_port())
+    with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path / "targets") as address:
+        assert address is not None
+        samples = scrape(address)
+        (file,) = (tmp_path / "targets").iterdir()
+        assert json.loads(file.read_text()) == [
+            {"targets": [address], "labels": {"run": "blue", "rank": "3"}}
+        ]
+    assert samples["instdisc_step_seconds_count"] == 2
+    assert samples["instdisc_step_seconds_sum"] == pytest.approx(0.1)
+    assert samples["instdisc_step_seconds_bucket{0.05}"] == 1
+    assert samples["instdisc_images_total"] == 256
+    assert samples["instdisc_loss"] == 5.5
+    assert samples["instdisc_corrupt_images_total"] == 0
+    assert "instdisc_knn_accuracy_ratio" not in samples
+    assert not any(name.endswith("_created") for name in samples)
+    assert list((tmp_path / "targets").iterdir()) == []
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://{address}/metrics", timeout=10)
+
+
+def test_age_counts_from_its_timestamp() -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    labels = {"run": "blue", "rank": "0"}
+    assert metrics.registry.get_sample_value("instdisc_snapshot_age_seconds", labels) is None
+    metrics.set(snapshot_timestamp_seconds=time.time() - 100)
+    first = metrics.registry.get_sample_value("instdisc_snapshot_age_seconds", labels)
+    second = metrics.registry.get_sample_value("instdisc_snapshot_age_seconds", labels)
+    assert first is not None
+    assert second is not None
+    assert 100 <= first < second
+    metrics.set(snapshot_timestamp_seconds=time.time() + 1000)
+    age = metrics.registry.get_sample_value("instdisc_snapshot_age_seconds", labels)
+    assert age is not None
+    assert age < 0
+
+
+def test_names_are_unique_and_in_base_units() -> None:
+    names = [metric.name for metric in TRAINING + EVALUATION]
+    assert len(names) == len(set(names))
+    for metric in TRAINING + EVALUATION:
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.kind != "histogram" or metric.name.endswith("_seconds"), metric.name
+        assert not metric.name.endswith(("_ms", "_percent", "_mb", "_count")), metric.name
+
+
+@pytest.mark.parametrize("call", ["set", "add", "observe"])
+def test_unknown_name_is_refused(call: str) -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    with pytest.raises(KeyError, match="speed"):
+        metrics.set(speed=1.0) if call == "set" else getattr(metrics, call)("speed", 1.0)
+
+
+def test_taken_ports_are_passed_over(tmp_path: Path) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        metrics = Metrics(TRAINING, run="blue", rank=3)
+        config = MetricsConfig(port=port)
+        with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path) as address:
+            assert address is not None
+            assert port < int(address.rpartition(":")[2]) < port + 16
+            assert scrape(address)
+
+
+def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last = 65_535
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # then somebody else has it
+            stack.enter_context(socket.create_server(("127.0.0.1", last)))
+        metrics = Metrics(TRAINING, run="blue", rank=535)
+        config = MetricsConfig(port=65_000)
+        with (
+            caplog.at_level(logging.WARNING),
+            exported(metrics, config, local_rank=535, world_size=536, directory=tmp_path) as address,
+        ):
+            assert address is None
+            metrics.add("images_total", 8)
+    (record,) = caplog.records
+    assert "rank 535 serves no metrics: cannot listen on ports 65535 to 65535" in record.message
+    assert "--metrics.port" in record.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("port", [0, None])
+def test_without_a_port_nothing_is_served_or_said(
+    port: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    with exported(
+        metrics, MetricsConfig(port=port), local_rank=0, world_size=1, directory=tmp_path
+    ) as address:
+        assert address is None
+    assert caplog.records == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("port", [-1, 80, 70_000])
+def test_impossible_port_is_refused(port: int) -> None:
+    with pytest.raises(ValueError, match=str(port)):
+        MetricsConfig(port=port)
+
+
+def test_directory_that_cannot_be_written_costs_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    metrics = Metrics(TRAINING, run="blue", rank=3)
+    with exported(
+        metrics,
+        MetricsConfig(port=free_port()),
+        local_rank=0,
+        world_size=4,
+        directory=tmp_path / "file" / "targets",
+    ) as address:
+        assert address is not None
+        assert scrape(address)
+    (record,) = caplog.records
+    assert "Prometheus will not find" in record.message
+
+
+def test_a_smaller_group_drops_the_files_of_the_larger(tmp_path: Path) -> None:
+    for name in ("rank-1.json", "rank-2.json", "rank-10.json", "evaluation-0.json", "mine.json"):
+        (tmp_path / name).write_text("[]")
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    with exported(metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=2, directory=tmp_path):
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"rank-0.json", "rank-1.json", "evaluation-0.json", "mine.json"}
+
+
+def test_a_successor_keeps_its_file_when_the_old_worker_ends(tmp_path: Path) -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    with exported(metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=1, directory=tmp_path):
+        (tmp_path / "rank-0.json").write_text("[]")
+    assert (tmp_path / "rank-0.json").read_text() == "[]"
+
+
+def test_a_killed_worker_leaves_its_file_and_its_successor_renews_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom cluster.metrics import *\n"
+        "with exported(Metrics(TRAINING, run='blue', rank=0), MetricsConfig(port=int(sys.argv[1])), local_rank=0,"
+        " world_size=1, directory=Path(sys.argv[2])):\n    time.sleep(100)\n"
+    )
+    file = tmp_path / "rank-0.json"
+    worker = subprocess.Popen([sys.executable, "-c", program, str(free_port()), str(tmp_path)], cwd=CHECKOUT)
+    wait_until(file.exists, timeout_s=60)
+    worker.kill()
+    worker.wait()
+    left = file.read_text()
+    metrics = Metrics(TRAINING, run="blue", rank=0)
+    with exported(
+        metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=1, directory=tmp_path
+    ) as address:
+        assert file.read_text() != left
+        assert json.loads(file.read_text())[0]["targets"] == [address]
+    assert not file.exists()
+
+
+def test_two_runs_in_one_process_do_not_mix() -> None:
+    first, second = (Metrics(TRAINING, run="blue", rank=rank) for rank in (0, 1))
+    first.add("images_total", 5)
+    value = second.registry.get_sample_value("instdisc_images_total", {"run": "blue", "rank": "1"})
+    assert value == 0
+    assert "instdisc" not in prometheus_client.generate_latest().decode()
