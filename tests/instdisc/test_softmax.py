@@ -11,7 +11,6 @@ from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.bank import Bank, random_unit_rows
 from instdisc.objectives import Result, Softmax, SoftmaxConfig
-from instdisc.objectives.attention import attend
 from tests import reference
 from tests.processes import run_ranks
 
@@ -93,22 +92,6 @@ def test_one_rank_computes_the_formulas(temperature: float, kind: str, num_insta
 def test_several_ranks_compute_the_formulas(world_size: int, temperature: float, kind: str) -> None:
     config = SoftmaxConfig(temperature=temperature)
     assert_formulas(run_ranks(world_size, step, config, kind, 53, 16), config, kind, 53, 16)
-
-
-@pytest.mark.parametrize("block", [1, 7, 100, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_attention_in_blocks(monkeypatch: pytest.MonkeyPatch, block: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("instdisc.objectives.attention._BLOCK_ROWS", block)
-    queries, rows = (
-        random_unit_rows(0, 5, 16, seed=1).to(dtype),
-        random_unit_rows(0, 300, 16, seed=2).to(dtype),
-    )
-    attended, log_sums = attend(queries, rows, 0.1)
-    scores = queries.double() @ rows.double().T / 0.1
-    tolerance = 30 * torch.finfo(dtype).eps
-    torch.testing.assert_close(log_sums.double(), torch.logsumexp(scores, dim=1), rtol=0, atol=tolerance)
-    expected = torch.softmax(scores, dim=1) @ rows.double()
-    torch.testing.assert_close(attended.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("field", "value"), [("temperature", 0.001), ("proximal_weight", -1.0)])
