@@ -143,7 +143,7 @@ def launch(
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         return function(Worker(0, 1, 0, 1, 0, device), payload)
     task = functools.partial(_run_on_worker, function, payload, Path.cwd())
-    with _ray():
+    with ray_session():
         for restart in range(1, config.max_restarts + 1):
             try:
                 return _run_group(task, config, name, storage, restarting=restart > 1)
@@ -292,7 +292,7 @@ def _run_on_worker(function: Callable[[Worker, P], R], payload: P, directory: Pa
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """Connect to a Ray cluster, starting one if there is none, and leave it as found."""
     for variable, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
