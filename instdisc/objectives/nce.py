@@ -11,8 +11,11 @@ alone, and the owner of a row works out its share of loss and gradient without a
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +25,8 @@ from torch.nn import functional as F
 
 from instdisc.bank import Bank
 from instdisc.objectives.base import MergeLogSums, Result, check_temperature
+
+logger = logging.getLogger(__name__)
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
@@ -120,7 +125,8 @@ class NCE:
         """The negatives' part of `shard_terms`, a block of queries at a time; nothing of size G·K·D ever exists.
 
         A block's rows are gathered once and serve both products. Where the shard is hardly larger than the sample,
-        products with the whole shard are cheaper, and the sample is picked from their result.
+        products with the whole shard are cheaper, and the sample is picked from their result. On a GPU a kernel that
+        reads every sampled row once takes the place of both.
 
         Args:
             queries_GD: (G, D), dtype of the rows.
@@ -128,6 +134,15 @@ class NCE:
             weight: How often each draw counts.
             rows_SD: (S, D), this shard.
         """
+        if rows_SD.is_cuda and (kernel := gpu_kernel()) is not None:
+            return kernel(
+                queries_GD,
+                negatives_GK,
+                rows_SD,
+                weight=weight,
+                temperature=self.config.temperature,
+                logit_offset=self._logit_offset,
+            )
         (num_queries, dim), (num_rows, num_negatives) = (
             queries_GD.shape,
             (len(rows_SD), negatives_GK.shape[1]),
@@ -225,3 +240,20 @@ class NCE:
     def _logit_offset(self) -> float:
         """`log(n/m) - log Z`, which turns `s/τ` into the logit of h."""
         return math.log(self.num_instances / self.config.num_negatives) - self.log_partition
+
+
+@functools.cache
+def gpu_kernel() -> Callable[..., Tensor] | None:
+    """`nce_triton.negative_terms`; None, said once, where Triton is missing or cannot build what it needs."""
+    try:
+        from instdisc.objectives.nce_triton import build_driver, negative_terms
+
+        build_driver()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "negatives are gathered by PyTorch, which takes longer, as Triton does not work (%s): "
+            "it needs the package triton, a C compiler and the header files of Python",
+            error,
+        )
+        return None
+    return negative_terms
