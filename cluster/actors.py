@@ -1,0 +1,77 @@
+"""How many actors of which size, and the Ray they run on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+from cluster.placement import WorkerGroup, choose_group, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorsConfig:
+    """Where the actors run and what each of them gets."""
+
+    num_actors: int | None = None
+    """Actors, each with an equal share of the rows. None: one per GPU of the cluster, two on a cluster without any.
+    0: this process, without Ray."""
+    cpus_per_actor: float | None = None
+    """CPUs reserved for, and threads used by, each actor. None: an equal share of the cluster's."""
+    gpus_per_actor: int | None = None
+    """0 or 1. None: 1 if the cluster has GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.num_actors is not None and self.num_actors < 0:
+            raise ValueError(f"num_actors must be 0 or more, got {self.num_actors}")
+        if self.cpus_per_actor is not None and not self.cpus_per_actor > 0:
+            raise ValueError(f"cpus_per_actor must be above 0, got {self.cpus_per_actor}")
+        if self.gpus_per_actor not in (None, 0, 1):
+            raise ValueError(f"gpus_per_actor must be 0 or 1, got {self.gpus_per_actor}")
+
+
+@contextlib.contextmanager
+def connect(config: ActorsConfig) -> Iterator[None]:
+    """Be connected to Ray for the block, as `cluster.launch.launch` is, unless there are no actors.
+
+    Raises:
+        ClusterError: The cluster cannot be reached.
+    """
+    if config.num_actors == 0:
+        yield
+        return
+    from cluster.launch import ray_session  # imports torch, which actors can do without
+
+    with ray_session():
+        yield
+
+
+def choose_actors(config: ActorsConfig) -> WorkerGroup:
+    """Fill in what the configuration leaves open from what the cluster has. Needs a connection.
+
+    Raises:
+        ClusterError: The cluster has no room for the actors even when idle.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    group = choose_group(
+        nodes,
+        num_workers=config.num_actors,
+        cpus_per_worker=config.cpus_per_actor,
+        gpus_per_worker=config.gpus_per_actor,
+        strategy="SPREAD",
+    )
+    if group.room(nodes) < group.num_workers:
+        raise ClusterError(
+            f"asked for {group.num_workers} actors of {group.resources_per_worker}, but the cluster has room for "
+            f"{group.room(nodes)}: {describe(nodes)}; lower --num-actors, --cpus-per-actor or --gpus-per-actor"
+        )
+    return group
+
+
+def available_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

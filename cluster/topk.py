@@ -1,0 +1,297 @@
+"""Exact top-k over a table too large for one process: every actor holds a block of its rows.
+
+The actors load their rows themselves, so that the driver never holds the table; queries are put into Ray's store once,
+every actor answers with the best of its own rows, and the driver merges the answers. The result does not depend on the
+number of actors, up to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.actors import ActorsConfig, available_threads, choose_actors, connect
+from cluster.errors import ClusterError, WorkerLostError
+from cluster.kernels import BLOCK_ROWS, FaissKernel, Kernel, TorchKernel, from_keys
+
+_LOADED_AT_A_TIME = 64 * BLOCK_ROWS
+_QUERIES_AT_A_TIME = 4096
+_IN_FLIGHT = 2  # blocks of queries: one is merged while the next is searched
+_MOST_ROWS = 1 << 32
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Where rows come from; picklable, and read by several processes at once."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole table."""
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start … stop - 1, (stop - start, D) of any floating type; a row of NaN is one that is never found."""
+
+
+class ArrayRows:
+    """An array in memory as a source."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = array
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the array."""
+        return len(self._array)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start … stop - 1."""
+        return self._array[start:stop]
+
+
+class Shard:
+    """The rows start … stop - 1 of a source, and the search among them; the class of the actors.
+
+    Args:
+        source: Where the rows are.
+        start: A multiple of `BLOCK_ROWS`.
+        stop: Likewise, or the end of the table.
+        threads: Used by the search, unless it is on a GPU.
+        use_gpu: Whether it is.
+    """
+
+    def __init__(self, source: RowSource, start: int, stop: int, threads: int, use_gpu: bool) -> None:
+        self._error: Exception | None = None
+        try:
+            rows = _load(source, start, stop)
+            self._kernel: Kernel = (
+                TorchKernel(rows, start, "cuda") if use_gpu else FaissKernel(rows, start, threads)
+            )
+        except Exception as error:  # Ray passes on the error of a call, but of a constructor only its text
+            self._error = error
+
+    def ready(self) -> None:
+        """Return when the rows are loaded, and raise what went wrong with them."""
+        if self._error is not None:
+            raise self._error
+
+    def search(self, queries: Floats, excluded: Ids, first: int, last: int, k: int) -> npt.NDArray[np.uint64]:
+        """`Kernel.search` for queries first … last - 1."""
+        self.ready()
+        return self._kernel.search(queries[first:last], k, excluded[first:last])
+
+
+def _load(source: RowSource, start: int, stop: int) -> Floats:
+    rows: Floats | None = None
+    for first in range(start, stop, _LOADED_AT_A_TIME):
+        last = min(first + _LOADED_AT_A_TIME, stop)
+        block = source.read(first, last)
+        if block.ndim != 2 or len(block) != last - first:
+            raise ClusterError(
+                f"rows {first} to {last} came as an array of {block.shape}, expected two dimensions"
+            )
+        if rows is None:
+            rows = np.empty((stop - start, block.shape[1]), np.float32)
+        rows[first - start : last - start] = block
+    if rows is None:
+        raise ClusterError(f"the table has {source.num_rows} rows: there is nothing to search in")
+    return rows
+
+
+class TopK:
+    """Exact search in a table, by actors or, with `num_actors=0`, in this process; a context manager.
+
+    Args:
+        source: The rows; fewer than 2³².
+        config: Where the actors run. There are never more than blocks of `BLOCK_ROWS` rows.
+
+    Raises:
+        ClusterError: The cluster has no room for the actors.
+        Exception: What reading the source raised.
+    """
+
+    def __init__(self, source: RowSource, config: ActorsConfig) -> None:
+        assert source.num_rows < _MOST_ROWS, source.num_rows
+        self.num_rows = source.num_rows
+        self._local: Shard | None = None
+        self._actors: list[Any] = []
+        self._stored: Any = None
+        self._session = contextlib.ExitStack()
+        if config.num_actors == 0:
+            self._local = Shard(source, 0, self.num_rows, available_threads(), _has_gpu())
+            self._local.ready()
+            return
+        self._session.enter_context(connect(config))
+        try:
+            self._start(source, config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, source: RowSource, config: ActorsConfig) -> None:
+        import ray
+
+        group = choose_actors(config)
+        stored = self._stored = ray.put(source)  # kept: Ray holds no argument for an actor that starts again
+        actor_class = ray.remote(
+            num_cpus=group.cpus,
+            num_gpus=group.gpus,
+            max_restarts=-1,
+            max_task_retries=2,
+            scheduling_strategy="SPREAD",
+        )(Shard)
+        self._actors = [
+            actor_class.remote(stored, start, stop, max(1, int(group.cpus)), group.gpus > 0)
+            for start, stop in cut(self.num_rows, group.num_workers)
+        ]
+        _get([actor.ready.remote() for actor in self._actors])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors."""
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
+        self._actors, self._stored = [], None
+        self._session.close()
+
+    def search(self, queries: Floats, k: int, *, excluded: Ids | None = None) -> tuple[Floats, Ids]:
+        """The k rows with the largest inner product with each query.
+
+        Args:
+            queries: float32 (Q, D), finite.
+            k: At least 1.
+            excluded: int64 (Q,), a row that does not count for the query, negative for none.
+
+        Returns:
+            Scores float32 (Q, k), descending, and rows int64 (Q, k), ascending where scores are equal. Where fewer than
+            k rows count, the rest is minus infinity at row -1.
+
+        Raises:
+            WorkerLostError: An actor died again and again.
+            Exception: What reading the source raised.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        excluded = np.full(len(queries), -1) if excluded is None else np.asarray(excluded, np.int64)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        if self._local is not None:
+            answers = self._search_here(queries, excluded, k)
+        else:
+            answers = self._search_actors(queries, excluded, k)
+        for first, keys in answers:
+            scores[first : first + len(keys)], rows[first : first + len(keys)] = from_keys(keys)
+        return scores, rows
+
+    def _search_here(
+        self, queries: Floats, excluded: Ids, k: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+        assert self._local is not None
+        for first in range(0, len(queries), _QUERIES_AT_A_TIME):
+            yield first, self._local.search(queries, excluded, first, first + _QUERIES_AT_A_TIME, k)
+
+    def _search_actors(
+        self, queries: Floats, excluded: Ids, k: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+        """Blocks of queries in their order, with the best rows of all actors; a few blocks are under way at a time."""
+        import ray
+
+        stored = ray.put(queries), ray.put(excluded)
+        firsts = iter(range(0, len(queries), _QUERIES_AT_A_TIME))
+
+        def submit(first: int) -> tuple[int, list[Any]]:
+            return first, [
+                actor.search.remote(*stored, first, first + _QUERIES_AT_A_TIME, k) for actor in self._actors
+            ]
+
+        under_way = deque(submit(first) for first in itertools.islice(firsts, _IN_FLIGHT))
+        while under_way:
+            first, references = under_way.popleft()
+            parts = _get(references)
+            under_way.extend(submit(following) for following in itertools.islice(firsts, 1))
+            keys = np.concatenate(parts, axis=1)
+            if len(parts) > 1:
+                keys.sort(axis=1)
+            yield first, keys[:, :k]
+
+
+def read_rows(source: RowSource, config: ActorsConfig) -> npt.NDArray[Any]:
+    """Read a whole table that is computed or decoded as it is read, in as many processes as there are actors.
+
+    Returns:
+        What `source.read(0, num_rows)` returns.
+
+    Raises:
+        ClusterError: The cluster has no room.
+        WorkerLostError: A process died again and again.
+        Exception: What reading the source raised.
+    """
+    if config.num_actors == 0:
+        return source.read(0, source.num_rows)
+    import ray
+
+    with connect(config):
+        group = choose_actors(config)
+        stored = ray.put(source)
+        read = ray.remote(num_cpus=group.cpus, num_gpus=group.gpus, max_retries=2)(_read)
+        shares = np.linspace(0, source.num_rows, group.num_workers + 1).astype(int).tolist()
+        parts = [
+            read.remote(stored, start, stop) for start, stop in itertools.pairwise(shares) if start < stop
+        ]
+        return np.concatenate(_get(parts))
+
+
+def _read(source: RowSource, start: int, stop: int) -> npt.NDArray[Any]:
+    return source.read(start, stop)
+
+
+def cut(num_rows: int, num_actors: int) -> list[tuple[int, int]]:
+    """Rows start … stop - 1 of every actor: whole blocks of `BLOCK_ROWS`, at least one each."""
+    blocks = max(1, -(-num_rows // BLOCK_ROWS))
+    parts = min(num_actors, blocks)
+    bounds = [min(num_rows, blocks * part // parts * BLOCK_ROWS) for part in range(parts + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _get(references: list[Any]) -> list[Any]:
+    """The values; errors of the actors as they were raised there."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        values: list[Any] = ray.get(references)
+        return values
+    except RayTaskError as error:
+        _raise_cause(error)
+    except RayError as error:
+        raise WorkerLostError(f"an actor died and could not be started again: {error}") from error
+
+
+def _raise_cause(error: Any) -> NoReturn:
+    cause = error.cause
+    raise cause if isinstance(cause, Exception) else error
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
