@@ -79,9 +79,12 @@ class Evaluation:
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
         self._open = contextlib.ExitStack()
+        self._top_k: TopK | None = None
+        self._neighbours: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
 
     def __enter__(self) -> Self:
         self._open.enter_context(connect(self.config.actors))
+        self._open.callback(self._release)
         return self
 
     def __exit__(
@@ -219,9 +222,13 @@ class Evaluation:
             return leave_one_out(self)
         return open_queries(self, config)
 
-    @cached_property
-    def _top_k(self) -> TopK:
-        return self._open.enter_context(TopK(self.bank, self.config.actors))
+    def neighbours(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """`search` for the k nearest rows of `queries`; kept, so that asking for fewer costs nothing."""
+        if self._neighbours is None or self._neighbours[0].shape[1] < k:
+            queries = self.queries
+            self._neighbours = self.search(queries.embeddings, k, queries.excluded)
+        scores, rows = self._neighbours
+        return scores[:, :k], rows[:, :k]
 
     def search(
         self, queries: npt.NDArray[np.float32], k: int, excluded: npt.NDArray[np.int64] | None = None
@@ -247,12 +254,20 @@ class Evaluation:
                 f"the queries have {queries.shape[1]} dimensions and the bank {self.embedding_dim}: they are not "
                 "embeddings of this network"
             )
+        if self._top_k is None:
+            self._top_k = TopK(self.bank, self.config.actors)
         return self._top_k.search(queries, k, excluded=excluded)
+
+    def _release(self) -> None:
+        """End the actors that hold the bank, who would keep others waiting for their CPUs."""
+        if self._top_k is not None:
+            self._top_k.close()
+            self._top_k = None
 
     def image_rows(self, manifest: Manifest, function: ImageFunction) -> ImageRows:
         """A table with a row for every image, computed by the trained network as it is read."""
         return ImageRows(
-            manifest=manifest,
+            manifest=dataclasses.replace(manifest, root=manifest.root.absolute()),
             network=self.network,
             function=function,
             augmentation=self.augmentation,
@@ -275,6 +290,7 @@ class Evaluation:
         Returns:
             float32 (R, F); a row of NaN for an image that cannot be decoded.
         """
+        self._release()
         chosen = manifest if rows is None else manifest.select(rows)
         return read_rows(self.image_rows(chosen, function), self.config.actors)
 

@@ -116,17 +116,15 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
         return _from_arrays(evaluation, config.path, config.labels)
     if config.labels is not None:
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
-    if config.path is None:
-        manifest = Manifest.load(evaluation.run.test_manifest)
-    else:
-        manifest = _find_images(config)
+    own = config.path is None
+    manifest = Manifest.load(evaluation.run.test_manifest) if own else _find_images(config)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
         raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")
     numbers, unknown_names = match_classes(manifest.class_names, evaluation.class_names)
     embeddings = evaluation.compute(manifest, rows=rows)
     decoded = _decoded(embeddings, rows, manifest)
-    if config.path is not None and len(decoded) < len(rows):
+    if not own and len(decoded) < len(rows):
         broken = np.setdiff1d(rows, decoded)
         raise DataError(
             f"--queries.path: {len(broken)} images cannot be decoded, e.g. {manifest.root / manifest.name(broken[0])}: "
@@ -140,7 +138,7 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
         rows=decoded,
         excluded=None,
         manifest=manifest,
-        unknown=_count_unknown(labels, len(evaluation.class_names), unknown_names),
+        unknown=_count_unknown(labels, evaluation.bank_labels, [*evaluation.class_names, *unknown_names]),
     )
 
 
@@ -194,11 +192,10 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
     embeddings = vectors.read(0, len(vectors))[rows].astype(np.float32)
     if not np.isfinite(embeddings).all():
         raise ConfigError(f"{path} holds numbers that are not finite: embed the queries anew")
-    names = evaluation.class_names
-    known = len(names) if names else int(evaluation.bank_labels.max()) + 1
-    unknown_names = [f"class {number}" for number in range(known, int(labels.max()) + 1)]
-    if (labels[rows] >= known).all():
-        raise ConfigError(f"{labels_path} names none of the bank's {known} classes, numbers 0 to {known - 1}")
+    if not np.isin(labels[rows], evaluation.bank_labels).any():
+        raise ConfigError(
+            f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"
+        )
     return Queries(
         kind="array",
         embeddings=np.ascontiguousarray(embeddings),
@@ -206,13 +203,11 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
         rows=rows,
         excluded=None,
         manifest=None,
-        unknown=_count_unknown(labels[rows], known, unknown_names),
+        unknown=_count_unknown(labels[rows], evaluation.bank_labels, evaluation.class_names),
     )
 
 
-def match_classes(
-    names: Sequence[str], bank_names: Sequence[str]
-) -> tuple[npt.NDArray[np.int64], list[str]]:
+def match_classes(names: Sequence[str], bank_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Number the classes of the queries as the bank does, matched by name.
 
     Returns:
@@ -233,15 +228,21 @@ def match_classes(
     return np.array([numbers[name] for name in names], np.int64), unknown
 
 
-def _count_unknown(labels: npt.NDArray[np.int64], known: int, names: Sequence[str]) -> dict[str, int]:
-    counts = {name: int((labels == known + number).sum()) for number, name in enumerate(names)}
-    counts = {name: count for name, count in counts.items() if count}
-    if counts:
-        named = ", ".join(list(counts)[:_MOST_NAMED]) + (", …" if len(counts) > _MOST_NAMED else "")
+def _count_unknown(
+    labels: npt.NDArray[np.int64], bank_labels: npt.NDArray[np.int64], names: Sequence[str]
+) -> dict[str, int]:
+    """Name and count the queries whose class no row of the bank has, and say what becomes of them."""
+    numbers, counts = np.unique(labels[~np.isin(labels, bank_labels)], return_counts=True)
+    unknown = {
+        names[number] if number < len(names) else f"class {number}": int(count)
+        for number, count in zip(numbers, counts, strict=True)
+    }
+    if unknown:
+        named = ", ".join(list(unknown)[:_MOST_NAMED]) + (", …" if len(unknown) > _MOST_NAMED else "")
         logger.warning(
-            "%d classes of the queries are not in the bank (%s): their %d queries count as wrong",
-            len(counts),
+            "%d classes of the queries have no row in the bank (%s): their %d queries count as wrong",
+            len(unknown),
             named,
-            sum(counts.values()),
+            sum(unknown.values()),
         )
-    return counts
+    return unknown
