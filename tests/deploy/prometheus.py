@@ -1,0 +1,90 @@
+"""A real Prometheus server with the rules of this project, scraping what a directory lists."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.manifests import DEPLOY
+from tests.ray_cluster import free_port, wait_until
+
+
+def program(name: str) -> str:
+    """Path of `prometheus` or `promtool`."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name}, of Debian's package prometheus")
+    return found
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A server that answers at `url`."""
+
+    url: str
+
+    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of every series that the expression gives now."""
+        answer = self._get("query", query=expression)
+        assert answer["resultType"] == "vector", answer
+        return [(each["metric"], float(each["value"][1])) for each in answer["result"]]
+
+    def targets(self) -> list[str]:
+        """Addresses that are scraped."""
+        return sorted(each["labels"]["instance"] for each in self._get("targets")["activeTargets"])
+
+    def _get(self, what: str, **parameters: str) -> Any:
+        address = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return json.load(response)["data"]
+
+
+@contextmanager
+def prometheus(run_directory: Path, scratch: Path) -> Iterator[Prometheus]:
+    """Start a server with the deployed configuration, all its intervals a second, and end it.
+
+    Args:
+        run_directory: Whose `.metrics` lists the targets.
+        scratch: Where the server keeps its own files.
+    """
+    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    config = yaml.safe_load(text.replace("/run-directory", str(run_directory)))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOY / "prometheus" / "rules.yml")]
+    config["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
+    file, log, address = scratch / "prometheus.yml", scratch / "prometheus.log", f"127.0.0.1:{free_port()}"
+    file.write_text(yaml.safe_dump(config))
+    command = [
+        program("prometheus"),
+        *(f"--config.file={file}", f"--storage.tsdb.path={scratch / 'data'}"),
+        f"--web.listen-address={address}",
+    ]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://{address}"
+        wait_until(lambda: server.poll() is not None or _is_ready(url), timeout_s=60)
+        assert server.poll() is None, log.read_text()
+        yield Prometheus(url)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/-/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,62 @@
+"""What is written in several places says the same in all of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from cluster.metrics import EVALUATION, PREFIX, TRAINING, Metric
+from tests.deploy.manifests import CHECKOUT, DEPLOY, OVERLAYS, find
+
+README = (DEPLOY / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("heading", "table"), [("Training", TRAINING), ("Evaluation", EVALUATION)])
+def test_documented_metrics_are_those_exported(heading: str, table: tuple[Metric, ...]) -> None:
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
+    documented = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", section, flags=re.MULTILINE)
+    assert documented == [(PREFIX + metric.name, metric.kind, metric.help) for metric in table]
+
+
+def test_one_version_of_ray_everywhere() -> None:
+    pin = re.search(r"^ray==(.+)$", (CHECKOUT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert pin is not None
+    images = re.findall(r"^FROM (\S+) AS (\w+)$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE)
+    assert images == [(f"rayproject/ray:{pin[1]}-py311-{target}", target) for target in ("cpu", "gpu")]
+    for overlay in OVERLAYS:
+        for name in ("instdisc-train", "instdisc-evaluate"):
+            assert find(overlay, "RayJob", name)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
+
+
+def test_both_images_end_as_an_ordinary_user() -> None:
+    stages = (DEPLOY / "docker/Dockerfile").read_text().split("\nFROM ")[1:]
+    assert len(stages) == 2
+    for stage in stages:
+        users = re.findall(r"^USER (.+)$", stage, flags=re.MULTILINE)
+        assert users == ["1000:100"]
+
+
+def test_the_image_gets_what_it_copies() -> None:
+    kept = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().split()
+    for copied in re.findall(
+        r"^COPY --\S+ (.+) \S+$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE
+    ):
+        for source in copied.split():
+            assert (CHECKOUT / source).exists()
+            assert f"!{source}" in kept
+
+
+def test_compose_mounts_what_there_is() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yml").read_text())["services"]
+    sources = [volume.partition(":")[0] for service in services.values() for volume in service["volumes"]]
+    local = [source for source in sources if source.startswith("./")]
+    assert len(local) == 3
+    for source in local:
+        assert (DEPLOY / source).exists()
+    for service in services.values():
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "images are pinned"
+    datasource = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    listening = next(each for each in services["prometheus"]["command"] if "listen-address" in each)
+    assert datasource["datasources"][0]["url"].removeprefix("http://") == listening.partition("=")[2]
