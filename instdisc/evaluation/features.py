@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,10 +11,9 @@ from torch.nn import functional as F
 
 from instdisc.backbone import Embedder
 
-MAX_DIMS = 9216
-"""Entries of a stage's features after pooling; about 9,000 is what the papers' protocol keeps (Zhang et al. 2016)."""
 FEATURES, EMBEDDINGS = "features", "embeddings"
 _MOST_CONVOLUTIONS = 5  # AlexNet's: every one is a stage
+_POOLINGS = (nn.MaxPool2d, nn.Identity)  # small images have an identity where the first pooling was
 
 
 class Stage(NamedTuple):
@@ -37,7 +34,9 @@ def stages(backbone: nn.Module) -> dict[str, Stage]:
     """
     found: dict[str, Stage] = {}
     children = dict(backbone.named_children())
-    layers = {name: child for name, child in children.items() if name.removeprefix("layer").isdigit()}
+    layers = {
+        name: child for name, child in children.items() if name.startswith("layer") and name[5:].isdigit()
+    }
     if layers:
         found["conv1"] = Stage(next(iter(layers.values())), its_input=True)
         found |= {name: Stage(child, its_input=False) for name, child in layers.items()}
@@ -45,55 +44,46 @@ def stages(backbone: nn.Module) -> dict[str, Stage]:
         parts = list(children["features"])  # type: ignore[call-overload]
         ends = [Stage(part, its_input=False) for part in parts if isinstance(part, nn.ReLU)]
         if len(ends) > _MOST_CONVOLUTIONS:
-            ends = [Stage(part, its_input=True) for part in parts if isinstance(part, nn.MaxPool2d)]
+            ends = [Stage(part, its_input=True) for part in parts if isinstance(part, _POOLINGS)]
         found = {f"conv{number}": end for number, end in enumerate(ends, 1)}
     return found | {FEATURES: Stage(list(backbone.modules())[-1], its_input=True)}
 
 
-class StageFeatures:
-    """Computes features of all stages, and the embeddings, in one pass of a network.
+def stage_names(backbone: nn.Module) -> tuple[str, ...]:
+    """What `stage_features` can compute, from the pixels to the embedding."""
+    return (*stages(backbone), EMBEDDINGS)
+
+
+@torch.no_grad()
+def stage_features(network: Embedder, images: Tensor, *, stage: str, max_dims: int) -> Tensor:
+    """Features of one stage; with the stage bound by `functools.partial`, an `ImageFunction`.
 
     Args:
-        network: Put into evaluation mode by the caller.
+        network: In evaluation mode.
+        images: Normalised, (B, 3, H, W).
+        stage: One of `stage_names`.
         max_dims: Larger maps are averaged down to the largest square grid that keeps within this many entries.
+
+    Returns:
+        float32 (B, D_stage).
     """
+    if stage == EMBEDDINGS:
+        return network(images)  # type: ignore[no-any-return]
+    module, its_input = stages(network.backbone)[stage]
+    found: list[Tensor] = []
 
-    def __init__(self, network: Embedder, max_dims: int = MAX_DIMS) -> None:
-        self._network, self._max_dims = network, max_dims
-        self._stages = stages(network.backbone)
-        self.names = (*self._stages, EMBEDDINGS)
+    def keep(value: Tensor) -> None:
+        found.append(pooled(value, max_dims))  # at once: a later layer may overwrite it in place
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to float32 (B, D_stage) by the name of the stage."""
-        found: dict[str, Tensor] = {}
-        with _watched(self._stages, found, self._max_dims):
-            embeddings = self._network(images)
-        return {**{name: found[name] for name in self._stages}, EMBEDDINGS: embeddings}
-
-
-@contextmanager
-def _watched(stages: Mapping[str, Stage], found: dict[str, Tensor], max_dims: int) -> Iterator[None]:
-    """Keep what goes through the stages; pooled at once, since a later layer may overwrite it in place."""
-
-    def keep(name: str, value: Tensor) -> None:
-        found[name] = pooled(value, max_dims)
-
-    handles = []
-    for name, (module, its_input) in stages.items():
-        if its_input:
-            handles.append(
-                module.register_forward_pre_hook(lambda _module, given, name=name: keep(name, given[0]))
-            )
-        else:
-            handles.append(
-                module.register_forward_hook(lambda _module, _given, result, name=name: keep(name, result))
-            )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    handle = (
+        module.register_forward_pre_hook(lambda _, given: keep(given[0]))
+        if its_input
+        else module.register_forward_hook(lambda _, __, result: keep(result))
+    )
+    with handle:
+        network(images)
+    (features,) = found
+    return features
 
 
 def pooled(maps: Tensor, max_dims: int) -> Tensor:

@@ -1,0 +1,147 @@
+"""Retrieval among classes that training never saw (Ye et al. 2019): Recall@K and the NMI of clusters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instdisc.errors import ConfigError
+from instdisc.evaluation.splits import held_out_classes
+from instdisc.knn import shard_top_k
+from pipelines.build import build_manifest
+from pipelines.datasets import resolve
+from pipelines.manifest import Manifest
+
+if TYPE_CHECKING:
+    from instdisc.evaluation.context import Evaluation
+
+_QUERIES_AT_A_TIME = 1024
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnseenConfig:
+    """Retrieval among unseen classes."""
+
+    path: str | None = None
+    """Labelled images in any form that training takes; the run's test images by default."""
+    split: str = "first-half"
+    """Which classes to retrieve among: the second half, training having had the first, or a file that names one class
+    per line. What the training images have of them is reported."""
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 10, 100)
+    """K of Recall@K."""
+    clusterings: int = 10
+    """Starts of k-means, the best of which counts."""
+    seed: int = 0
+    """Of k-means."""
+
+    def __post_init__(self) -> None:
+        if not self.ranks or min(self.ranks) < 1 or self.clusterings < 1:
+            raise ValueError(
+                f"ranks are {self.ranks} and clusterings {self.clusterings}: all must be at least 1"
+            )
+
+
+def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
+    """Retrieve images of held-out classes among one another.
+
+    Raises:
+        ConfigError: The split does not fit the images, or too few images are left.
+    """
+    manifest = _images(evaluation, config)
+    held_out = held_out_classes(manifest.class_names, config.split)
+    labels = np.asarray(manifest.labels, dtype=np.int64)
+    rows = np.flatnonzero(np.isin(labels, [manifest.class_names.index(name) for name in held_out]))
+    embeddings = evaluation.compute(manifest, rows=rows)
+    decoded = np.isfinite(embeddings[:, 0])
+    embeddings, labels = embeddings[decoded], labels[rows[decoded]]
+    present = {
+        evaluation.train.class_names[label] for label in np.unique(evaluation.train.labels) if label >= 0
+    }
+    seen = [name for name in held_out if name in present]
+    if seen:
+        logger.warning(
+            "%d of the %d held-out classes are among the training images, e.g. %s: they are not unseen",
+            len(seen),
+            len(held_out),
+            seen[0],
+        )
+    recalls = recall_at(embeddings, labels, config.ranks)
+    nmi = cluster_nmi(embeddings, labels, seed=config.seed, starts=config.clusterings)
+    return {
+        "summary": {**{f"Recall@{k}": value for k, value in recalls.items()}, "NMI": nmi},
+        "classes": held_out,
+        "classes_seen_in_training": seen,
+        "images": len(labels),
+        "recall": {str(k): value for k, value in recalls.items()},
+        "nmi": nmi,
+    }
+
+
+def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
+    """The labelled images; unlike the queries of kNN they need not have a class in common with the bank."""
+    queries = evaluation.config.queries
+    if config.path is not None:
+        manifest = build_manifest(resolve(config.path, root=queries.root, download=queries.download))
+    elif evaluation.run.test_manifest.exists():
+        manifest = Manifest.load(evaluation.run.test_manifest)
+    else:
+        raise ConfigError("the run has no test images to retrieve among: name some with --unseen.path")
+    if not manifest.has_labels:
+        raise ConfigError(f"the images of {manifest.root} have no labels: retrieval needs labelled ones")
+    return manifest
+
+
+def recall_at(
+    embeddings_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.int64], ranks: Sequence[int]
+) -> dict[int, float]:
+    """Share of the rows that find a row of their class among the K most similar others.
+
+    Args:
+        embeddings_ND: Unit vectors (N, D).
+        labels_N: (N,), 0 or above. A row that is the only one of its class counts as a miss.
+        ranks: K.
+
+    Raises:
+        ConfigError: Not more rows than the largest K.
+    """
+    most = max(ranks)
+    if len(labels_N) <= most:
+        raise ConfigError(
+            f"Recall@{most} needs more than {most} images, {len(labels_N)} are of the classes retrieved among: give "
+            "more images or lower --unseen.ranks"
+        )
+    rows, labels = torch.from_numpy(embeddings_ND), torch.from_numpy(labels_N)
+    found = torch.zeros(most, dtype=torch.int64)
+    for first in range(0, len(rows), _QUERIES_AT_A_TIME):
+        own = torch.arange(first, min(first + _QUERIES_AT_A_TIME, len(rows)))
+        _, nearest = shard_top_k(rows[own], rows, most, excluded_G=own)
+        found += (labels[nearest] == labels[own, None]).cumsum(dim=1).clamp(max=1).sum(dim=0)
+    return {k: int(found[k - 1]) / len(rows) for k in ranks}
+
+
+def cluster_nmi(
+    embeddings_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.int64], *, seed: int, starts: int
+) -> float:
+    """Normalised mutual information, 0 to 1, of the classes and as many clusters found by k-means.
+
+    The information is divided by the arithmetic mean of both entropies, as is usual in retrieval.
+
+    Args:
+        embeddings_ND: Unit vectors (N, D).
+        labels_N: (N,).
+        seed: Of the first centres.
+        starts: Runs of k-means, the tightest of which counts.
+    """
+    from sklearn.cluster import KMeans  # not at the top: it takes a second
+    from sklearn.metrics import normalized_mutual_info_score
+
+    clustering = KMeans(len(np.unique(labels_N)), n_init=starts, random_state=seed)
+    return float(normalized_mutual_info_score(labels_N, clustering.fit_predict(embeddings_ND)))
