@@ -1,0 +1,107 @@
+"""Exported networks, used as the printed lines say, compute what the run's network computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from instdisc.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.export import main
+from instdisc.recipes import RECIPES
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Any:
+    """A run directory as training leaves it, as far as export reads it; weights as they are before training."""
+
+    def trained(name: str, image_size: int) -> tuple[Path, Embedder]:
+        torch.manual_seed(0)
+        config = BackboneConfig(name=name, embedding_dim=16)
+        network = build_embedder(config, image_size).eval()
+        torch.save(network.backbone.state_dict(), tmp_path / "weights.pt")
+        augmentation = {"image_size": image_size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+        settings = RECIPES["sample"].config.settings()
+        settings |= {"backbone": dataclasses.asdict(config), "augmentation": augmentation}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        return tmp_path, network
+
+    return trained
+
+
+def printed_network(printed: str) -> Any:
+    """Run the lines below the path that export prints."""
+    names: dict[str, Any] = {}
+    exec(printed.partition("\n\n")[2], names)
+    return names["network"].eval()
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("resnet18", 32), ("resnet18", 96), ("alexnet", 64)])
+def test_torchvision(trained: Any, capsys: pytest.CaptureFixture[str], name: str, image_size: int) -> None:
+    run, network = trained(name, image_size)
+    assert main([str(run), "--format", "torchvision"]) == 0
+    printed = capsys.readouterr().out
+    assert ("stem" in printed) == (image_size <= 64)
+    loaded = printed_network(printed)
+    images = torch.randn(3, 3, image_size, image_size)
+    head = list(network.backbone.modules())[-1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        torch.testing.assert_close(F.normalize(head(loaded(images)), dim=1), network(images))
+
+
+def test_torchvision_has_no_cifar_resnet(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = trained("resnet8", 32)
+    assert main([str(run), "--format", "torchvision"]) == 2
+    assert "error: resnet8 is no torchvision network" in capsys.readouterr().err
+    assert not list((run / "export").iterdir())
+
+
+def test_safetensors(trained: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, network = trained("resnet8", 32)
+    file = tmp_path / "elsewhere" / "network.safetensors"
+    assert main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
+    loaded = printed_network(capsys.readouterr().out)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network(images))
+    with safe_open(file, "pt") as opened:
+        facts = {name: json.loads(value) for name, value in opened.metadata().items()}
+    assert facts == {
+        "backbone": "resnet8",
+        "embedding_dim": 16,
+        "image_size": 32,
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+    }
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("resnet8", 32), ("resnet18", 96)])
+def test_onnx(trained: Any, name: str, image_size: int) -> None:
+    run, network = trained(name, image_size)
+    assert main([str(run), "--format", "onnx"]) == 0
+    file = run / "export" / f"{name}.onnx"
+    onnx.checker.check_model(file, full_check=True)
+    assert {entry.key for entry in onnx.load(file).metadata_props} >= {"mean", "std", "image_size"}
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, image_size, image_size)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(found, network(images).numpy(), atol=1e-4)
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing"), "--format", "onnx"]) == 2
+    assert "holds no trained network" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
