@@ -8,6 +8,7 @@ number of actors, up to the last bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -56,6 +57,25 @@ class ArrayRows:
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows start … stop - 1."""
         return self._array[start:stop]
+
+
+class _StoredSource:
+    """A source in Ray's object store. As an argument of its own it would not outlive an actor's first start."""
+
+    def __init__(self, source: RowSource) -> None:
+        import ray
+
+        self._reference, self.num_rows = ray.put(source), source.num_rows
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        return self._source.read(start, stop)
+
+    @functools.cached_property
+    def _source(self) -> RowSource:
+        import ray
+
+        source: RowSource = ray.get(self._reference)
+        return source
 
 
 class Shard:
@@ -124,7 +144,7 @@ class TopK:
         self.num_rows = source.num_rows
         self._local: Shard | None = None
         self._actors: list[Any] = []
-        self._stored: Any = None
+        self._stored: _StoredSource | None = None
         self._session = contextlib.ExitStack()
         if config.num_actors == 0:
             self._local = Shard(source, 0, self.num_rows, available_threads(), _has_gpu())
@@ -141,7 +161,7 @@ class TopK:
         import ray
 
         group = choose_actors(config)
-        stored = self._stored = ray.put(source)  # kept: Ray holds no argument for an actor that starts again
+        stored = self._stored = _StoredSource(source)  # kept here for actors that start again
         actor_class = ray.remote(
             num_cpus=group.cpus,
             num_gpus=group.gpus,
