@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from instdisc.errors import ConfigError
 from instdisc.seeding import derive_seed
 
 _BLOCK_ROWS = 4096
@@ -28,6 +32,54 @@ def random_unit_rows(start: int, stop: int, dim: int, *, seed: int) -> Tensor:
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = F.normalize(values[low - first : high - first], dim=1)
     return rows
+
+
+def check_room(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device, sharing: int, copies: int) -> None:
+    """Refuse a shard that the device cannot hold or compute with, before anything of its size is made.
+
+    Args:
+        num_rows: S, rows of the shard.
+        dim: D.
+        dtype: Of the rows.
+        device: Where they are kept.
+        sharing: Ranks that share the device's memory.
+        copies: Float32 tables of the same shape that the objective keeps beside the bank.
+
+    Raises:
+        ConfigError: With what is needed and what there is.
+    """
+    try:
+        probe = torch.ones(1, 1, dtype=dtype, device=device)
+        supported = device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)
+        torch.mm(probe, probe)
+    except RuntimeError:
+        supported = False
+    name = str(dtype).removeprefix("torch.")
+    if not supported:
+        raise ConfigError(f"{device.type} cannot compute with a bank of {name}: use --bank.dtype float32")
+    needed = num_rows * dim * (dtype.itemsize + 4 * copies)
+    if device.type == "cpu" and dtype != torch.float32:
+        needed += num_rows * dim * 4  # the first rows are drawn in float32
+    room = available_bytes(device) // sharing
+    if needed > room:
+        raise ConfigError(
+            f"the {num_rows:,} rows of a rank, {dim} {name} numbers each, need {needed / 1e9:.1f} GB and "
+            f"{room / 1e9:.1f} GB are free: use more workers on other machines (at most "
+            f"{room * num_rows // needed:,} rows fit here), a half-precision --bank.dtype or a smaller "
+            "--backbone.embedding-dim"
+        )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device; of the host, what the machine and the container's limit leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, limit - used)
 
 
 class Bank:

@@ -15,10 +15,10 @@ from cluster.exchange import Exchange
 from cluster.launch import Worker
 from cluster.partition import Partition
 from instdisc.backbone import build_embedder
-from instdisc.bank import Bank, random_unit_rows
+from instdisc.bank import Bank, check_room, random_unit_rows
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError, NonFiniteError
-from instdisc.objectives import OBJECTIVES, Result
+from instdisc.objectives import OBJECTIVES, Objective, Queries, Result
 from instdisc.optim import build_optimizer
 from instdisc.seeding import derive_seed
 
@@ -57,38 +57,45 @@ class Trainer:
         self.embedder = embedder.to(memory_format=torch.channels_last)
         self._network = _wrap(self.embedder, config, worker)
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
-        rows = random_unit_rows(start, stop, config.backbone.embedding_dim, seed=seed)
-        self.bank = Bank(rows.to(worker.device, getattr(torch, config.bank.dtype)), start)
-        self.objective = OBJECTIVES[type(config.objective)](
-            config.objective, num_instances, config.backbone.embedding_dim
-        )
+        objective, dtype = OBJECTIVES[type(config.objective)], getattr(torch, config.bank.dtype)
+        dim, sharing = config.backbone.embedding_dim, worker.local_world_size if worker.device.type == "cpu" else 1
+        check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        rows = random_unit_rows(start, stop, dim, seed=seed)
+        self.bank = Bank(rows.to(worker.device, dtype), start)
+        self.objective = objective(config.objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
         self._generator = torch.Generator(worker.device)
         self._autocast_dtype = training_dtype(config, worker.device)
         self._buffers = [buffer for buffer in self.embedder.buffers() if buffer.is_floating_point()]
         self.steps = 0
 
-    def step(self, images_BCHW: Tensor, instance_ids_B: Tensor, learning_rate: float) -> dict[str, float]:
+    def step(self, images_VBCHW: Tensor, instance_ids_B: Tensor, learning_rate: float) -> dict[str, float]:
         """One step on this rank's part of the global batch.
 
         Args:
-            images_BCHW: float (B, 3, H, W), normalised.
+            images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
             instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
             learning_rate: The rate of this step.
 
         Returns:
-            Means over the images of the global batch, `loss` and what else the objective reports, and `gradient_norm`;
+            Means over the embeddings of the global batch, `loss` and what else the objective reports, and `gradient_norm`;
             empty if no image of the batch could be decoded.
 
         Raises:
+            ConfigError: The objective compares another number of views.
             NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
                 weights, buffers and bank are as before the step.
 
         Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
         call.
         """
+        if len(images_VBCHW) != self.objective.views:
+            raise ConfigError(
+                f"{type(self.config.objective).__name__} compares {self.objective.views} view(s) of every image and "
+                f"the loader gives {len(images_VBCHW)}: open it with views={self.objective.views}"
+            )
         buffers_before = [buffer.clone() for buffer in self._buffers]
-        observed, embedded = self._forward_backward(images_BCHW, instance_ids_B)
+        observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         try:
@@ -100,16 +107,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        for embeddings_BD, ids_G in embedded:
-            owned_ids, rows = self.exchange.route(embeddings_BD, ids_G.cpu(), self.partition)
-            self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
+        self.objective.update(learning_rate, self.config.training.batch_size * self.objective.views)
+        for part in embedded:
+            self._update_bank(*part)
         if means:
             self.objective.observe(means)
         self.steps += 1
         return means
 
     def _forward_backward(
-        self, images_BCHW: Tensor, instance_ids_B: Tensor
+        self, images_VBCHW: Tensor, instance_ids_B: Tensor
     ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
         """Gradients of the mean loss over the global batch, part by part.
 
@@ -122,22 +129,36 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         observed: list[_Observed] = []
         embedded: list[tuple[Tensor, Tensor]] = []
-        for part, (images, ids_B) in enumerate(
+        for part, (images_VbCHW, ids_b) in enumerate(
             zip(
-                images_BCHW.to(device).chunk(training.accumulation),
+                images_VBCHW.to(device).chunk(training.accumulation, dim=1),
                 instance_ids_B.to(device).chunk(training.accumulation),
                 strict=True,
             )
         ):
             is_last = part == training.accumulation - 1
+            images_QCHW = images_VbCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            ids_Q = ids_b.repeat(self.objective.views)
             with contextlib.nullcontext() if is_last else self._without_all_reduce():
                 with self._autocast():
-                    embeddings_BD = self._network(images)
-                result, ids_G = self._objective_result(embeddings_BD.detach(), ids_B)
-                embeddings_BD.backward(result.gradient_BD / self.local_batch)
-            observed.append(_Observed.of(result, ids_B, embeddings_BD.detach(), self.exchange))
-            embedded.append((embeddings_BD.detach(), ids_G))
+                    embeddings_QD = self._network(images_QCHW)
+                detached_QD = embeddings_QD.detach()
+                result, ids_G = evaluate(
+                    self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
+                )
+                scale = self.local_batch * self.objective.views
+                embeddings_QD.backward(result.gradient_QD / scale)
+            observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
+            embedded.append((detached_QD, ids_G))
         return _Observed.total(observed), embedded
+
+    def _update_bank(self, embeddings_QD: Tensor, instance_ids_G: Tensor) -> None:
+        """Mix every image's embedding, the mean of its views, into its row."""
+        views = self.objective.views
+        embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
+        ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
+        owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
+        self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -168,14 +189,6 @@ class Trainer:
             buffer.copy_(mean[first : first + buffer.numel()].view_as(buffer))
             first += buffer.numel()
 
-    def _objective_result(self, embeddings_BD: Tensor, instance_ids_B: Tensor) -> tuple[Result, Tensor]:
-        """Queries to all owners, their parts back: loss and gradient, and the ids of all ranks."""
-        queries_GD, ids_G = self.exchange.gather(embeddings_BD.to(self.bank.rows.dtype), instance_ids_B)
-        terms_GC = self.objective.shard_terms(
-            queries_GD, ids_G, self.bank, self._generator, self.exchange.log_sum_exp
-        )
-        return self.objective.merge(self.exchange.to_askers(terms_GC), instance_ids_B), ids_G
-
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self._autocast_dtype
         return torch.autocast(self.worker.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -186,12 +199,43 @@ class Trainer:
         return contextlib.nullcontext()
 
 
+def evaluate(
+    objective: Objective,
+    bank: Bank,
+    exchange: Exchange,
+    embeddings_QD: Tensor,
+    instance_ids_Q: Tensor,
+    generator: torch.Generator,
+) -> tuple[Result, Tensor]:
+    """Queries to all owners, their parts back.
+
+    Args:
+        objective: With its state.
+        bank: This rank's rows.
+        exchange: Of the ranks.
+        embeddings_QD: float32 (Q, D), unit rows, first all first views, then all second ones.
+        instance_ids_Q: int64 (Q,), -1 for none.
+        generator: For what the objective draws.
+
+    Returns:
+        Loss and gradient of this rank's embeddings, and the ids of all ranks, int64 (G,).
+
+    Collectives: all-gather, all-to-all, and those of `Exchange.log_sum_exp` as the objective needs; every rank must
+    call.
+    """
+    queries_GD, ids_G = exchange.gather(embeddings_QD.to(bank.rows.dtype), instance_ids_Q)
+    local = slice(exchange.rank * len(embeddings_QD), (exchange.rank + 1) * len(embeddings_QD))
+    queries = Queries(queries_GD, ids_G, objective.views, local)
+    terms_GC = objective.shard_terms(queries, bank, generator, exchange.log_sum_exp)
+    return objective.merge(exchange.to_askers(terms_GC), instance_ids_Q), ids_G
+
+
 class _Observed(NamedTuple):
     """What a step reports, as one vector that can be summed over parts and ranks.
 
     Attributes:
         names: Of the objective's sums.
-        values: float64: those sums, the number of images, and for every rank whether it saw a non-finite number.
+        values: float64: those sums, the number of embeddings, and for every rank whether it saw a non-finite number.
     """
 
     names: tuple[str, ...]
@@ -200,7 +244,7 @@ class _Observed(NamedTuple):
     @classmethod
     def of(cls, result: Result, ids: Tensor, embeddings: Tensor, exchange: Exchange) -> _Observed:
         flags = torch.zeros(exchange.world_size, dtype=torch.float64, device=ids.device)
-        flags[exchange.rank] = ~(torch.isfinite(embeddings).all() & torch.isfinite(result.loss_B).all())
+        flags[exchange.rank] = ~(torch.isfinite(embeddings).all() & torch.isfinite(result.loss_Q).all())
         count = (ids >= 0).sum().double()
         values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
         return cls(tuple(result.sums), values)
@@ -210,7 +254,7 @@ class _Observed(NamedTuple):
         return cls(parts[0].names, torch.stack([part.values for part in parts]).sum(dim=0))
 
     def means(self, totals: Tensor, gradient_norm: float) -> dict[str, float]:
-        """Means over all images from the totals over all ranks, and the gradient norm; empty if there was no image.
+        """Means over all embeddings from the totals over all ranks, and the gradient norm; empty if there was none.
 
         Raises:
             NonFiniteError: Some rank saw a non-finite number, and which; or the gradient is not finite.

@@ -105,7 +105,7 @@ class _Run:
             self.order.requests(num_epochs=training.epochs),
             augmentation=self.config.augmentation,
             training=True,
-            views=1,
+            views=self.trainer.objective.views,
             seed=training.seed,
             device=self.worker.device,
             config=self.config.loader,
@@ -116,7 +116,7 @@ class _Run:
                     batch = next(loader)
                 epoch = step / steps_per_epoch
                 rate = learning_rate(self.config.optimizer, epoch, training.epochs)
-                means = self.trainer.step(batch.images[0], batch.instance_ids, rate)
+                means = self.trainer.step(batch.images, batch.instance_ids, rate)
                 self.clock.tick(training.batch_size)
                 done = step + 1
                 if done % training.log_every == 0 or done in (1, total_steps):

@@ -1,9 +1,11 @@
-"""The formulas of the design in float64 NumPy, written from the papers, one image at a time and without any trick."""
+"""The formulas of the design in float64, written from the papers, one image at a time and without any trick."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 
@@ -92,3 +94,71 @@ def softmax(
     loss = log_partition - scores[positive] + proximal_weight * difference @ difference
     gradient = (probabilities @ bank - bank[positive]) / temperature + 2 * proximal_weight * difference
     return float(loss), gradient
+
+
+def infonce(
+    f: Array,
+    positive: Array,
+    negatives: Array,
+    weights: Array,
+    *,
+    temperature: float,
+    proximal_weight: float,
+) -> tuple[float, Array]:
+    """The softmax of one image's positive against sampled rows (van den Oord et al. 2018, Eq. 4).
+
+    Args:
+        f: (D,), the embedding.
+        positive: (D,), its row of the bank.
+        negatives: (K, D), the sampled rows but the positive itself.
+        weights: (K,), how often each sampled row counts.
+        temperature: τ.
+        proximal_weight: λ.
+
+    Returns:
+        Loss and its gradient by f (D,).
+    """
+    rows = np.concatenate([positive[None], negatives])
+    scores = rows @ f / temperature
+    masses = np.exp(scores - scores.max()) * np.concatenate([[1.0], weights])
+    probabilities = masses / masses.sum()
+    difference = f - positive
+    loss = -np.log(probabilities[0]) + proximal_weight * difference @ difference
+    gradient = (probabilities @ rows - positive) / temperature + 2 * proximal_weight * difference
+    return float(loss), gradient
+
+
+def spreading_paper(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """The loss of a batch, a sum over its images (Ye et al. 2019, section 3.2), for automatic differentiation.
+
+    Args:
+        first: float64 (B, D), f.
+        second: float64 (B, D), f̂.
+        temperature: τ.
+    """
+    loss = first.new_zeros(())
+    for i in range(len(first)):
+        loss = loss - torch.log_softmax(first @ second[i] / temperature, dim=0)[i]
+        for j in range(len(first)):
+            if j != i:
+                loss = loss - torch.log(1 - torch.softmax(first @ first[j] / temperature, dim=0)[i])
+    return loss
+
+
+def spreading_symmetric(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """The loss of a batch as the authors' code has it, a sum over its 2B embeddings.
+
+    Args:
+        queries: float64 (2B, D), first all first views, then all second ones.
+        keys: The same numbers, detached where keys are constants.
+        temperature: τ.
+    """
+    count = len(queries)
+    loss = queries.new_zeros(())
+    for query in range(count):
+        others = [key for key in range(count) if key != query]
+        probabilities = torch.softmax(keys[others] @ queries[query] / temperature, dim=0)
+        for key, probability in zip(others, probabilities, strict=True):
+            is_positive = key == (query + count // 2) % count
+            loss = loss - torch.log(probability if is_positive else 1 - probability)
+    return loss

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +13,108 @@ from torch import Tensor
 from instdisc.bank import Bank
 
 MergeLogSums = Callable[[Tensor], Tensor]
-"""From every rank's logarithms of sums, float32 (G,), to the logarithm of the sum over all ranks, the same on all."""
+"""From every rank's logarithms of sums, floating point (G,), to the logarithm of the sum over all ranks, the same on
+all of them."""
+
+
+class Queries(NamedTuple):
+    """The embeddings of all ranks: rank by rank, and of every rank its first views, then its second views.
+
+    Attributes:
+        embeddings_GD: (G, D), unit rows, dtype of the bank; G = W·V·B.
+        instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
+        views: V, embeddings of each image.
+        local: Which of them are this rank's own.
+    """
+
+    embeddings_GD: Tensor
+    instance_ids_G: Tensor
+    views: int
+    local: slice
 
 
 class Result(NamedTuple):
-    """Loss and gradient of this rank's images.
+    """Loss and gradient of this rank's embeddings, Q = V·B of them.
 
     Attributes:
-        loss_B: float32 (B,), 0 where there is no image.
-        gradient_BD: float32 (B, D), of each image's own loss with respect to its embedding.
-        sums: Scalars, float64, summed over this rank's images. The trainer adds them over the ranks, divides by the
-            number of images, logs them, and gives them back to `Objective.observe`.
+        loss_Q: float32 (Q,), 0 where there is no image.
+        gradient_QD: float32 (Q, D), of the sum of the losses of all ranks with respect to each embedding.
+        sums: Scalars, float64, summed over this rank's embeddings. The trainer adds them over the ranks, divides by
+            the number of embeddings, logs them, and gives them back to `Objective.observe`.
     """
 
-    loss_B: Tensor
-    gradient_BD: Tensor
+    loss_Q: Tensor
+    gradient_QD: Tensor
     sums: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """Loss and gradient in two local steps; the trainer carries the partial results between them.
+
+    First every rank, as the owner of rows, works out what its rows contribute to the queries of all ranks; then every
+    rank, as the asker, merges what the owners sent for its own queries. No method communicates.
+
+    An objective is built from its settings, n, and this rank's shard of the bank, of which it takes sizes, dtype and
+    device.
+    """
+
+    views = 1
+    """V, how many views of every image the objective compares."""
+    tables_beside_bank = 0
+    """Float32 tables of the bank's shape that the objective keeps."""
+
+    @abstractmethod
+    def __init__(self, config: Any, num_instances: int, bank: Bank) -> None:
+        """Make the objective from its settings, n and this rank's rows."""
+
+    @abstractmethod
+    def shard_terms(
+        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+    ) -> Tensor:
+        """The owner's part for the queries of all ranks.
+
+        Args:
+            queries: Of all ranks.
+            bank: This rank's rows.
+            generator: For what the objective draws, on the device of the bank; seeded differently on every rank.
+            merge_log_sums: How the owners agree on a sum over all rows; every rank calls it equally often.
+
+        Returns:
+            float32 (G, C). Unless `merge` says otherwise the columns are gradient (D), loss, and similarity to the
+            positive, each of which is to be summed over the owners.
+        """
+
+    def merge(self, terms_WQC: Tensor, instance_ids_Q: Tensor) -> Result:
+        """Loss and gradient of this rank's queries from the parts (W, Q, C) of all owners.
+
+        `sums` holds `loss` and `positive_similarity`.
+        """
+        summed_QC = torch.where((instance_ids_Q >= 0)[:, None], terms_WQC.sum(dim=0), 0)
+        gradient_QD, loss_Q, similarity_Q = summed_QC[:, :-2], summed_QC[:, -2], summed_QC[:, -1]
+        sums = {"loss": loss_Q.double().sum(), "positive_similarity": similarity_Q.double().sum()}
+        return Result(loss_Q, gradient_QD, sums)
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Take note of the step's means over all embeddings, the same numbers on every rank."""
+
+    def update(self, learning_rate: float, num_queries: int) -> None:
+        """Train what the objective itself learns, on the parts since the last call.
+
+        Args:
+            learning_rate: The rate of this step.
+            num_queries: Queries of all ranks and parts; the loss is their mean.
+        """
+
+    def tables(self) -> dict[str, Tensor]:
+        """State that is partitioned as the bank is, (S, …) by name, to be saved and restored in place."""
+        return {}
+
+    def state_dict(self) -> dict[str, float]:
+        """State that is the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state."""
 
 
 def check_temperature(temperature: float) -> None:
@@ -40,47 +127,11 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}, it must be at least 0.005: 0.07 to 0.2 are usual")
 
 
-class Objective(Protocol):
-    """Loss and gradient in two local steps; the trainer carries the partial results between them.
+def check_proximal_weight(weight: float) -> None:
+    """Refuse a negative λ.
 
-    First every rank, as the owner of a shard of the bank, works out what its rows contribute to the queries of all
-    ranks; then every rank, as the asker, merges what the owners sent for its own queries. No method communicates.
+    Raises:
+        ValueError: λ is below 0 or not a number.
     """
-
-    def shard_terms(
-        self,
-        queries_GD: Tensor,
-        instance_ids_G: Tensor,
-        bank: Bank,
-        generator: torch.Generator,
-        merge_log_sums: MergeLogSums,
-    ) -> Tensor:
-        """The owner's part for the queries of all ranks.
-
-        Args:
-            queries_GD: (G, D), unit rows, dtype of the bank.
-            instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
-            bank: This rank's rows.
-            generator: For what the objective draws, on the device of the bank; seeded differently on every rank.
-            merge_log_sums: How the owners agree on a sum over all rows; every rank calls it equally often.
-
-        Returns:
-            float32 (G, C); what the C columns are is the objective's own affair.
-        """
-        ...
-
-    def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:
-        """Loss and gradient of this rank's queries from the parts (W, B, C) of all owners."""
-        ...
-
-    def observe(self, means: Mapping[str, float]) -> None:
-        """Take note of the step's means over the global batch, the same numbers on every rank."""
-        ...
-
-    def state_dict(self) -> dict[str, float]:
-        """The state to save with a checkpoint."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a saved state."""
-        ...
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"proximal_weight is {weight}, it must be 0 or above")

@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from instdisc.bank import Bank
-from instdisc.objectives.base import MergeLogSums, Result, check_temperature
+from instdisc.objectives.base import (
+    MergeLogSums,
+    Objective,
+    Queries,
+    Result,
+    check_proximal_weight,
+    check_temperature,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +63,7 @@ class NCEConfig:
         check_temperature(self.temperature)
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
-        if not self.proximal_weight >= 0:
-            raise ValueError(f"proximal_weight is {self.proximal_weight}, it must be 0 or above")
+        check_proximal_weight(self.proximal_weight)
         if not 0 <= self.log_partition_momentum < 1:
             raise ValueError(
                 f"log_partition_momentum is {self.log_partition_momentum}, it must be in [0, 1): 0.99 is usual"
@@ -66,7 +72,7 @@ class NCEConfig:
             raise ValueError(f"log_partition_batches is {self.log_partition_batches}, it must be at least 1")
 
 
-class NCE:
+class NCE(Objective):
     """The objective and its only state, log Z, which is the same on every rank.
 
     Until a batch has been seen, log Z is what random unit rows give: similarities are then normal with variance 1/D,
@@ -75,23 +81,18 @@ class NCE:
     Args:
         config: Settings.
         num_instances: n, rows of the whole bank.
-        embedding_dim: D.
+        bank: This rank's rows.
     """
 
-    def __init__(self, config: NCEConfig, num_instances: int, embedding_dim: int) -> None:
+    def __init__(self, config: NCEConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
         self.num_instances = num_instances
-        exponent = 1 / (2 * embedding_dim * config.temperature**2)
+        exponent = 1 / (2 * bank.rows.shape[1] * config.temperature**2)
         self.log_partition = math.log(num_instances) + min(exponent, 1 / config.temperature)
         self.batches_seen = 0
 
     def shard_terms(
-        self,
-        queries_GD: Tensor,
-        instance_ids_G: Tensor,
-        bank: Bank,
-        generator: torch.Generator,
-        merge_log_sums: MergeLogSums,
+        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """This owner's share of loss and gradient; see `Objective.shard_terms`. The owners need no agreement.
 
@@ -99,9 +100,9 @@ class NCE:
             float32 (G, D + 3): gradient; loss; similarity to the positive, 0 where another rank owns it; log of this
             shard's share of `Σ_k exp(s_k/τ)`.
         """
-        negatives_GK, weight = self.draw(len(queries_GD), bank, generator)
-        terms = self.negative_terms(queries_GD, negatives_GK, weight, bank.rows)
-        self._add_positives(terms, queries_GD, instance_ids_G, bank)
+        negatives_GK, weight = self.draw(len(queries.embeddings_GD), bank, generator)
+        terms = self.negative_terms(queries.embeddings_GD, negatives_GK, weight, bank.rows)
+        self._add_positives(terms, queries, bank)
         return terms
 
     def draw(self, num_queries: int, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -177,12 +178,12 @@ class NCE:
             out[:, dim + 2] = torch.logsumexp(scaled_bK, dim=1) + math.log(weight)
         return terms
 
-    def _add_positives(self, terms: Tensor, queries_GD: Tensor, instance_ids_G: Tensor, bank: Bank) -> None:
+    def _add_positives(self, terms: Tensor, queries: Queries, bank: Bank) -> None:
         """Add the terms of the positives that this shard owns; without masked indexing, which waits for a GPU."""
-        dim = queries_GD.shape[1]
+        queries_GD, dim = queries.embeddings_GD.float(), queries.embeddings_GD.shape[1]
         temperature, proximal = self.config.temperature, self.config.proximal_weight
-        positions_G, owned_G = bank.local(instance_ids_G)
-        queries_GD, rows_GD = queries_GD.float(), bank.rows[positions_G].float()
+        positions_G, owned_G = bank.local(queries.instance_ids_G)
+        rows_GD = bank.rows[positions_G].float()
         similarity_G = (queries_GD * rows_GD).sum(dim=1)
         logits_G = similarity_G / temperature + self._logit_offset
         difference_GD = queries_GD - rows_GD
@@ -194,24 +195,24 @@ class NCE:
         terms[:, dim] += torch.where(owned_G, loss_G, 0)
         terms[:, dim + 1] += torch.where(owned_G, similarity_G, 0)
 
-    def merge(self, terms_WBC: Tensor, instance_ids_B: Tensor) -> Result:
+    def merge(self, terms_WQC: Tensor, instance_ids_Q: Tensor) -> Result:
         """Loss and gradient of this rank's queries; see `Objective.merge`.
 
         `sums` holds `loss`, `positive_similarity` and `partition_ratio`, the estimate `n/m · Σ_k exp(s_k/τ)` of Z over
         the Z in use.
         """
-        present_B = instance_ids_B >= 0
-        summed_BC = torch.where(present_B[:, None], terms_WBC[..., :-1].sum(dim=0), 0)
-        log_sum_B = torch.logsumexp(terms_WBC[..., -1].double(), dim=0)
-        ratio_B = torch.exp(log_sum_B + self._logit_offset)
-        gradient_BD, loss_B, similarity_B = summed_BC[:, :-2], summed_BC[:, -2], summed_BC[:, -1]
+        present_Q = instance_ids_Q >= 0
+        summed_QC = torch.where(present_Q[:, None], terms_WQC[..., :-1].sum(dim=0), 0)
+        log_sum_Q = torch.logsumexp(terms_WQC[..., -1].double(), dim=0)
+        ratio_Q = torch.exp(log_sum_Q + self._logit_offset)
+        gradient_QD, loss_Q, similarity_Q = summed_QC[:, :-2], summed_QC[:, -2], summed_QC[:, -1]
         return Result(
-            loss_B,
-            gradient_BD,
+            loss_Q,
+            gradient_QD,
             {
-                "loss": loss_B.double().sum(),
-                "positive_similarity": similarity_B.double().sum(),
-                "partition_ratio": torch.where(present_B, ratio_B, 0).sum(),
+                "loss": loss_Q.double().sum(),
+                "positive_similarity": similarity_Q.double().sum(),
+                "partition_ratio": torch.where(present_Q, ratio_Q, 0).sum(),
             },
         )
 

@@ -13,11 +13,16 @@ from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.bank import Bank, random_unit_rows
 from instdisc.objectives import NCE, NCEConfig
+from instdisc.trainer import evaluate
 from tests import reference
 from tests.processes import run_ranks
 
 DIM = 16
 LOCAL_BATCHES = {1: 12, 2: 6, 3: 4}
+
+
+def empty_bank(dim: int) -> Bank:
+    return Bank(torch.empty(0, dim))
 
 
 def unit(count: int, seed: int) -> torch.Tensor:
@@ -29,22 +34,20 @@ def step(rank: int, world_size: int, num_instances: int, config: NCEConfig, dtyp
     exchange, partition = Exchange(rank, world_size), Partition(num_instances, world_size)
     start, stop = partition.start(rank), partition.stop(rank)
     bank = Bank(random_unit_rows(start, stop, DIM, seed=7).to(dtype), start)
-    objective = NCE(config, num_instances, DIM)
+    objective = NCE(config, num_instances, bank)
     local_batch = LOCAL_BATCHES[world_size]
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
     embeddings, ids = unit(12, 1)[mine], all_ids(num_instances)[mine]
-    queries, all_rank_ids = exchange.gather(embeddings.to(dtype), ids)
     generator = torch.Generator().manual_seed(100 + rank)
-    terms = objective.shard_terms(queries, all_rank_ids, bank, generator, exchange.log_sum_exp)
-    negatives, weight = objective.draw(len(queries), bank, generator.manual_seed(100 + rank))
-    result = objective.merge(exchange.to_askers(terms), ids)
+    result, all_rank_ids = evaluate(objective, bank, exchange, embeddings, ids, generator)
+    negatives, weight = objective.draw(12, bank, generator.manual_seed(100 + rank))
     sums = exchange.sum(torch.stack([*result.sums.values(), (ids >= 0).sum().double()]))
     objective.observe(dict(zip(result.sums, (sums[:-1] / sums[-1]).tolist(), strict=True)))
     owned_ids, rows = exchange.route(embeddings, all_rank_ids, partition)
     bank.update(owned_ids, rows, momentum=0.5)
     return {
-        "loss": result.loss_B,
-        "gradient": result.gradient_BD,
+        "loss": result.loss_Q,
+        "gradient": result.gradient_QD,
         "negatives": negatives + start,
         "weight": weight,
         "log_partition": objective.log_partition,
@@ -70,7 +73,7 @@ def test_any_number_of_ranks_computes_the_formulas(
     config = NCEConfig(temperature=temperature, num_negatives=num_negatives, proximal_weight=proximal_weight)
     ranks = run_ranks(world_size, step, num_instances, config, torch.float32)
     before = random_unit_rows(0, num_instances, DIM, seed=7).double().numpy()
-    partition = math.exp(NCE(config, num_instances, DIM).log_partition)
+    partition = math.exp(NCE(config, num_instances, empty_bank(DIM)).log_partition)
     expected_loss, expected_gradient, partitions = np.zeros(12), np.zeros((12, DIM)), []
     expected_bank = before.copy()
     embeddings = unit(12, 1).double().numpy()
@@ -119,16 +122,14 @@ def test_half_precision_banks_agree_with_float32(dtype: torch.dtype) -> None:
 
 def test_gradient_is_the_derivative_of_the_loss() -> None:
     config = NCEConfig(num_negatives=8, temperature=0.2, proximal_weight=2.0)
-    objective = NCE(config, 30, DIM)
-    bank = Bank(random_unit_rows(0, 30, DIM, seed=3).double())
+    bank = Bank(random_unit_rows(0, 30, DIM, seed=3))
+    objective = NCE(config, 30, bank)
     f, ids = unit(2, 5).double(), torch.tensor([3, 4])
 
     def loss_and_gradient(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
-        terms = objective.shard_terms(
-            queries.float(), ids, Bank(bank.rows.float()), torch.Generator().manual_seed(1), torch.clone
-        )
-        result = objective.merge(terms[None], ids)
-        return float(result.loss_B[0]), result.gradient_BD[0]
+        generator = torch.Generator().manual_seed(1)
+        result, _ = evaluate(objective, bank, Exchange(0, 1), queries.float(), ids, generator)
+        return float(result.loss_Q[0]), result.gradient_QD[0]
 
     delta = 1e-2
     ahead, behind = f.clone(), f.clone()
@@ -143,7 +144,7 @@ def test_sampled_negatives_are_unbiased(world_size: int) -> None:
     """The mean over many draws is the closed form: m times the mean over all rows, with uneven shards too."""
     num_instances, num_negatives, draws = 23, 5, 40_000
     config = NCEConfig(temperature=0.3, num_negatives=num_negatives)
-    objective = NCE(config, num_instances, DIM)
+    objective = NCE(config, num_instances, empty_bank(DIM))
     rows = random_unit_rows(0, num_instances, DIM, seed=9)
     query = unit(1, 11)
     partition = Partition(num_instances, world_size)
@@ -167,7 +168,7 @@ def test_sampled_negatives_are_unbiased(world_size: int) -> None:
 
 
 def test_negatives_cover_every_row_evenly() -> None:
-    objective = NCE(NCEConfig(num_negatives=50), 200, DIM)
+    objective = NCE(NCEConfig(num_negatives=50), 200, empty_bank(DIM))
     bank = Bank(random_unit_rows(0, 200, DIM, seed=1))
     negatives, weight = objective.draw(2000, bank, torch.Generator().manual_seed(4))
     counts = torch.bincount(negatives.flatten(), minlength=200).double()
@@ -181,7 +182,7 @@ def test_negatives_cover_every_row_evenly() -> None:
 def test_blocks_and_the_way_to_the_scores_change_nothing(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int, rows_per_negative: int
 ) -> None:
-    objective = NCE(NCEConfig(num_negatives=7), 50, DIM)
+    objective = NCE(NCEConfig(num_negatives=7), 50, empty_bank(DIM))
     bank, queries = Bank(random_unit_rows(0, 50, DIM, seed=1)), unit(11, 2)
     negatives, weight = objective.draw(11, bank, torch.Generator().manual_seed(4))
     negatives[:, 3] = negatives[:, 5]  # a row may be drawn twice
@@ -194,14 +195,14 @@ def test_blocks_and_the_way_to_the_scores_change_nothing(
 @pytest.mark.parametrize("mode", ["moving-average", "frozen"])
 def test_log_partition_follows_or_freezes(mode: str) -> None:
     config = NCEConfig(log_partition_mode=mode, log_partition_momentum=0.9, log_partition_batches=2)
-    objective = NCE(config, 100, DIM)
+    objective = NCE(config, 100, empty_bank(DIM))
     seen = []
     for partition in (200.0, 400.0, 1000.0):
         objective.observe({"partition_ratio": partition / math.exp(objective.log_partition)})
         seen.append(math.exp(objective.log_partition))
     expected = [200, 300, 300] if mode == "frozen" else [200, 220, 298]
     assert seen == pytest.approx(expected)
-    resumed = NCE(config, 100, DIM)
+    resumed = NCE(config, 100, empty_bank(DIM))
     resumed.load_state_dict(objective.state_dict())
     for each in (objective, resumed):
         each.observe({"partition_ratio": 5.0})
@@ -210,23 +211,22 @@ def test_log_partition_follows_or_freezes(mode: str) -> None:
 
 @pytest.mark.parametrize("dim", [2, 128])
 def test_the_smallest_temperature_overflows_nowhere(dim: int) -> None:
-    objective = NCE(NCEConfig(temperature=0.005, num_negatives=20), 30, dim)
     bank = Bank(random_unit_rows(0, 30, dim, seed=3))
+    objective = NCE(NCEConfig(temperature=0.005, num_negatives=20), 30, bank)
     for queries in (bank.rows[:4], -bank.rows[:4]):
         ids = torch.arange(4)
-        terms = objective.shard_terms(queries, ids, bank, torch.Generator().manual_seed(1), torch.clone)
-        result = objective.merge(terms[None], ids)
+        result, _ = evaluate(objective, bank, Exchange(0, 1), queries, ids, torch.Generator().manual_seed(1))
         objective.observe({name: float(value) / 4 for name, value in result.sums.items()})
         assert math.isfinite(objective.log_partition)
-        assert torch.isfinite(result.loss_B).all()
-        assert torch.isfinite(result.gradient_BD).all()
+        assert torch.isfinite(result.loss_Q).all()
+        assert torch.isfinite(result.gradient_QD).all()
 
 
 def test_first_log_partition_fits_a_random_bank() -> None:
     rows = random_unit_rows(0, 20_000, 128, seed=1)
     query = F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(3)), dim=1)
     actual = torch.logsumexp((rows @ query[0]).double() / 0.07, dim=0)
-    assert NCE(NCEConfig(), 20_000, 128).log_partition == pytest.approx(float(actual), abs=0.1)
+    assert NCE(NCEConfig(), 20_000, empty_bank(128)).log_partition == pytest.approx(float(actual), abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def global_batch() -> tuple[Tensor, Tensor]:
 def my_part(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     images, ids = global_batch()
     share = GLOBAL_BATCH // world_size
-    return images[rank * share : (rank + 1) * share], ids[rank * share : (rank + 1) * share]
+    return images[None, rank * share : (rank + 1) * share], ids[rank * share : (rank + 1) * share]
 
 
 def one_step(
@@ -108,7 +108,7 @@ def broken_step(rank: int, world_size: int, broken_rank: int) -> dict[str, Any]:
     log_partition = trainer.objective.state_dict()
     if rank == broken_rank:
         images = images.clone()
-        images[1] = torch.nan
+        images[:, 1] = torch.nan
     with pytest.raises(NonFiniteError) as raised:
         trainer.step(images, ids, learning_rate=RATE)
     after = trainer.embedder.state_dict()
@@ -137,7 +137,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     first = next(iter(trainer.embedder.parameters()))
     first.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(NonFiniteError, match="gradient is not finite"):
-        trainer.step(*global_batch(), learning_rate=RATE)
+        trainer.step(*my_part(0, 1), learning_rate=RATE)
     assert all(
         torch.equal(one, other) for one, other in zip(before, trainer.embedder.parameters(), strict=True)
     )
@@ -183,14 +183,14 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_a_batch_without_any_image_changes_no_row() -> None:
     trainer = make_trainer(0, 1)
     before = trainer.bank.rows.clone()
-    images, ids = global_batch()
+    images, ids = my_part(0, 1)
     assert trainer.step(images, torch.full_like(ids, -1), learning_rate=RATE) == {}
     assert torch.equal(trainer.bank.rows, before)
 
 
 def test_training_lowers_the_loss() -> None:
     trainer = make_trainer(0, 1)
-    images, ids = global_batch()
+    images, ids = my_part(0, 1)
     losses = [trainer.step(images, ids, learning_rate=0.3)["loss"] for _ in range(60)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 

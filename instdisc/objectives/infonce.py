@@ -1,0 +1,119 @@
+"""Sampled softmax: InfoNCE over the bank, the positive against m sampled rows (van den Oord et al. 2018, Eq. 4).
+
+    P(i|f) = exp(v_i·f/τ) / (exp(v_i·f/τ) + Σ_k exp(v_{j_k}·f/τ)),   J = -log P(i|f_i) + λ ‖f_i - v_i‖²
+
+The m rows are drawn uniformly, for every query anew or once for the whole batch. A drawn row that is the positive
+itself takes no part as a negative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instdisc.bank import Bank
+from instdisc.objectives.attention import attend
+from instdisc.objectives.base import MergeLogSums, Objective, Queries
+from instdisc.objectives.softmax import SoftmaxConfig, softmax_terms
+
+# Rows gathered at a time: few enough to stay in the cache between the two products that read them.
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoNCEConfig(SoftmaxConfig):
+    """The softmax over the positive and m sampled rows."""
+
+    num_negatives: int = 65_536
+    """m, rows of the bank that the positive is told apart from."""
+    shared_negatives: bool = True
+    """Draw the negatives once for all images of a step, which costs a small part of drawing for every image anew.
+    Rows of the step's own images are then left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 65536 is usual")
+
+
+class InfoNCE(Objective):
+    """The objective; it has no state.
+
+    Args:
+        config: Settings.
+        num_instances: n, rows of the whole bank.
+        bank: This rank's rows.
+    """
+
+    def __init__(self, config: InfoNCEConfig, num_instances: int, bank: Bank) -> None:
+        self.config = config
+        # A shard's share of the m negatives is drawn as a whole number, and each draw counts by the ratio.
+        self.due = config.num_negatives * len(bank.rows) / num_instances
+        self.count = max(1, round(self.due))
+
+    def shard_terms(
+        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+    ) -> Tensor:
+        """Gradient, loss and similarity to the positive; see `Objective.shard_terms`."""
+        negatives = self.draw(queries, bank, generator)
+        attend_sampled = self._attend_shared if self.config.shared_negatives else self._attend_own
+        attended_GD, log_sum_G = attend_sampled(queries, bank, negatives)
+        positions_G, owned_G = bank.local(queries.instance_ids_G)
+        rows_GD = bank.rows[positions_G].float()
+        scores_G = (queries.embeddings_GD.float() * rows_GD).sum(dim=1) / self.config.temperature
+        scores_G = scores_G.masked_fill(~owned_G, -torch.inf)
+        log_partition_G = merge_log_sums(torch.logaddexp(log_sum_G, scores_G))
+        log_partition_G = torch.where(queries.instance_ids_G >= 0, log_partition_G, 0)
+        attended_GD = attended_GD * torch.exp(log_sum_G - log_partition_G)[:, None]
+        attended_GD += rows_GD * torch.exp(scores_G - log_partition_G)[:, None]
+        return softmax_terms(queries, bank, attended_GD, log_partition_G, self.config)
+
+    def draw(self, queries: Queries, bank: Bank, generator: torch.Generator) -> Tensor:
+        """Draw this shard's share of the negatives.
+
+        Returns:
+            Positions in this shard: int64 (K,) if they are shared, with those of the batch's own rows left out, else
+            int64 (G, K).
+        """
+        rows, device = len(bank.rows), bank.rows.device
+        if not self.config.shared_negatives:
+            shape = (len(queries.embeddings_GD), self.count)
+            return torch.randint(rows, shape, generator=generator, device=device)
+        negatives_K = torch.randint(rows, (self.count,), generator=generator, device=device)
+        positions_G, owned_G = bank.local(queries.instance_ids_G)
+        return negatives_K[~torch.isin(negatives_K, positions_G[owned_G])]
+
+    def _attend_shared(self, queries: Queries, bank: Bank, negatives_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the sampled rows under their softmax, float32 (G, D), and log of its weighted denominator (G,)."""
+        if not len(negatives_K):
+            zero_GD = torch.zeros_like(queries.embeddings_GD, dtype=torch.float32)
+            return zero_GD, zero_GD[:, 0] - torch.inf
+        rows_KD = bank.rows.index_select(0, negatives_K)
+        attended_GD, log_sum_G = attend(queries.embeddings_GD, rows_KD, self.config.temperature)
+        return attended_GD, log_sum_G + math.log(self.due / len(negatives_K))
+
+    def _attend_own(self, queries: Queries, bank: Bank, negatives_GK: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where every query has negatives of its own, a block of queries at a time."""
+        (num_queries, dim), rows_SD = queries.embeddings_GD.shape, bank.rows
+        positions_G, owned_G = bank.local(queries.instance_ids_G)
+        positive_G = torch.where(owned_G, positions_G, -1)
+        attended_GD = rows_SD.new_empty(num_queries, dim, dtype=torch.float32)
+        log_sum_G = rows_SD.new_empty(num_queries, dtype=torch.float32)
+        row_bytes = self.count * dim * rows_SD.element_size()
+        block = max(1, _BLOCK_BYTES[rows_SD.device.type] // row_bytes)
+        for first in range(0, num_queries, block):
+            chosen = slice(first, first + block)
+            negatives_bK = negatives_GK[chosen]
+            rows_bKD = rows_SD.index_select(0, negatives_bK.flatten()).view(*negatives_bK.shape, dim)
+            scores_bK = torch.bmm(rows_bKD, queries.embeddings_GD[chosen, :, None])[..., 0].float()
+            scores_bK = scores_bK.div_(self.config.temperature)
+            scores_bK.masked_fill_(negatives_bK == positive_G[chosen, None], -torch.inf)
+            log_sum_b = torch.logsumexp(scores_bK, dim=1)
+            # A query all of whose negatives are its positive has no weights.
+            weights_bK = torch.nan_to_num(torch.exp(scores_bK - log_sum_b[:, None]), nan=0.0)
+            attended_GD[chosen] = torch.bmm(weights_bK[:, None].to(rows_SD.dtype), rows_bKD)[:, 0]
+            log_sum_G[chosen] = log_sum_b
+        return attended_GD, log_sum_G + math.log(self.due / self.count)

@@ -1,0 +1,91 @@
+"""The parametric softmax: a trained weight vector per instance (Wu et al. 2018, Eq. 1; Dosovitskiy et al. 2014).
+
+    P(i|f) = exp(w_i·f/τ) / Σ_j exp(w_j·f/τ),   J = -log P(i|f_i)
+
+The weights are partitioned as the bank is, and trained where they live: every owner gets the queries of all ranks
+anyway, and from them and the denominators the gradient of its own rows. The bank still follows the embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instdisc.bank import Bank
+from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
+
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParametricSoftmaxConfig:
+    """The softmax over trained weights, one row per instance."""
+
+    temperature: float = 0.1
+    """τ, at least 0.005."""
+    momentum: float = 0.9
+    """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}, it must be in [0, 1): 0.9 is usual")
+
+
+class ParametricSoftmax(Objective):
+    """The objective with this rank's weights, their gradient and momentum: three times the memory of the bank.
+
+    Args:
+        config: Settings.
+        num_instances: n.
+        bank: This rank's rows; the weights start as a copy of them.
+    """
+
+    tables_beside_bank = 3
+
+    def __init__(self, config: ParametricSoftmaxConfig, num_instances: int, bank: Bank) -> None:
+        self.config = config
+        self.weights = Bank(bank.rows.float().clone(), bank.start)
+        self._gradient_SD = torch.zeros_like(self.weights.rows)
+        self._momentum_SD = torch.zeros_like(self.weights.rows)
+
+    def shard_terms(
+        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+    ) -> Tensor:
+        """Gradient, loss and similarity to the positive; adds up the gradient of the weights for `update`."""
+        temperature, weights_SD = self.config.temperature, self.weights.rows
+        queries_GD, present_G = queries.embeddings_GD.float(), queries.instance_ids_G >= 0
+        scaled_DG = queries_GD.T / temperature
+        blocks = range(0, len(weights_SD), _BLOCK_ROWS)
+        log_sums_G = [torch.logsumexp(weights_SD[b : b + _BLOCK_ROWS] @ scaled_DG, dim=0) for b in blocks]
+        log_partition_G = merge_log_sums(torch.logsumexp(torch.stack(log_sums_G), dim=0))
+        terms = queries_GD.new_zeros(len(queries_GD), queries_GD.shape[1] + 2)
+        gradient_GD = terms[:, :-2]
+        for first in blocks:
+            chosen = slice(first, first + _BLOCK_ROWS)
+            probabilities_bG = torch.exp(weights_SD[chosen] @ scaled_DG - log_partition_G)
+            probabilities_bG *= present_G / temperature
+            gradient_GD.addmm_(probabilities_bG.T, weights_SD[chosen])
+            self._gradient_SD[chosen].addmm_(probabilities_bG, queries_GD)
+        positions_G, owned_G = self.weights.local(queries.instance_ids_G)
+        rows_GD = weights_SD[positions_G]
+        scores_G = (queries_GD * rows_GD).sum(dim=1)
+        gradient_GD -= torch.where(owned_G[:, None], rows_GD / temperature, 0)
+        self._gradient_SD.index_add_(
+            0, positions_G, torch.where(owned_G[:, None], queries_GD / -temperature, 0)
+        )
+        terms[:, -2] = torch.where(owned_G, log_partition_G - scores_G / temperature, 0)
+        terms[:, -1] = torch.where(owned_G, scores_G, 0)
+        return terms
+
+    def update(self, learning_rate: float, num_queries: int) -> None:
+        """One step of SGD with momentum on this rank's weights."""
+        self._momentum_SD.mul_(self.config.momentum).add_(self._gradient_SD, alpha=1 / num_queries)
+        self.weights.rows.sub_(self._momentum_SD, alpha=learning_rate)
+        self._gradient_SD.zero_()
+
+    def tables(self) -> dict[str, Tensor]:
+        """`weights` and `weights_momentum`, float32 (S, D)."""
+        return {"weights": self.weights.rows, "weights_momentum": self._momentum_SD}

@@ -1,0 +1,130 @@
+"""The invariant and spreading instance feature (Ye et al. 2019): two views, no bank, the batch tells itself apart.
+
+With f_i the embedding of an image and f̂_i that of its second view, both of the global batch,
+
+    J = -Σ_i log P(i|f̂_i) - Σ_i Σ_{j≠i} log(1 - P(i|f_j)),
+    P(i|f̂_i) = exp(f_i·f̂_i/τ) / Σ_k exp(f_k·f̂_i/τ),   P(i|f_j) = exp(f_i·f_j/τ) / Σ_k exp(f_k·f_j/τ).
+
+That is the form `paper`. In the form `symmetric`, that of the authors' code, all 2B embeddings are queries and keys
+alike: the positive of a query is the other view of its image, everything but itself is in its denominator.
+
+Each rank owns its own embeddings as keys. A query's denominator, and one more sum over its keys, are agreed on by the
+owners; then every term is local. What a key's own gradient is due, it gets from the queries of all ranks, which its
+owner has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from instdisc.bank import Bank
+from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
+
+# 1 - P is kept above this; what the clamp changes in the gradient is of its own size.
+_LEAST_COMPLEMENT = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadingConfig:
+    """The softmax within the batch, over two views; the defaults are those of the public code of Ye et al. 2019."""
+
+    temperature: float = 0.1
+    """τ, at least 0.005."""
+    form: Literal["symmetric", "paper"] = "symmetric"
+    """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
+    equations of the paper."""
+    key_gradient: bool = False
+    """Let the gradient through both operands of a similarity. Off, as in the authors' code: keys are constants."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+
+class Spreading(Objective):
+    """The objective; it has no state and leaves the bank to follow the embeddings.
+
+    Args:
+        config: Settings.
+        num_instances: n.
+        bank: This rank's rows.
+    """
+
+    views = 2
+
+    def __init__(self, config: SpreadingConfig, num_instances: int, bank: Bank) -> None:
+        self.config = config
+
+    def shard_terms(
+        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+    ) -> Tensor:
+        """Gradient, loss and similarity to the positive; see `Objective.shard_terms`.
+
+        Probabilities are worked out in float64: they are few, and 1 - P must stay exact near 0.
+        """
+        temperature = self.config.temperature
+        queries_GD = queries.embeddings_GD.float()
+        keys_QD = queries_GD[queries.local]
+        pairs = _pairs(queries, self.config.form)
+        similarities_GQ = queries_GD @ keys_QD.T
+        scores_GQ = (similarities_GQ.double() / temperature).masked_fill(~pairs.compared_GQ, -torch.inf)
+        log_partition_G = merge_log_sums(torch.logsumexp(scores_GQ, dim=1))
+        # A query without an image is compared with nothing.
+        log_partition_G = log_partition_G.masked_fill(log_partition_G == -torch.inf, 0)
+        log_probability_GQ = scores_GQ - log_partition_G[:, None]
+        probability_GQ = torch.exp(log_probability_GQ)
+        complement_GQ = (-torch.expm1(log_probability_GQ)).clamp(min=_LEAST_COMPLEMENT)
+        odds_GQ = torch.where(pairs.negative_GQ, probability_GQ / complement_GQ, 0)
+        odds_G = torch.exp(merge_log_sums(torch.log(odds_GQ.sum(dim=1))))
+        # How the loss of each query changes with each of its scores.
+        slope_GQ = probability_GQ * (pairs.attracted_G[:, None] - (odds_G[:, None] - odds_GQ))
+        slope_GQ += torch.where(pairs.negative_GQ, probability_GQ, 0) - pairs.positive_GQ.double()
+        slope_GQ = slope_GQ.float() / temperature
+        terms = queries_GD.new_empty(len(queries_GD), queries_GD.shape[1] + 2)
+        terms[:, :-2] = slope_GQ @ keys_QD
+        if self.config.key_gradient:
+            terms[queries.local, :-2] += slope_GQ.T @ queries_GD
+        loss_GQ = torch.where(pairs.positive_GQ, -log_probability_GQ, 0)
+        loss_GQ -= torch.where(pairs.negative_GQ, torch.log(complement_GQ), 0)
+        terms[:, -2] = loss_GQ.sum(dim=1)
+        terms[:, -1] = torch.where(pairs.positive_GQ, similarities_GQ, 0).sum(dim=1)
+        return terms
+
+
+class _Pairs(NamedTuple):
+    """What queries and this rank's keys are to each other.
+
+    Attributes:
+        compared_GQ: The key is in the query's denominator.
+        positive_GQ: The query is attracted by the key.
+        negative_GQ: The query is repelled by the key.
+        attracted_G: float64, 1 where the query has a positive, on whichever rank, else 0.
+    """
+
+    compared_GQ: Tensor
+    positive_GQ: Tensor
+    negative_GQ: Tensor
+    attracted_G: Tensor
+
+
+def _pairs(queries: Queries, form: Literal["symmetric", "paper"]) -> _Pairs:
+    ids_G = queries.instance_ids_G
+    number_G = torch.arange(len(ids_G), device=ids_G.device)
+    per_view = (queries.local.stop - queries.local.start) // queries.views
+    is_first_G = number_G // per_view % queries.views == 0
+    present_G = ids_G >= 0
+    ids_Q, number_Q, is_first_Q = ids_G[queries.local], number_G[queries.local], is_first_G[queries.local]
+    present_GQ = present_G[:, None] & present_G[queries.local]
+    same_image_GQ = present_GQ & (ids_G[:, None] == ids_Q)
+    if form == "symmetric":
+        compared_GQ = present_GQ & (number_G[:, None] != number_Q)
+        positive_GQ = same_image_GQ & compared_GQ
+        negative_GQ = compared_GQ & ~same_image_GQ
+        return _Pairs(compared_GQ, positive_GQ, negative_GQ, present_G.double())
+    compared_GQ = present_GQ & is_first_Q
+    positive_GQ = same_image_GQ & compared_GQ & ~is_first_G[:, None]
+    negative_GQ = compared_GQ & ~same_image_GQ & is_first_G[:, None]
+    return _Pairs(compared_GQ, positive_GQ, negative_GQ, (present_G & ~is_first_G).double())
