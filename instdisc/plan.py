@@ -1,0 +1,230 @@
+"""What a run will need before machines are rented: `python -m instdisc.plan [--instances N …] [--world-size W …]`.
+
+Memory and bytes follow from the sizes alone; times also from rates, which are stated and can be set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from cluster.partition import Partition
+
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT32_BYTES = 4
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast one rank and its link are.
+
+    Attributes:
+        source: Where the numbers come from.
+        gather_bytes_per_second: Sampled rows of the bank, read and turned into loss and gradient.
+        flops_per_second: The softmax over all rows, forward and gradient together.
+        link_bytes_per_second: What a rank can send.
+        collective_seconds: What a collective costs however little it carries.
+    """
+
+    source: str
+    gather_bytes_per_second: float
+    flops_per_second: float
+    link_bytes_per_second: float
+    collective_seconds: float
+
+
+RATES = {
+    "gpu": Rates(
+        source="not measured: a data-centre GPU with half-precision rows and 200 Gbit/s",
+        gather_bytes_per_second=0.9e12,
+        flops_per_second=110e12,
+        link_bytes_per_second=25e9,
+        collective_seconds=30e-6,
+    ),
+    "cpu": Rates(
+        source="two cores of an AMD EPYC, float32, measured 2026-11-22 (benchmarks/results); 10 Gbit/s assumed",
+        gather_bytes_per_second=7.9e9,
+        flops_per_second=119e9,
+        link_bytes_per_second=1.25e9,
+        collective_seconds=200e-6,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What to plan for."""
+
+    instances: tuple[int, ...] = (1_281_167, 10_000_000, 100_000_000, 1_000_000_000)
+    """n, images of the data set; one or several."""
+    world_size: tuple[int, ...] = (8, 32, 128, 512)
+    """W, workers; one or several."""
+    embedding_dim: int = 128
+    """D, entries of an embedding."""
+    batch_size: int = 4096
+    """Images per step over all workers."""
+    objective: Literal["nce", "softmax"] = "nce"
+    """nce compares with a sample of the rows, softmax with all of them."""
+    num_negatives: int = 4096
+    """m of nce."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """Type of the bank's rows."""
+    memory_gigabytes: float = 80.0
+    """Memory of a rank, in 10^9 bytes; a bank that needs more than half of it is marked."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """Which rates to take where none are given."""
+    gather_bytes_per_second: float | None = None
+    """Speed of nce on a rank: bytes of sampled rows per second; `benchmarks/objectives.py` measures it."""
+    flops_per_second: float | None = None
+    """Speed of softmax on a rank: floating-point operations per second, four for every entry of every row and query."""
+    link_bytes_per_second: float | None = None
+    """What a rank can send to others."""
+    collective_seconds: float | None = None
+    """What each of the collectives of a step costs at least."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that nothing can have."""
+        for name in ("embedding_dim", "batch_size", "num_negatives", "memory_gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if not all(number > 0 for number in self.instances + self.world_size):
+            raise ValueError("instances and world_size must be 1 or more")
+
+    @property
+    def rates(self) -> Rates:
+        """The device's rates with those given in their place."""
+        default = RATES[self.device]
+        names = [field.name for field in dataclasses.fields(Rates) if field.name != "source"]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(default, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one rank bears.
+
+    Attributes:
+        bank_bytes: Memory of the largest shard.
+        sent_bytes: Bytes sent per step, DDP's gradients apart.
+        exchange_seconds: Time for them.
+        objective_seconds: Time per step for loss and gradient.
+    """
+
+    bank_bytes: int
+    sent_bytes: int
+    exchange_seconds: float
+    objective_seconds: float
+
+
+def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
+    """What a rank of `world_size` bears with a bank of `num_instances` rows.
+
+    Raises:
+        ValueError: Bank or batch cannot be cut over so many ranks.
+    """
+    if config.batch_size % world_size:
+        raise ValueError(f"a batch of {config.batch_size:,} images cannot be shared by {world_size} ranks")
+    partition, rates = Partition(num_instances, world_size), config.rates
+    row_bytes = config.embedding_dim * _ELEMENT_BYTES[config.dtype]
+    shard = max(partition.stop(rank) - partition.start(rank) for rank in range(world_size))
+    if config.objective == "nce":
+        # Every owner reads its share of each query's negatives, and one of them at least.
+        drawn = max(1.0, config.num_negatives * shard / num_instances)
+        objective_seconds = config.batch_size * drawn * row_bytes / rates.gather_bytes_per_second
+    else:
+        objective_seconds = 4 * config.batch_size * shard * config.embedding_dim / rates.flops_per_second
+    sent = sent_bytes(config, world_size)
+    collectives = 0 if world_size == 1 else 4 + (config.objective == "softmax")
+    return Cost(
+        bank_bytes=shard * row_bytes,
+        sent_bytes=sent,
+        exchange_seconds=sent / rates.link_bytes_per_second + collectives * rates.collective_seconds,
+        objective_seconds=objective_seconds,
+    )
+
+
+def sent_bytes(config: PlanConfig, world_size: int) -> int:
+    """Bytes that a rank sends per step on average: see `cluster.exchange`.
+
+    Queries with their ids to all owners, gradient and a few numbers per query back, each new embedding to its owner;
+    for the softmax, the logarithm of each owner's sum to all. Nothing depends on the number of rows or negatives.
+    """
+    dim, others = config.embedding_dim, world_size - 1
+    local_batch = config.batch_size / world_size
+    queries = local_batch * (dim * _ELEMENT_BYTES[config.dtype] + _ID_BYTES) * others
+    terms = local_batch * (dim + 3) * _FLOAT32_BYTES * others
+    rows = local_batch * dim * _FLOAT32_BYTES * others / world_size
+    log_sums = config.batch_size * _FLOAT32_BYTES * others if config.objective == "softmax" else 0
+    return round(queries + terms + rows + log_sums)
+
+
+def report(config: PlanConfig) -> str:
+    """The table and its assumptions."""
+    rates = config.rates
+    lines = [
+        f"per rank and step of {config.batch_size:,} images, D = {config.embedding_dim}, {config.dtype} rows, "
+        + (
+            f"nce with {config.num_negatives:,} negatives"
+            if config.objective == "nce"
+            else "softmax over all rows"
+        ),
+        "",
+        f"{'instances':>14} {'ranks':>6} {'bank':>10} {'sent':>10} {'exchange':>10} {'objective':>10}",
+    ]
+    crowded = False
+    for num_instances in config.instances:
+        for world_size in config.world_size:
+            try:
+                each = cost(config, num_instances, world_size)
+            except ValueError as error:
+                lines.append(f"{num_instances:>14,} {world_size:>6} {error}")
+                continue
+            full = each.bank_bytes > config.memory_gigabytes * 1e9 / 2
+            crowded |= full
+            lines.append(
+                f"{num_instances:>14,} {world_size:>6} {_bytes(each.bank_bytes):>10} {_bytes(each.sent_bytes):>10} "
+                f"{_milliseconds(each.exchange_seconds):>10} {_milliseconds(each.objective_seconds):>10}"
+                + (" *" if full else "")
+            )
+    if crowded:
+        lines += ["", f"* the bank takes more than half of a rank's {config.memory_gigabytes:g} GB"]
+    lines += [
+        "",
+        f"assumed ({config.device}; {rates.source}):",
+        f"  sampled rows are read at {rates.gather_bytes_per_second:.3g} bytes/s (nce), products done at "
+        f"{rates.flops_per_second:.3g} operations/s (softmax)",
+        f"  a rank sends {rates.link_bytes_per_second:.3g} bytes/s, each collective takes at least "
+        f"{rates.collective_seconds:.3g} s, nothing overlaps",
+        "  not counted: the network itself, its gradients (twice its size per step), evaluation, snapshots",
+        "measure your own with benchmarks/objectives.py and benchmarks/scaling.py and set them as options",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; 0."""
+    config = tyro.cli(PlanConfig, args=arguments, prog="python -m instdisc.plan", description=__doc__)
+    print(report(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
