@@ -104,24 +104,25 @@ def attend_in_blocks(queries_GD: Tensor, rows_SD: Tensor, temperature: float) ->
     """`attend` by two matrix products for each block of rows, on any device.
 
     The running maximum keeps every exponential between 0 and 1, at any temperature (Milakov and Gimelshein 2018,
-    "Online normalizer calculation for softmax"). Memory is taken once: the system would clear it anew for every block.
+    "Online normalizer calculation for softmax"). All blocks share the memory of the first.
     """
     num_queries, dim = queries_GD.shape
+    scale = 1 / temperature
     highest_G = queries_GD.new_full((num_queries,), -torch.inf, dtype=torch.float32)
     mass_G = torch.zeros_like(highest_G)
     attended_GD = queries_GD.new_zeros(num_queries, dim, dtype=torch.float32)
     block = min(len(rows_SD), _BLOCK_ROWS[rows_SD.device.type])
-    scores = queries_GD.new_empty(num_queries * block)
-    exponentials = scores.float()  # for float32 the same memory
+    products = queries_GD.new_empty(num_queries * block)
+    weights = products.float()  # of float32 rows the same memory
     for first in range(0, len(rows_SD), block):
         rows_bD = rows_SD[first : first + block]
-        scores_Gb = scores[: num_queries * len(rows_bD)].view(num_queries, -1)
-        weights_Gb = exponentials[: num_queries * len(rows_bD)].view(num_queries, -1)
-        torch.mm(queries_GD, rows_bD.T, out=scores_Gb)
-        higher_G = torch.maximum(highest_G, scores_Gb.amax(dim=1))
-        torch.sub(scores_Gb, higher_G[:, None], out=weights_Gb).div_(temperature).exp_()
-        rescale_G = torch.exp((highest_G - higher_G) / temperature)
+        products_Gb = products[: num_queries * len(rows_bD)].view(num_queries, -1)
+        weights_Gb = weights[: num_queries * len(rows_bD)].view(num_queries, -1)
+        weights_Gb.copy_(torch.mm(queries_GD, rows_bD.T, out=products_Gb))
+        higher_G = torch.maximum(highest_G, weights_Gb.amax(dim=1))
+        weights_Gb.sub_(higher_G[:, None]).mul_(scale).exp_()
+        rescale_G = torch.exp((highest_G - higher_G) * scale)
         mass_G.mul_(rescale_G).add_(weights_Gb.sum(dim=1))
-        attended_GD.mul_(rescale_G[:, None]).add_(scores_Gb.copy_(weights_Gb) @ rows_bD)
+        attended_GD.mul_(rescale_G[:, None]).add_(products_Gb.copy_(weights_Gb) @ rows_bD)
         highest_G = higher_G
-    return attended_GD / mass_G[:, None], highest_G / temperature + torch.log(mass_G)
+    return attended_GD / mass_G[:, None], highest_G * scale + torch.log(mass_G)
