@@ -26,8 +26,9 @@ Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """From queries (P, 1, G, D), rows (P, 1, L, D) and the scale of the scores to outputs (P, 1, G, D) and log-sum-exps
 (P, 1, G or more)."""
 
-# Rows of a block of two products: scores that stay in the cache on a CPU, and launches worth their time on a GPU.
-_BLOCK_ROWS = {"cpu": 2048, "cuda": 65536}
+# Rows of a block of two products: scores that stay in the cache on a CPU, yet few waits of its threads for each other;
+# on a GPU launches worth their time.
+_BLOCK_ROWS = {"cpu": 4096, "cuda": 65536}
 # No part is smaller.
 _PART_ROWS = 1024
 # Parts times queries, at most: two blocks of 128 queries for each multiprocessor of a large GPU; little to merge.
