@@ -7,3 +7,7 @@ class ClusterError(RuntimeError):
 
 class WorkerLostError(ClusterError):
     """A worker process or its node died, or the group never formed; a second attempt may succeed."""
+
+
+class SnapshotError(ClusterError):
+    """A snapshot is missing, not finished, damaged or of a newer program; nothing of it was used."""
