@@ -4,12 +4,102 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BLOCK_ENTRIES = 1 << 23  # similarities held at a time: 32 MB of float32
+from pipelines.loader import open_loader
+from pipelines.order import Request
+
+if TYPE_CHECKING:
+    from instdisc.evaluation.context import Evaluation
+
+_BATCH = 128
+_BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the processor's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """What the embedding looks like."""
+
+    max_images: int = 5_000
+    """Training images, spread evenly, whose embeddings are described; the time grows with the square."""
+    bins: int = 100
+    """Intervals of the histograms."""
+    seed: int = 0
+    """Of the random views."""
+
+    def __post_init__(self) -> None:
+        if self.max_images < 2 or self.bins < 2:
+            raise ValueError(f"max_images is {self.max_images} and bins {self.bins}, both must be at least 2")
+
+
+def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
+    """Describe fresh embeddings of the training images; labels are not needed, but used where there are some.
+
+    Positives are two random views of an image, as training varies them; where images have labels, also two images of
+    one class.
+    """
+    train = evaluation.train
+    rows = np.linspace(0, len(train) - 1, min(config.max_images, len(train))).astype(np.int64)
+    embeddings = torch.from_numpy(evaluation.compute(train, rows=rows))
+    decoded = embeddings[:, 0].isfinite()
+    labels = torch.from_numpy(np.asarray(train.labels)[rows].astype(np.int64))[decoded]
+    embeddings = embeddings[decoded]
+    first, second = _two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
+    pairs = {"two views of an image": matched_pairs(first, second, bins=config.bins)}
+    if (labels >= 0).any():
+        same, different = class_pairs(embeddings, labels, bins=config.bins)
+        pairs |= {"images of one class": same, "images of two classes": different}
+    else:
+        pairs["different images"] = all_pairs(embeddings, bins=config.bins)
+    values = {
+        "alignment": alignment(first, second),
+        "uniformity": uniformity(embeddings),
+        "effective_rank": effective_rank(embeddings),
+    }
+    return {
+        # Text, lest a distance below 1 be taken for a share.
+        "summary": {
+            **{name.replace("_", " "): f"{value:.3f}" for name, value in values.items()},
+            **{f"mean cosine, {name}": f"{each.mean:.3f}" for name, each in pairs.items()},
+        },
+        "images": len(embeddings),
+        "embedding_dim": embeddings.shape[1],
+        **values,
+        "edges": np.linspace(-1, 1, config.bins + 1).tolist(),
+        "pairs": {
+            name: {"counts": each.counts.tolist(), "mean": None if math.isnan(each.mean) else each.mean}
+            for name, each in pairs.items()
+        },
+    }
+
+
+@torch.no_grad()
+def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int) -> tuple[Tensor, Tensor]:
+    """Embeddings of two random views of each training image, float32 (R, D) each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = evaluation.network.to(device).eval()
+    parts = []
+    with open_loader(
+        evaluation.train,
+        (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
+        augmentation=evaluation.augmentation,
+        training=True,
+        views=2,
+        seed=seed,
+        device=device,
+        config=evaluation.config.loader,
+    ) as loader:
+        for batch in loader:
+            both = network(batch.images.flatten(0, 1)).unflatten(0, (2, -1))
+            parts.append(both[:, batch.instance_ids >= 0].cpu())
+    first, second = torch.cat(parts, dim=1)
+    return first, second
 
 
 class Pairs(NamedTuple):
@@ -50,10 +140,10 @@ def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> 
     labelled_N = labels_N >= 0
     embeddings_ND, labels_N = embeddings_ND[labelled_N], labels_N[labelled_N]
     same, different = _Sum(bins), _Sum(bins)
-    for rows, columns, cosines in _upper_triangle(embeddings_ND):
-        agree = labels_N[rows] == labels_N[columns]
-        same.add(cosines[agree])
-        different.add(cosines[~agree])
+    for first, upper, cosines in _upper_triangle(embeddings_ND):
+        agree = labels_N[first : first + len(cosines), None] == labels_N[first:]
+        same.add(cosines[upper & agree])
+        different.add(cosines[upper & ~agree])
     return same.pairs(), different.pairs()
 
 
@@ -64,7 +154,7 @@ def all_pairs(embeddings_ND: Tensor, *, bins: int = 100) -> Pairs:
         embeddings_ND: Unit vectors (N, D).
         bins: Intervals of the histogram.
     """
-    return _summarise((cosines for _, _, cosines in _upper_triangle(embeddings_ND)), bins)
+    return _summarise((cosines[upper] for _, upper, cosines in _upper_triangle(embeddings_ND)), bins)
 
 
 def alignment(first_ND: Tensor, second_ND: Tensor) -> float:
@@ -88,9 +178,9 @@ def uniformity(embeddings_ND: Tensor, *, scale: float = 2.0) -> float:
         0 if all rows are the same, down to about `-2·scale` if they are spread over the sphere.
     """
     total, count = 0.0, 0
-    for _, _, cosines in _upper_triangle(embeddings_ND):
-        total += float(torch.exp(2 * scale * (cosines.double() - 1)).sum())
-        count += len(cosines)
+    for _, upper, cosines in _upper_triangle(embeddings_ND):
+        total += float((torch.exp(2 * scale * (cosines - 1)) * upper).sum(dtype=torch.float64))
+        count += int(upper.sum())
     return math.log(total / count)
 
 
@@ -112,9 +202,8 @@ class _Sum:
         self._counts, self._total = torch.zeros(bins, dtype=torch.int64), 0.0
 
     def add(self, cosines: Tensor) -> None:
-        bins = len(self._counts)
-        places = ((cosines + 1) * (bins / 2)).long().clamp_(0, bins - 1)  # rounding may lead out of [-1, 1]
-        self._counts += torch.bincount(places, minlength=bins).cpu()
+        cosines = cosines.float().clamp(-1, 1)  # rounding may lead out of it
+        self._counts += torch.histc(cosines, len(self._counts), -1, 1).long().cpu()
         self._total += float(cosines.sum(dtype=torch.float64))
 
     def pairs(self) -> Pairs:
@@ -129,12 +218,15 @@ def _summarise(blocks: Iterator[Tensor] | list[Tensor], bins: int) -> Pairs:
     return total.pairs()
 
 
-def _upper_triangle(embeddings_ND: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Row numbers i < j and similarities of all pairs, in blocks; three tensors (P,) each."""
+def _upper_triangle(embeddings_ND: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """All pairs of rows i < j, in blocks of rows.
+
+    Yields:
+        The number f of the block's first row, and of its B rows against rows f … N - 1: bool (B, N - f), whether i < j,
+        and their similarities, of the same shape.
+    """
     rows_ND = embeddings_ND.float()
     block = max(1, _BLOCK_ENTRIES // max(1, len(rows_ND)))
     for first in range(0, len(rows_ND), block):
         cosines = rows_ND[first : first + block] @ rows_ND[first:].T
-        upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
-        rows, columns = upper.nonzero(as_tuple=True)
-        yield rows + first, columns + first, cosines[upper]
+        yield first, torch.ones_like(cosines, dtype=torch.bool).triu_(1), cosines

@@ -1,0 +1,145 @@
+"""Queries with their nearest rows as small pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipelines.decode import CorruptImage, decode_rgb
+from pipelines.manifest import Manifest
+from pipelines.reader import ImageReader
+
+if TYPE_CHECKING:
+    from instdisc.evaluation.context import Evaluation
+
+_LOSSLESS_SIDE = 64  # smaller pictures are PNGs, in which JPEG's blocks do not show
+
+
+class Picture(NamedTuple):
+    """An image with what stands below it."""
+
+    name: str
+    label: str
+    uri: str
+    """`data:` URI; empty where the image cannot be decoded."""
+    similarity: float | None = None
+    agrees: bool | None = None
+    """Whether it is of the query's class; None for the query itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A query and its nearest rows, nearest first."""
+
+    query: Picture
+    neighbours: tuple[Picture, ...]
+
+
+class Thumbnails:
+    """Small pictures of the images of a manifest; a context manager that closes its files.
+
+    Args:
+        manifest: Where the images are.
+        side: The longer side of a picture in pixels; smaller images are not enlarged.
+    """
+
+    def __init__(self, manifest: Manifest, side: int) -> None:
+        self._manifest, self._side = manifest, side
+        self._reader = ImageReader(manifest)
+
+    def __enter__(self) -> Thumbnails:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+    def image(self, row: int) -> Image.Image | None:
+        """The picture of a row, None if it cannot be decoded."""
+        heights, widths = self._manifest.heights, self._manifest.widths
+        try:
+            image = decode_rgb(self._reader.read(row), int(heights[row]), int(widths[row]))
+        except CorruptImage:
+            return None
+        image.thumbnail((self._side, self._side))
+        return image
+
+    def uri(self, row: int) -> str:
+        """The picture of a row as a `data:` URI, empty if it cannot be decoded."""
+        image = self.image(row)
+        if image is None:
+            return ""
+        kind = "PNG" if max(image.size) <= _LOSSLESS_SIDE else "JPEG"
+        buffer = io.BytesIO()
+        image.save(buffer, kind, optimize=True, quality=85)
+        return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def agreement(
+    scores_QK: npt.NDArray[np.float32],
+    labels_QK: npt.NDArray[np.int64],
+    labels_Q: npt.NDArray[np.int64],
+    *,
+    temperature: float,
+) -> npt.NDArray[np.float64]:
+    """Share of the neighbours' votes `exp(similarity/τ)` that go to the query's class.
+
+    Args:
+        scores_QK: float32 (Q, K), similarities, largest first.
+        labels_QK: int64 (Q, K), classes of the neighbours, negative for none.
+        labels_Q: int64 (Q,), classes of the queries.
+        temperature: τ.
+
+    Returns:
+        float64 (Q,), 0 to 1.
+    """
+    weights_QK = np.exp((scores_QK - scores_QK[:, :1]).astype(np.float64) / temperature)
+    agrees_QK = labels_QK == labels_Q[:, None]
+    return np.asarray((weights_QK * agrees_QK).sum(axis=1) / weights_QK.sum(axis=1))
+
+
+def best_and_worst(
+    evaluation: Evaluation, *, count: int, neighbours: int, side: int, temperature: float
+) -> tuple[list[Example], list[Example]]:
+    """The queries whose neighbours agree most and least with their class, the most extreme first.
+
+    Args:
+        evaluation: With queries that are images.
+        count: Queries of either kind.
+        neighbours: Nearest rows shown.
+        side: Of the pictures, in pixels.
+        temperature: τ of the votes.
+    """
+    queries, bank_labels = evaluation.queries, evaluation.bank_labels
+    assert queries.manifest is not None
+    scores, rows = evaluation.neighbours(neighbours)
+    agreements = agreement(scores, bank_labels[rows], queries.labels, temperature=temperature)
+    order = np.argsort(-agreements, kind="stable")
+    count = min(count, len(order) // 2 or 1)
+    with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.train, side) as stored:
+
+        def example(query: int) -> Example:
+            row = int(queries.rows[query])
+            names, label = queries.manifest.class_names, int(queries.manifest.labels[row])  # type: ignore[union-attr]
+            return Example(
+                query=Picture(queries.manifest.name(row), names[label], asked.uri(row)),  # type: ignore[union-attr]
+                neighbours=tuple(
+                    Picture(
+                        evaluation.train.name(row),
+                        evaluation.class_names[bank_labels[row]] if bank_labels[row] >= 0 else "no label",
+                        stored.uri(row),
+                        float(score),
+                        bool(bank_labels[row] == queries.labels[query]),
+                    )
+                    for row, score in zip(rows[query].tolist(), scores[query], strict=True)
+                ),
+            )
+
+        best = [example(query) for query in order[:count].tolist()]
+        worst = [example(query) for query in order[::-1][:count].tolist()]
+    return best, worst

@@ -1,0 +1,288 @@
+"""One self-contained HTML page about a run: curves, figures of all protocols, and a gallery of nearest rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from instdisc.evaluation.gallery import Example, best_and_worst
+from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
+
+if TYPE_CHECKING:
+    from instdisc.evaluation.context import Evaluation
+
+_RESULTS = ("knn", "linear", "finetune", "unseen", "statistics")
+_KNN_CURVES = {"knn_top1_recomputed": "fresh embeddings", "knn_top1_bank": "memory bank"}
+_BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrained network"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """The page, made of the results of all protocols that lie in the output directory."""
+
+    examples: int = 8
+    """Queries in the gallery of the best, and in that of the worst."""
+    neighbours: int = 10
+    """Nearest rows shown for each."""
+    thumbnail: int = 128
+    """The longest side of a picture in pixels."""
+    temperature: float = 0.07
+    """τ of the votes by which queries are ranked."""
+
+    def __post_init__(self) -> None:
+        if min(self.examples, self.neighbours, self.thumbnail) < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"examples is {self.examples}, neighbours {self.neighbours}, thumbnail {self.thumbnail} and "
+                f"temperature {self.temperature}: they must be at least 1, the last above 0"
+            )
+
+
+class Chart(NamedTuple):
+    """A chart with the names of its series, in the order of their colours."""
+
+    title: str
+    names: Sequence[str]
+    svg: Markup
+    note: str
+
+
+class Table(NamedTuple):
+    """Cells as they are to be read."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What stands on the page, from top to bottom."""
+
+    title: str
+    subtitle: str
+    tiles: Sequence[tuple[str, str]]
+    charts: Sequence[Chart]
+    tables: Sequence[Table]
+    galleries: Sequence[tuple[str, Sequence[Example]]]
+    footer: str
+
+
+def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
+    """Write `index.html` into the output directory.
+
+    Without labels there is no gallery.
+
+    Raises:
+        ConfigError: Only a snapshot is at hand, which has neither images nor curves.
+    """
+    results = _read_results(evaluation)
+    metrics, summary = _read_metrics(evaluation), _read_json(evaluation.run.summary)
+    galleries: list[tuple[str, Sequence[Example]]] = []
+    if (evaluation.train.labels >= 0).any() and evaluation.queries.manifest is not None:
+        best, worst = best_and_worst(
+            evaluation,
+            count=config.examples,
+            neighbours=min(config.neighbours, evaluation.snapshot.num_rows - 1),
+            side=config.thumbnail,
+            temperature=config.temperature,
+        )
+        galleries = [("Nearest rows of the best queries", best), ("Nearest rows of the worst queries", worst)]
+    settings = evaluation.settings
+    html = render(
+        Page(
+            title=f"{settings['recipe']}: {evaluation.run.path.name}",
+            subtitle=f"{settings['backbone']['name']}, {len(evaluation.train):,} training images of "
+            f"{len(evaluation.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
+            f"{evaluation.snapshot.step:,}",
+            tiles=tiles(results, settings["backbone"]["embedding_dim"]),
+            charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
+            tables=tables(results),
+            galleries=galleries,
+            footer=f"Snapshot of step {evaluation.snapshot.step:,}; the figures are also in the .json files beside "
+            "this page.",
+        )
+    )
+    path = evaluation.output / "index.html"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(html, encoding="utf-8")
+    partial.replace(path)
+    pictures = sum(1 + len(example.neighbours) for _, examples in galleries for example in examples)
+    return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
+
+
+def render(page: Page) -> str:
+    """The page as HTML that needs no other file; all text is escaped."""
+    environment = Environment(
+        loader=PackageLoader("instdisc.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(vars(page))
+
+
+def tiles(results: Mapping[str, Any], embedding_dim: int) -> list[tuple[str, str]]:
+    """The few numbers to see first."""
+    found = []
+    if knn := results.get("knn"):
+        found.append((f"kNN top-1, k = {knn['k']}", _percent(knn["accuracies"][f"k{knn['k']}"]["top1"])))
+    if linear := results.get("linear"):
+        best = max(linear["stages"], key=lambda stage: linear["stages"][stage]["probe"]["top1"])
+        found.append((f"linear probe on {best}, top-1", _percent(linear["stages"][best]["probe"]["top1"])))
+    if unseen := results.get("unseen"):
+        found.append(
+            (
+                "Recall@1, held-out classes",
+                _percent(unseen["recall"]["1"] if "1" in unseen["recall"] else unseen["nmi"]),
+            )
+        )
+    if statistics := results.get("statistics"):
+        found.append((f"effective rank of {embedding_dim}", f"{statistics['effective_rank']:.1f}"))
+        found.append(("alignment (lower is better)", f"{statistics['alignment']:.3f}"))
+        found.append(("uniformity (lower is better)", f"{statistics['uniformity']:.3f}"))
+    return found
+
+
+def training_charts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Chart]:
+    """Loss and kNN accuracy over the epochs of the run.
+
+    Args:
+        metrics: The lines of `metrics.jsonl`.
+        summary: `summary.json`, for the baselines; may be empty.
+    """
+    charts = []
+    losses = [
+        (line["epoch"], line["loss"]) for line in metrics if line.get("kind") == "train" and "loss" in line
+    ]
+    if losses:
+        epochs, values = zip(*losses, strict=True)
+        svg = line_chart("Loss", [Series("loss", epochs, values)], *_axes(epochs, values, "loss"))
+        charts.append(Chart("Training loss", ["loss"], svg, "Mean over the batch, every few steps."))
+    measured = [line for line in metrics if line.get("kind") == "knn"]
+    curves = [
+        Series(name, [line["epoch"] for line in lines], [line[key] for line in lines], marks=True)
+        for key, name in _KNN_CURVES.items()
+        if (lines := [line for line in measured if line.get(key) is not None])
+    ]
+    if curves:
+        epochs = [0, *(epoch for curve in curves for epoch in curve.x)]
+        baselines = [
+            Series(name, [0, max(epochs)], [summary[key]] * 2, dashed=True)
+            for key, name in _BASELINES.items()
+            if summary.get(key) is not None
+        ]
+        series = [*curves, *baselines]
+        axes = _axes(epochs, [value for each in series for value in each.y], "top-1", percent=True)
+        names = [each.name for each in series]
+        svg = line_chart("kNN accuracy", series, *axes)
+        charts.append(Chart("kNN accuracy while training", names, svg, "Dashed: what needs no training."))
+    return charts
+
+
+def _axes(
+    epochs: Sequence[float], values: Sequence[float], name: str, *, percent: bool = False
+) -> tuple[Any, Any]:
+    return axis_over("epoch", epochs, tight=True), axis_over(name, values, percent=percent)
+
+
+def similarity_charts(statistics: Mapping[str, Any] | None) -> list[Chart]:
+    """Histograms of the cosine similarity of positive and negative pairs."""
+    if statistics is None:
+        return []
+    pairs = {name: each for name, each in statistics["pairs"].items() if sum(each["counts"])}
+    shares = [
+        (name, [count / sum(each["counts"]) for count in each["counts"]]) for name, each in pairs.items()
+    ]
+    title = "Cosine similarity of pairs"
+    note = "Means: " + ", ".join(f"{name} {each['mean']:.2f}" for name, each in pairs.items()) + "."
+    return [
+        Chart(
+            title, list(pairs), histogram_chart(title, statistics["edges"], shares, "cosine similarity"), note
+        )
+    ]
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """A table for every protocol that has run."""
+    makers = {
+        "knn": _knn_table,
+        "linear": _linear_table,
+        "finetune": _finetune_table,
+        "unseen": _unseen_table,
+    }
+    return [maker(results[name]) for name, maker in makers.items() if name in results]
+
+
+def _knn_table(knn: Mapping[str, Any]) -> Table:
+    rows = [
+        (f"k = {name.removeprefix('k')}", _percent(each["top1"]), _percent(each["top5"]))
+        for name, each in knn["accuracies"].items()
+    ]
+    note = f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} rows, {knn['bank']} bank."
+    return Table("Weighted kNN", ("", "top-1", "top-5"), rows, note)
+
+
+def _linear_table(linear: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            stage,
+            f"{each['dims']:,}",
+            *(_percent(each[kind][top]) for kind in ("probe", "svm") for top in ("top1", "top5")),
+        )
+        for stage, each in linear["stages"].items()
+    ]
+    columns = ("features of", "entries", "probe top-1", "top-5", "SVM top-1", "top-5")
+    note = f"Trained on {linear['train_images']:,} images, tested on {linear['test_images']:,}."
+    return Table("Linear classifiers", columns, rows, note)
+
+
+def _finetune_table(finetune: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            _percent(each["fraction"], 0),
+            f"{each['images']:,}",
+            *(_percent(each[start][top]) for start in ("trained", "scratch") for top in ("top1", "top5")),
+        )
+        for each in finetune["fractions"]
+    ]
+    columns = ("labels", "images", "trained top-1", "top-5", "from scratch top-1", "top-5")
+    note = f"{finetune['epochs']} epochs, tested on {finetune['test_images']:,} images."
+    return Table("Fine-tuning with few labels", columns, rows, note)
+
+
+def _unseen_table(unseen: Mapping[str, Any]) -> Table:
+    rows = [(f"Recall@{k}", _percent(value)) for k, value in unseen["recall"].items()]
+    seen = len(unseen["classes_seen_in_training"])
+    note = (
+        f"{unseen['images']:,} images of {len(unseen['classes'])} classes, {seen} of them seen in training."
+    )
+    return Table(
+        "Retrieval among held-out classes", ("", ""), [*rows, ("NMI", _percent(unseen["nmi"]))], note
+    )
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}%"
+
+
+def _read_results(evaluation: Evaluation) -> dict[str, Any]:
+    found = {name: _read_json(evaluation.output / f"{name}.json") for name in _RESULTS}
+    return {name: values for name, values in found.items() if values}
+
+
+def _read_json(path: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return values
+
+
+def _read_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
+    path = evaluation.run.metrics
+    lines: Iterable[str] = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be under way
