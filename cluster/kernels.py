@@ -7,6 +7,7 @@ same bits from the parts as from the whole.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -137,6 +138,7 @@ class FaissKernel(Kernel):
     by_chunk = True
 
     def __init__(self, rows: Floats, start: int, threads: int) -> None:
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instructions it was built for
         import faiss
 
         super().__init__(rows, start)

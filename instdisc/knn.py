@@ -59,3 +59,22 @@ def weighted_votes(
     weights_BK = torch.where(counted, torch.exp((similarities_BK - top_B1) / temperature), 0)
     votes_BC = torch.zeros(len(labels_BK), num_classes, device=labels_BK.device)
     return votes_BC.scatter_add_(1, labels_BK.clamp(min=0), weights_BK)
+
+
+def ranks_of(votes_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """How many classes come before the right one; of classes with equal votes the one of lower number comes first.
+
+    Args:
+        votes_BC: float (B, C), 0 or above.
+        labels_B: int64 (B,), 0 or above; C and above are classes that no vote can name.
+
+    Returns:
+        int64 (B,); a number above any where the right class has no vote, so that top-t accuracy is the share of ranks
+        below t.
+    """
+    num_classes = votes_BC.shape[1]
+    own_B1 = votes_BC.gather(1, labels_B.clamp(max=num_classes - 1)[:, None])
+    classes_C = torch.arange(num_classes, device=votes_BC.device)
+    before_BC = (votes_BC > own_B1) | ((votes_BC == own_B1) & (classes_C < labels_B[:, None]))
+    lost_B = (labels_B >= num_classes) | (own_B1[:, 0] <= 0)
+    return before_BC.sum(dim=1).masked_fill(lost_B, torch.iinfo(torch.int64).max)

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import tyro
 
+from cluster.actors import ActorsConfig, connect
 from cluster.snapshots import Snapshot, open_snapshot
-from cluster.topk import ActorsConfig, RowSource, TopK, connect, read_rows
+from cluster.topk import RowSource, TopK, read_rows
 from instdisc.backbone import Embedder
 from instdisc.errors import ConfigError
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
@@ -34,25 +36,15 @@ logger = logging.getLogger(__name__)
 class EvaluationConfig:
     """What is evaluated, on what, and where."""
 
-    source: str
+    source: Annotated[str, tyro.conf.Positional]
     """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
     """Compare with fresh embeddings of the training images instead of those stored while training."""
-    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     output: Path | None = None
     """Where the results go; RUN/evaluation/step-… by default."""
-
-
-class Protocol(NamedTuple):
-    """An entry of the table of protocols."""
-
-    run: Callable[[Evaluation, Any], dict[str, Any]]
-    """Called with the evaluation and the protocol's own settings. Returns the JSON values to be written as
-    `output/NAME.json`; `summary` in it holds the figures of the printed table, by name."""
-    settings: str
-    """Name of the field of the program's configuration that holds its settings."""
 
 
 class TableRows:
@@ -125,14 +117,13 @@ class Evaluation:
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        """The snapshot named, or the newest one; every stored piece has been checked."""
-        here = self.has_run and Path(self.config.source).expanduser().absolute() == self.run.path
-        snapshot = open_snapshot(str(self.run.path / "snapshots") if here else self.config.source)
-        if broken := snapshot.verify():
-            raise ConfigError(
-                f"snapshot {snapshot.step} of {self.config.source} is damaged in {len(broken)} pieces "
-                f"({', '.join(broken[:3])}): restore them, or name an older snapshot"
-            )
+        """The snapshot named, or the newest one; what is read of it is checked as it is read."""
+        source: Path | str = self.config.source
+        if "://" not in self.config.source:
+            source = Path(source).expanduser().absolute()  # actors may work elsewhere
+        if self.has_run and source == self.run.path:
+            source = self.run.path / "snapshots"
+        snapshot = open_snapshot(source)
         backbone = snapshot.attributes.get("backbone")
         if self.has_run and backbone not in (None, self.settings["backbone"]["name"]):
             raise ConfigError(
@@ -164,11 +155,10 @@ class Evaluation:
     def augmentation(self) -> Augmentation:
         """Size and normalisation that the network was trained with."""
         values = self.settings["augmentation"]
-        names = {each.name for each in dataclasses.fields(Augmentation)}
-        as_given = {name: value for name, value in values.items() if name in names}
-        return Augmentation(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in as_given.items()}
-        )
+        fields: Any = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return Augmentation(**fields)
 
     @cached_property
     def train(self) -> Manifest:
@@ -299,3 +289,8 @@ class Evaluation:
         path = self.output / f"{name}.json"
         write_json(path, values)
         return path
+
+
+Protocol = Callable[[Evaluation, Any], dict[str, Any]]
+"""Called with the evaluation and the protocol's own settings. Returns the JSON values of `output/NAME.json`; `summary`
+among them holds the figures of the printed table, by name: shares of 1, or other numbers."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.arrays import is_array, open_array
+from cluster.errors import ClusterError
 from instdisc.errors import ConfigError
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
@@ -171,7 +172,10 @@ def _decoded(
 def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> Queries:
     if labels_path is None:
         raise ConfigError(f"{path} holds embeddings without labels: name their classes with --queries.labels")
-    vectors, classes = open_array(path), open_array(labels_path)
+    try:
+        vectors, classes = open_array(path), open_array(labels_path)
+    except ClusterError as error:
+        raise ConfigError(f"--queries: {error}") from error
     backbone = vectors.attributes.get("backbone")
     ours = evaluation.snapshot.attributes.get("backbone")
     if backbone is not None and ours is not None and backbone != ours:

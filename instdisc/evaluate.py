@@ -1,0 +1,138 @@
+"""Evaluate a run: `python -m instdisc.evaluate RUN_OR_SNAPSHOT [--protocols knn,linear] [--queries.path IMAGES] …`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from cluster.errors import ClusterError, SnapshotError
+from instdisc.errors import ConfigError
+from instdisc.evaluation import knn, linear, statistics, unseen
+from instdisc.evaluation.context import Evaluation, EvaluationConfig, Protocol
+from pipelines.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS: dict[str, Protocol] = {
+    "knn": knn.run,
+    "linear": linear.run,
+    "unseen": unseen.run,
+    "statistics": statistics.run,
+}
+"""Run in this order, whatever the order they are asked for in. The field of the same name of `EvaluateConfig` holds
+the settings of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to measure, of what."""
+
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
+    protocols: str = "knn"
+    """Which protocols to run, separated by commas."""
+    knn: Annotated[knn.KnnConfig, tyro.conf.arg(name="")] = field(default_factory=knn.KnnConfig)
+    linear: linear.LinearConfig = field(default_factory=linear.LinearConfig)
+    unseen: unseen.UnseenConfig = field(default_factory=unseen.UnseenConfig)
+    statistics: statistics.StatisticsConfig = field(default_factory=statistics.StatisticsConfig)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the protocols asked for and print their figures.
+
+    Returns:
+        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        print(evaluate(config))
+    except (ConfigError, DataError, SnapshotError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ClusterError, OSError) as error:
+        logger.debug("", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> EvaluateConfig:
+    """Read the command line.
+
+    Args:
+        arguments: Without the program's name.
+
+    Raises:
+        ConfigError: An unknown protocol.
+        SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
+    """
+    config: EvaluateConfig = tyro.cli(
+        EvaluateConfig,
+        args=arguments,
+        prog="python -m instdisc.evaluate",
+        description=f"Measure what the embeddings of a run are worth. Protocols: {', '.join(PROTOCOLS)}.",
+    )
+    chosen_protocols(config)
+    return config
+
+
+def chosen_protocols(config: EvaluateConfig) -> list[str]:
+    """Names of the protocols to run, in the order of the table.
+
+    Raises:
+        ConfigError: One is unknown, or there is none.
+    """
+    asked = [name.strip() for name in config.protocols.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in PROTOCOLS]
+    if unknown or not asked:
+        raise ConfigError(
+            f"--protocols is {config.protocols!r}: expected one or more of {', '.join(PROTOCOLS)}, separated by commas"
+        )
+    return [name for name in PROTOCOLS if name in asked]
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Run the protocols, write `NAME.json` of each as soon as it is done, and return the table of their figures.
+
+    Raises:
+        ConfigError: Settings that do not fit each other or the run.
+        DataError: Images that are missing or cannot be used.
+        SnapshotError: There is no whole snapshot.
+        ClusterError: The actors could not be run.
+    """
+    lines: list[str] = []
+    with Evaluation(config.evaluation) as evaluation:
+        logger.info(
+            "%s: snapshot of step %d with %d rows; results go to %s",
+            config.evaluation.source,
+            evaluation.snapshot.step,
+            evaluation.snapshot.num_rows,
+            evaluation.output,
+        )
+        for name in chosen_protocols(config):
+            result = PROTOCOLS[name](evaluation, getattr(config, name))
+            path = evaluation.write(name, {"step": evaluation.snapshot.step, **result})
+            lines += [f"{name}  ({path})", *_figures(result["summary"])]
+    return "\n".join(lines)
+
+
+def _figures(summary: dict[str, Any]) -> list[str]:
+    """Shares as percentages, other numbers as they are."""
+    width = max(map(len, summary), default=0) + 2
+    return [
+        f"  {name:<{width}}"
+        + (f"{100 * value:6.2f}%" if isinstance(value, float) and 0 <= value <= 1 else f"{value:>7}")
+        for name, value in summary.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
