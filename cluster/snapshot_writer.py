@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 Rows = Tensor | NDArray[Any] | Sequence[str]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_POLL_S = 0.2
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,9 @@ class SnapshotWriter:
     def _copy(self, name: str, rows: Rows) -> tuple[NDArray[Any], str]:
         """Return rows as they are stored, in memory that nobody else changes, and the name of their dtype."""
         if not isinstance(rows, Tensor):
-            array = np.array(rows)  # a copy
-            if array.dtype.kind in "OTU":
-                return array.astype(np.dtypes.StringDType()), "string"
-            return array, str(array.dtype)
+            if not isinstance(rows, np.ndarray) or rows.dtype.kind in "OTU":
+                return np.array(rows, dtype=np.dtypes.StringDType()), "string"
+            return rows.copy(), str(rows.dtype)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != rows.shape or buffer.dtype != rows.dtype:
             buffer = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
@@ -205,7 +205,7 @@ class SnapshotWriter:
             folder.sync(pieces)
             for name, data in save.files.items():
                 folder.write(name, data)
-                pieces[name] = (len(data), checksum(name, data))
+                pieces[name] = (len(data), checksum(name, memoryview(data)))
         except Exception as failure:
             part = {"error": f"{type(failure).__name__}: {failure}"}
             with suppress(Exception):  # so that rank 0 need not wait; it may fail for the same reason
@@ -228,7 +228,7 @@ class SnapshotWriter:
                 shape=(self._partition.num_rows, *rows.shape[1:]),
                 chunks=(self._partition.block, *rows.shape[1:]),
                 dtype="string" if dtype == "string" else rows.dtype,
-                compressors=[zarr.codecs.Crc32cCodec()],
+                compressors=[Crc32cCodec()],
                 chunk_key_encoding={"name": "default", "separator": "."},  # no folder per chunk
                 attributes={"dtype": dtype},
                 config={"write_empty_chunks": True},  # else a chunk of zeros would look like a missing one
@@ -243,8 +243,7 @@ class SnapshotWriter:
             self._discard(folder)
             raise
         # From here on nothing is removed on failure: the commit may have taken effect all the same.
-        storage = self._storage.below(step_folder(save.step))
-        storage.write(COMMIT, seal(document))
+        self._storage.write(f"{step_folder(save.step)}/{COMMIT}", seal(document))
         try:
             self._remove_old(save.step)
         except Exception as failure:
@@ -335,7 +334,7 @@ class _RecordingStore(WrapperStore[Store]):
         return None  # the folder is new; what another rank has just written there is not to be found
 
     async def set(self, key: str, value: Buffer) -> None:
-        name, data = f"{TABLES}/{key}", value.to_bytes()
+        name, data = f"{TABLES}/{key}", memoryview(value.as_buffer_like())
         if is_chunk(name):
             self._pieces[name] = (len(data), int.from_bytes(data[-4:], "little"))  # Zarr's codec computed it
         elif self._writes_metadata:

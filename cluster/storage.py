@@ -71,8 +71,12 @@ class Storage:
         self._sync_folders([path])
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
-        return bool(self._system.exists(self._path(name)))
+        """Whether there is such a file or folder. Raises where that cannot be told, unlike fsspec's own."""
+        try:
+            self._system.info(self._path(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def folders(self) -> list[str]:
         """Return the names of the folders directly in this one; none where it does not exist."""
@@ -125,7 +129,8 @@ class Storage:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        return fsspec.core.url_to_fs(self.url, **_OPTIONS)
+        system, root = fsspec.core.url_to_fs(self.url, **_OPTIONS)
+        return system, root.rstrip("/")
 
     @property
     def _system(self) -> Any:
@@ -133,7 +138,7 @@ class Storage:
 
     @property
     def _root(self) -> str:
-        return self._opened[1].rstrip("/")
+        return self._opened[1]
 
     @property
     def _is_local(self) -> bool:
