@@ -66,7 +66,7 @@ def checksum(name: str, data: memoryview) -> int:
 
     Those are this crc32c, which Zarr's codec appends. Over all bytes it would be the same number for every chunk.
     """
-    return int(google_crc32c.value((data[:-4] if is_chunk(name) else data).toreadonly()))
+    return int(google_crc32c.value(bytes(data[:-4] if is_chunk(name) else data)))
 
 
 def is_chunk(name: str) -> bool:
