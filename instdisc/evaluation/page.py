@@ -96,9 +96,9 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     settings = evaluation.settings
     html = render(
         Page(
-            title=f"{settings['recipe']}: {evaluation.run.path.name}",
-            subtitle=f"{settings['backbone']['name']}, {len(evaluation.train):,} training images of "
-            f"{len(evaluation.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
+            title=evaluation.run.path.name,
+            subtitle=f"recipe {settings['recipe']}: {settings['backbone']['name']}, {len(evaluation.train):,} training "
+            f"images of {len(evaluation.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
             f"{evaluation.snapshot.step:,}",
             tiles=tiles(results, settings["backbone"]["embedding_dim"]),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
@@ -136,13 +136,8 @@ def tiles(results: Mapping[str, Any], embedding_dim: int) -> list[tuple[str, str
     if linear := results.get("linear"):
         best = max(linear["stages"], key=lambda stage: linear["stages"][stage]["probe"]["top1"])
         found.append((f"linear probe on {best}, top-1", _percent(linear["stages"][best]["probe"]["top1"])))
-    if unseen := results.get("unseen"):
-        found.append(
-            (
-                "Recall@1, held-out classes",
-                _percent(unseen["recall"]["1"] if "1" in unseen["recall"] else unseen["nmi"]),
-            )
-        )
+    if "1" in (unseen := results.get("unseen", {"recall": {}}))["recall"]:
+        found.append(("Recall@1, held-out classes", _percent(unseen["recall"]["1"])))
     if statistics := results.get("statistics"):
         found.append((f"effective rank of {embedding_dim}", f"{statistics['effective_rank']:.1f}"))
         found.append(("alignment (lower is better)", f"{statistics['alignment']:.3f}"))
@@ -258,14 +253,13 @@ def _finetune_table(finetune: Mapping[str, Any]) -> Table:
 
 
 def _unseen_table(unseen: Mapping[str, Any]) -> Table:
-    rows = [(f"Recall@{k}", _percent(value)) for k, value in unseen["recall"].items()]
+    columns = (*(f"Recall@{k}" for k in unseen["recall"]), "NMI")
+    row = tuple(_percent(value) for value in (*unseen["recall"].values(), unseen["nmi"]))
     seen = len(unseen["classes_seen_in_training"])
     note = (
         f"{unseen['images']:,} images of {len(unseen['classes'])} classes, {seen} of them seen in training."
     )
-    return Table(
-        "Retrieval among held-out classes", ("", ""), [*rows, ("NMI", _percent(unseen["nmi"]))], note
-    )
+    return Table("Retrieval among held-out classes", columns, [row], note)
 
 
 def _percent(value: float, digits: int = 1) -> str:

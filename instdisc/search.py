@@ -1,0 +1,193 @@
+"""Find the nearest images of any image: `python -m instdisc.search RUN_OR_SNAPSHOT IMAGE…`."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+from cluster.actors import ActorsConfig
+from cluster.errors import ClusterError
+from cluster.snapshots import SnapshotError
+from instdisc.errors import ConfigError
+from instdisc.evaluation.context import Evaluation, EvaluationConfig
+from instdisc.evaluation.gallery import Thumbnails
+from pipelines.build import build_manifest
+from pipelines.errors import DataError
+from pipelines.loader import LoaderConfig
+from pipelines.manifest import Manifest
+
+_SIDE, _GAP, _CAPTION = 112, 10, 34  # pixels of the drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What is searched for, and where."""
+
+    source: tyro.conf.Positional[str]
+    """A run directory, or one of the snapshots in it."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Images to search for; labels are not needed."""
+    k: int = 10
+    """Nearest rows for each image."""
+    output: Path = Path("search.png")
+    """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
+    num_actors: int = 0
+    """Ray actors that share the bank; 0 searches it in this process."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or not self.images:
+            raise ValueError(
+                f"got k = {self.k} and {len(self.images)} images: name an image, k is at least 1"
+            )
+
+
+class Neighbour(NamedTuple):
+    """A row of the bank that is near an image."""
+
+    row: int
+    similarity: float
+    label: str
+    """Name of its class, `-` for none."""
+    name: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print and draw the nearest rows of every image.
+
+    Returns:
+        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    config = tyro.cli(
+        SearchConfig,
+        args=arguments,
+        prog="python -m instdisc.search",
+        description="Find the nearest training images of any image.",
+    )
+    try:
+        print(search(config))
+    except (ConfigError, DataError, SnapshotError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ClusterError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def search(config: SearchConfig) -> str:
+    """Embed the images as training did, draw their nearest rows, and return them as text.
+
+    Raises:
+        ConfigError: The run has no network, or fewer than k rows.
+        DataError: An image cannot be read or decoded.
+        SnapshotError: There is no whole snapshot.
+    """
+    manifest = open_images(config.images)
+    evaluation = Evaluation(
+        EvaluationConfig(
+            source=config.source, actors=ActorsConfig(num_actors=config.num_actors), loader=config.loader
+        )
+    )
+    with evaluation:
+        embeddings = evaluation.compute(manifest)
+        broken = np.flatnonzero(~np.isfinite(embeddings[:, 0]))
+        if len(broken):
+            raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")
+        scores, rows = evaluation.search(embeddings, config.k)
+        train = evaluation.train
+        found = [
+            [
+                Neighbour(
+                    row,
+                    float(score),
+                    train.class_names[train.labels[row]] if train.labels[row] >= 0 else "-",
+                    train.name(row),
+                )
+                for row, score in zip(rows[query].tolist(), scores[query], strict=True)
+            ]
+            for query in range(len(manifest))
+        ]
+    output = config.output.expanduser()
+    draw(manifest, train, found).save(output, "PNG")
+    lines = []
+    for query, neighbours in enumerate(found):
+        lines += [manifest.name(query), *_table(neighbours), ""]
+    return "\n".join([*lines, f"drawn in {output}"])
+
+
+def open_images(paths: Sequence[Path]) -> Manifest:
+    """A manifest of single images, in their order.
+
+    Raises:
+        DataError: One is missing or no image.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "images.csv"
+        with listing.open("w", newline="") as file:
+            csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
+        try:
+            manifest = build_manifest(listing, show_progress=False)
+        except DataError as error:
+            raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
+    if manifest.rejected:
+        name, reason = manifest.rejected[0]
+        raise DataError(f"{name} is no image that can be used: {reason}")
+    return manifest
+
+
+def _table(neighbours: Sequence[Neighbour]) -> list[str]:
+    width = max(len(each.label) for each in neighbours)
+    return [
+        f"  {each.similarity:6.3f}  {each.label:<{width}}  {each.name} (row {each.row})"
+        for each in neighbours
+    ]
+
+
+def draw(queries: Manifest, train: Manifest, found: Sequence[Sequence[Neighbour]]) -> Image.Image:
+    """A line for every query: the image, and to its right its nearest rows with similarity and class."""
+    columns = 1 + max(len(neighbours) for neighbours in found)
+    width, height = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * width + 2 * _GAP, len(found) * height + _GAP), "white")
+    with Thumbnails(queries, _SIDE) as asked, Thumbnails(train, _SIDE) as stored:
+        for number, neighbours in enumerate(found):
+            top = _GAP + number * height
+            _place(sheet, asked.image(number), (_GAP, top), ["query"])
+            for column, each in enumerate(neighbours, 1):
+                place = (2 * _GAP + column * width, top)
+                _place(sheet, stored.image(each.row), place, [f"{each.similarity:.3f}", each.label])
+    return sheet
+
+
+def _place(
+    sheet: Image.Image, image: Image.Image | None, place: tuple[int, int], caption: Sequence[str]
+) -> None:
+    """Draw one image in the middle of its square, enlarged if it is small, with lines of text below it."""
+    left, top = place
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    if image is None:
+        pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="grey")
+        caption = ["cannot be decoded", *caption[1:]]
+    else:
+        factor = _SIDE / max(image.size)
+        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+        sheet.paste(image, (left + (_SIDE - image.width) // 2, top + (_SIDE - image.height) // 2))
+    for number, text in enumerate(caption):
+        while len(text) > 1 and pen.textlength(text, font) > _SIDE:
+            text = f"{text[:-2]}…"
+        pen.text((left, top + _SIDE + 2 + 15 * number), text, fill="black", font=font)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
