@@ -69,6 +69,11 @@ def choose_group(
     return WorkerGroup(num_workers, 1, gpus, strategy)
 
 
+def fitting_groups(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> Sequence[WorkerGroup]:
+    """Return those of the groups, ordered from large to small, that the nodes hold; the last one if they hold none."""
+    return [group for group in groups if group.room(nodes) >= group.num_workers] or groups[-1:]
+
+
 def require_room(group: WorkerGroup, nodes: Sequence[Node]) -> None:
     """Raise where the group could not start even if the cluster were idle.
 

@@ -236,6 +236,12 @@ def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
         )
         wait_until(lambda: {"0", "1"} <= {path.name for path in tmp_path.iterdir()}, timeout_s=120)
         program.send_signal(signal.SIGINT)
+        assert program.stderr is not None
+        # The function does not ask whether to stop, so the first signal has no effect.
+        for line in program.stderr:
+            if "once more stops them at once" in line:
+                break
+        program.send_signal(signal.SIGINT)
         _, errors = program.communicate(timeout=60)
         assert program.returncode == -signal.SIGINT, errors
         assert errors.rstrip().endswith("KeyboardInterrupt")
@@ -251,6 +257,9 @@ def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
         {"wait_s": 0},
         {"wait_s": float("nan")},
         {"max_restarts": -1},
+        {"min_workers": 0},
+        {"min_workers": 3, "num_workers": 2},
+        {"stop_grace_s": -1},
     ],
 )
 def test_config_refuses_what_no_cluster_has(setting: dict[str, float]) -> None:

@@ -1,0 +1,137 @@
+"""Where on a Ray cluster a worker group finds room: now, a little later, or for more workers than run."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import ray
+from ray._private.state import state  # nothing public says whether a cluster grows by itself
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from cluster.errors import ClusterError
+from cluster.launch import LaunchConfig
+from cluster.placement import (
+    Node,
+    WorkerGroup,
+    amounts,
+    choose_group,
+    describe,
+    fitting_groups,
+    require_room,
+)
+from cluster.stopping import draining_nodes
+
+logger = logging.getLogger(__name__)
+
+_WAIT_SLICE_S = 15.0
+# Elastic groups try the next smaller size instead of waiting longer.
+_ELASTIC_SLICE_S = 5.0
+_GROW_EVERY_S = 30.0
+
+
+def wait_for_room(
+    config: LaunchConfig, is_allowed: Callable[[int], bool], *, restarting: bool
+) -> WorkerGroup:
+    """Return the group to start once the cluster has granted its resources, at most `config.wait_s` later.
+
+    A request beyond the whole cluster is refused at once, unless more nodes may come: the cluster grows by
+    itself, or a lost node is being replaced.
+    """
+    start = time.monotonic()
+    slice_s = _WAIT_SLICE_S if config.min_workers is None else _ELASTIC_SLICE_S
+    for attempt in itertools.count():
+        # Looked at anew each time: nodes come and go while waiting.
+        nodes = _nodes()
+        groups = _groups(nodes, config, is_allowed)
+        if not restarting and not state.get_max_resources_from_cluster_config():
+            require_room(groups[-1], nodes)
+        group = groups[attempt % len(groups)]
+        if _is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
+            return group
+        waited = time.monotonic() - start
+        free = amounts(ray.available_resources())  # type: ignore[no-untyped-call]
+        if waited >= config.wait_s:
+            raise ClusterError(
+                f"waited {waited:.0f} s for {group}; the cluster has {describe(nodes)}, free are {free}; ask "
+                "for less with --num-workers or --cpus-per-worker, wait longer with --wait-s or end other jobs"
+            )
+        logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
+    raise AssertionError
+
+
+@contextmanager
+def watching_for_room(
+    group: WorkerGroup, config: LaunchConfig, is_allowed: Callable[[int], bool], found: Callable[[str], None]
+) -> Iterator[None]:
+    """For the block, look for room for more workers than an elastic group has, and call `found(reason)` once."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_GROW_EVERY_S):
+            try:
+                larger = _groups(_nodes(), config, is_allowed)[0]
+                more = larger.num_workers - group.num_workers
+                # Asking also tells a cluster that grows by itself that nodes are wanted.
+                if more > 0 and _is_granted(larger, more, _ELASTIC_SLICE_S):
+                    found(f"there is room for {larger.num_workers} workers instead of {group.num_workers}")
+                    return
+            except (RayError, ClusterError) as error:
+                logger.debug("cannot look for more room: %s", error)
+
+    if config.min_workers is None or group.num_workers == config.num_workers:
+        yield
+        return
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(2 * _ELASTIC_SLICE_S)
+
+
+def _nodes() -> list[Node]:
+    """Return what the nodes have that live, and are not about to be taken away."""
+    draining = draining_nodes()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in draining]
+
+
+def _groups(
+    nodes: list[Node], config: LaunchConfig, is_allowed: Callable[[int], bool]
+) -> Sequence[WorkerGroup]:
+    """Return the groups to try, the largest first."""
+    choose = functools.partial(
+        choose_group,
+        nodes,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        strategy=config.strategy,
+    )
+    largest = choose(num_workers=config.num_workers)
+    if config.min_workers is None:
+        return [largest]
+    most = max(largest.num_workers, config.min_workers)
+    sizes = [size for size in range(most, config.min_workers - 1, -1) if is_allowed(size)]
+    if not sizes:
+        raise ClusterError(
+            f"no number of workers from {config.min_workers} to {most} divides the work evenly: change "
+            "--min-workers or --num-workers"
+        )
+    return fitting_groups([choose(num_workers=size) for size in sizes], nodes)
+
+
+def _is_granted(group: WorkerGroup, workers: int, timeout_s: float) -> bool:
+    """Return whether so many of the group's workers find free resources in time."""
+    reservation = placement_group([group.resources_per_worker] * workers, group.strategy)
+    try:
+        return bool(reservation.wait(timeout_s))
+    finally:
+        remove_placement_group(reservation)

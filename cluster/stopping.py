@@ -1,0 +1,188 @@
+"""Ending a run early but in order: who asks for it, how the workers learn of it, what their function answers."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMESPACE = "cluster.stopping"
+_ASK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Returned by a worker function that ended early because `Worker.stop_requested` said so, its state saved.
+
+    Attributes:
+        reason: What `stop_requested` said.
+        progress: How far the function came, for the message: `step 1200`.
+    """
+
+    reason: str
+    progress: str
+
+
+class RunStopped(Exception):  # noqa: N818 - not an error: what was asked for has happened
+    """The run was ended early by a signal; started again it goes on from what it saved."""
+
+
+class StopSignals:
+    """Ctrl-C (SIGINT) and SIGTERM in the process that launches.
+
+    While a function runs that can save and return, the first signal asks it to, and the second one raises
+    KeyboardInterrupt; so does the end of the time that the function has. At all other times the first one does.
+
+    Args:
+        grace_s: Seconds between asking and KeyboardInterrupt. 0: the first signal raises it.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self.reason: str | None = None
+        """The name of the signal, once there was one."""
+        self._grace_s = grace_s
+        self._ask: Callable[[str], None] | None = None
+        self._answered = threading.Event()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def passed_on(self, ask: Callable[[str], None]) -> Iterator[None]:
+        """For the block, pass the first signal on by `ask(reason)`, which is called in another thread."""
+        self._answered = threading.Event()
+        self._ask = ask
+        try:
+            yield
+        finally:
+            self._ask = None
+            self._answered.set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self.reason = self.reason is None, signal.Signals(number).name
+        if not first or self._ask is None or self._grace_s == 0:
+            raise KeyboardInterrupt
+        # Not here: the main thread may hold any lock at this moment.
+        threading.Thread(
+            target=self._wait, args=(number, self.reason, self._ask, self._answered), daemon=True
+        ).start()
+
+    def _wait(self, number: int, reason: str, ask: Callable[[str], None], answered: threading.Event) -> None:
+        logger.warning(
+            "%s: the workers save and stop, which may take %g s; once more stops them at once",
+            reason,
+            self._grace_s,
+        )
+        ask(reason)
+        if not answered.wait(self._grace_s):
+            logger.warning("the workers have not stopped after %g s: ending them", self._grace_s)
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """For the block, let SIGTERM raise KeyboardInterrupt. Ray's own handler ends the process by an abort."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class StopBoard:
+    """Where a group of Ray workers finds why it shall stop: one key in the cluster's key-value store.
+
+    Picklable; whoever uses it must be connected to Ray.
+
+    Args:
+        key: Different for every group that is started.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def write(self, reason: str) -> None:
+        """Ask the group to stop. An earlier reason stays."""
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self._key, reason, overwrite=False, namespace=_NAMESPACE)
+
+    def read(self) -> str | None:
+        """Return why the group shall stop, None if it need not."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        value: bytes | None = _internal_kv_get(self._key, namespace=_NAMESPACE)
+        return None if value is None else value.decode()
+
+    def remove(self) -> None:
+        """Forget the reason, once the group has ended."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(self._key, namespace=_NAMESPACE)
+
+
+class StopWatch:
+    """What `Worker.stop_requested` asks on a worker of Ray. Costs nothing but once a second: about a millisecond then.
+
+    Args:
+        board: That of the group.
+        nodes: Ids of the nodes of the group.
+    """
+
+    def __init__(self, board: StopBoard, nodes: frozenset[str]) -> None:
+        self._board = board
+        self._nodes = nodes
+        self._reason: str | None = None
+        self._ask_at = 0.0
+
+    def __call__(self) -> str | None:
+        """Return why the group shall stop, None if it need not."""
+        now = time.monotonic()
+        if self._reason is None and now >= self._ask_at:
+            self._ask_at = now + _ASK_EVERY_S
+            try:
+                self._reason = self._board.read() or self._drain()
+            except Exception as error:  # of any kind; whether Ray is still there is not for this to find out
+                logger.debug("cannot ask whether to stop: %s", error)
+        return self._reason
+
+    def _drain(self) -> str | None:
+        for node, deadline_ms in draining_nodes().items():
+            if node in self._nodes:
+                left = f", {deadline_ms / 1000 - time.time():.0f} s left" if deadline_ms else ""
+                return f"node {node[:8]} is being drained{left}"
+        return None
+
+
+def draining_nodes() -> dict[str, int]:
+    """Return the nodes that are about to be taken away, and when (Unix time in ms, 0: nobody said)."""
+    from ray._private.state import state  # Ray Train's own watcher has no other source either
+
+    nodes: dict[str, int] = state.get_draining_nodes()
+    return nodes
