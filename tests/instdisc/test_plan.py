@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch.nn import functional as F
 
-from cluster.exchange import Exchange
-from cluster.partition import Partition
+from cluster.launch import Worker
 from instdisc import plan
-from instdisc.bank import Bank, random_unit_rows
-from instdisc.objectives import OBJECTIVES, NCEConfig, SoftmaxConfig
+from instdisc.backbone import BackboneConfig
+from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
+from instdisc.objectives import NCEConfig, SoftmaxConfig
+from instdisc.trainer import Trainer
+from pipelines.augment import Augmentation
 from tests.processes import run_ranks
 
 ROWS, DIM, BATCH = 3000, 64, 96
 
 
-def step(rank: int, world_size: int, objective: str, dtype: str) -> tuple[int, int]:
-    """The exchange of one step: bytes sent, and bytes of this rank's rows."""
-    exchange, partition = Exchange(rank, world_size), Partition(ROWS, world_size)
-    start, stop = partition.start(rank), partition.stop(rank)
-    bank = Bank(random_unit_rows(start, stop, DIM, seed=0).to(getattr(torch, dtype)), start)
-    config = NCEConfig(num_negatives=50) if objective == "nce" else SoftmaxConfig()
-    ours = OBJECTIVES[type(config)](config, ROWS, DIM)
+def step(rank: int, world_size: int, objective: str, dtype: Any) -> tuple[int, int]:
+    """One step of training: bytes sent, and bytes of this rank's rows."""
+    config = RunConfig(
+        data=DataConfig(path="unused"),
+        augmentation=Augmentation(image_size=32),
+        backbone=BackboneConfig(name="resnet8", embedding_dim=DIM),
+        bank=BankConfig(dtype=dtype),
+        objective=NCEConfig(num_negatives=50) if objective == "nce" else SoftmaxConfig(),
+        training=TrainingConfig(batch_size=BATCH),
+    )
+    worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
+    trainer = Trainer(worker, config, ROWS)
     local = BATCH // world_size
-    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
-    ids = order[rank * local :][:local]
-    embeddings = F.normalize(torch.randn(local, DIM), dim=1)
-    queries, all_ids = exchange.gather(embeddings.to(bank.rows.dtype), ids)
-    terms = ours.shard_terms(queries, all_ids, bank, torch.Generator(), exchange.log_sum_exp)
-    exchange.to_askers(terms)
-    exchange.route(embeddings, all_ids, partition)
-    return exchange.sent_bytes, bank.rows.numel() * bank.rows.element_size()
+    ids = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[rank * local :][:local]
+    trainer.step(torch.randn(1, local, 3, 32, 32), ids, 0.01)
+    return trainer.exchange.sent_bytes, trainer.bank.rows.numel() * trainer.bank.rows.element_size()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
