@@ -143,7 +143,12 @@ class Snapshot:
         if table not in self.tables:
             raise SnapshotError(f"{self.url}: no table {table!r}; it has {', '.join(self.tables)}")
         store = _CheckedStore(self._folder.below(TABLES).zarr_store(read_only=True), self)
-        rows = np.asarray(zarr.open_array(store, path=table, mode="r", zarr_format=3)[start:stop])
+        try:
+            rows = np.asarray(zarr.open_array(store, path=table, mode="r", zarr_format=3)[start:stop])
+        except SnapshotError:
+            raise
+        except Exception as error:  # Zarr looks for the folder before it reads a piece
+            raise self.broken(f"{TABLES}/{table}", unreadable(error)) from error
         dtype = self.tables[table][1]
         if dtype == "bfloat16":  # Zarr has none: its bits are the upper half of a float32's
             return (rows.astype(np.uint32) << 16).view(np.float32)

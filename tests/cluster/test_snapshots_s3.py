@@ -1,0 +1,98 @@
+"""Snapshots in an S3 bucket, on a server of its own process."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import s3fs
+
+from cluster.snapshots import SnapshotError, open_snapshot
+from tests.cluster.snapshot_ranks import assert_holds, save, write, writers
+
+NUM_ROWS = 1_003
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """An S3 server on a free port of the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except OSError:
+                    assert server.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> s3fs.S3FileSystem:
+    """A file system with a bucket `runs`; the environment points to it, as a user's would."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    system = s3fs.S3FileSystem(use_listings_cache=False)
+    if not system.exists("runs"):
+        system.mkdir("runs")
+    return system
+
+
+def test_commit_read_verify_and_keep(bucket: s3fs.S3FileSystem) -> None:
+    url = "s3://runs/kept/snapshots"
+    with pytest.raises(SnapshotError, match="no committed snapshot"):
+        open_snapshot(url)
+    ranks = writers(url, NUM_ROWS, 2, "first", keep=1)
+    bucket.pipe_file("runs/kept/snapshots/step-000000002/crashed/tables.zarr/zarr.json", b"{}")
+    for step in (1, 3):
+        save(ranks, step, NUM_ROWS)
+    for writer in ranks:
+        writer.close()
+    assert [report.error for report in ranks[0].poll()] == [None, None]
+    assert bucket.ls("runs/kept/snapshots") == ["runs/kept/snapshots/step-000000003"]
+    snapshot = open_snapshot(url)
+    assert snapshot.read_file("rank-1.bin") == b"3/1"
+    assert_holds(snapshot, NUM_ROWS)
+
+
+def test_damage_is_named(bucket: s3fs.S3FileSystem) -> None:
+    write("s3://runs/damaged", 1, NUM_ROWS)
+    write("s3://runs/damaged", 2, NUM_ROWS)
+    snapshot = open_snapshot("s3://runs/damaged")
+    folder = "runs/damaged/step-000000002"
+    chunk = bytearray(bucket.cat_file(f"{folder}/first/tables.zarr/embeddings/c.3.0"))
+    chunk[5] ^= 1
+    bucket.pipe_file(f"{folder}/first/tables.zarr/embeddings/c.3.0", bytes(chunk))
+    bucket.rm(f"{folder}/first/tables.zarr/labels/c.2")
+    assert snapshot.verify() == [
+        "tables.zarr/embeddings/c.3.0: its checksum differs",
+        "tables.zarr/labels/c.2: missing",
+    ]
+    with pytest.raises(SnapshotError, match=r"embeddings/c.3.0: its checksum differs"):
+        snapshot.read("embeddings")
+    with pytest.raises(SnapshotError, match=r"labels/c.2: missing"):
+        snapshot.read("labels")
+    bucket.rm(f"{folder}/COMMIT.json")
+    assert open_snapshot("s3://runs/damaged").step == 1
+
+
+def test_missing_bucket_fails_the_snapshot_only(bucket: s3fs.S3FileSystem) -> None:
+    (report,) = write("s3://nowhere/snapshots", 1, NUM_ROWS)
+    assert "bucket does not exist" in str(report.error)
+    with pytest.raises(SnapshotError, match="s3://nowhere/snapshots"):
+        open_snapshot("s3://nowhere/snapshots")
