@@ -138,7 +138,8 @@ class FaissKernel(Kernel):
     by_chunk = True
 
     def __init__(self, rows: Floats, start: int, threads: int) -> None:
-        logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which instructions it was built for
+        # It tells at length which instruction sets it was built for.
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)
         import faiss
 
         super().__init__(rows, start)

@@ -12,7 +12,7 @@ import tyro
 
 from cluster.errors import ClusterError, SnapshotError
 from instdisc.errors import ConfigError
-from instdisc.evaluation import knn, linear, statistics, unseen
+from instdisc.evaluation import finetune, knn, linear, page, statistics, unseen
 from instdisc.evaluation.context import Evaluation, EvaluationConfig, Protocol
 from pipelines.errors import DataError
 
@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 PROTOCOLS: dict[str, Protocol] = {
     "knn": knn.run,
     "linear": linear.run,
+    "finetune": finetune.run,
     "unseen": unseen.run,
     "statistics": statistics.run,
+    "page": page.run,
 }
-"""Run in this order, whatever the order they are asked for in. The field of the same name of `EvaluateConfig` holds
-the settings of each."""
+"""Run in this order, whatever the order they are asked for in: the page shows what the others found. The field of the
+same name of `EvaluateConfig` holds the settings of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,10 @@ class EvaluateConfig:
     """Which protocols to run, separated by commas."""
     knn: Annotated[knn.KnnConfig, tyro.conf.arg(name="")] = field(default_factory=knn.KnnConfig)
     linear: linear.LinearConfig = field(default_factory=linear.LinearConfig)
+    finetune: finetune.FinetuneConfig = field(default_factory=finetune.FinetuneConfig)
     unseen: unseen.UnseenConfig = field(default_factory=unseen.UnseenConfig)
     statistics: statistics.StatisticsConfig = field(default_factory=statistics.StatisticsConfig)
+    page: page.PageConfig = field(default_factory=page.PageConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,15 +75,20 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
         arguments: Without the program's name.
 
     Raises:
-        ConfigError: An unknown protocol.
-        SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
+        ConfigError: An unknown protocol, or a value out of its range.
+        SystemExit: Help was asked for (status 0); an unknown option or a value of the wrong kind (status 2).
     """
-    config: EvaluateConfig = tyro.cli(
-        EvaluateConfig,
-        args=arguments,
-        prog="python -m instdisc.evaluate",
-        description=f"Measure what the embeddings of a run are worth. Protocols: {', '.join(PROTOCOLS)}.",
-    )
+    try:
+        config: EvaluateConfig = tyro.cli(
+            EvaluateConfig,
+            args=arguments,
+            prog="python -m instdisc.evaluate",
+            description=f"Measure what the embeddings of a run are worth. Protocols: {', '.join(PROTOCOLS)}.",
+        )
+    except (
+        ValueError
+    ) as error:  # tyro reports those of groups of options itself, but not of options without a group
+        raise ConfigError(str(error)) from error
     chosen_protocols(config)
     return config
 

@@ -1,0 +1,262 @@
+"""The evaluation program on a small trained run: figures, Ray, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from cluster.partition import Partition
+from cluster.snapshot_writer import SnapshotWriter
+from instdisc.evaluate import main
+from instdisc.evaluation.knn import knn_accuracies
+from instdisc.knn import ranks_of
+from instdisc.run_directory import RunDirectory
+from instdisc.train import main as train
+from pipelines.manifest import Manifest
+from tests import reference
+from tests.instdisc.program import BLUE, GREEN, RED, SMALL, solid, summary_of, write_pictures
+from tests.ray_cluster import RayCluster
+
+Evaluate = Callable[..., tuple[int, str]]
+CLASSES = {"red": RED, "green": GREEN, "blue": BLUE}
+
+
+def train_small(folder: Path, test: Path | None) -> Path:
+    images = solid(folder / "train", CLASSES, 10)
+    arguments = ["sample", *SMALL, "--data.path", str(images), "--run-dir", str(folder / "run")]
+    assert train([*arguments, "--data.test-path", str(test), "--training.precision", "float32"]) == 0
+    add_snapshot(folder / "run")
+    return folder / "run"
+
+
+def add_snapshot(run_dir: Path, step: int | None = None, **attributes: Any) -> Path:
+    """A snapshot of the run's bank."""
+    run = RunDirectory(run_dir)
+    bank, manifest = zarr.open_array(run.bank, mode="r"), Manifest.load(run.manifest)
+    noted = {**bank.attrs, "class_names": manifest.class_names, **attributes}
+    step = int(bank.attrs["step"]) if step is None else step
+    writer = SnapshotWriter(run_dir / "snapshots", Partition(len(manifest), 1), 0, "test", keep=9)
+    tables = {"embeddings": bank[:], "labels": np.asarray(manifest.labels), "keys": list(manifest.keys)}
+    writer.save(step, tables, attributes=noted)
+    writer.wait()
+    assert [report.error for report in writer.poll()] == [None]
+    return run_dir / "snapshots" / f"step-{step:09d}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with test images, one class of which is unknown to the bank."""
+    folder = tmp_path_factory.mktemp("trained")
+    test = solid(folder / "test", {**CLASSES, "grey": (120, 120, 120)}, 3)
+    return train_small(folder, test)
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Evaluate:
+    """Run the program with few neighbours; returns status and everything it said."""
+
+    def evaluate(source: Path | str, *more: str) -> tuple[int, str]:
+        where = ["--output", str(tmp_path / "out")]
+        if "--num-actors" not in more:
+            where += ["--num-actors", "0"]
+        try:
+            status = main([str(source), "--k", "5", *where, *more])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capfd.readouterr()
+        return status, captured.out + captured.err + caplog.text
+
+    return evaluate
+
+
+def result(folder: Path, name: str = "knn") -> dict[str, Any]:
+    return json.loads((folder / "out" / f"{name}.json").read_text())
+
+
+def refused(outcome: tuple[int, str], *texts: str) -> None:
+    status, said = outcome
+    assert status == 2, said
+    assert "Traceback" not in said
+    for text in texts:
+        assert text in said
+
+
+def test_stored_and_fresh_embeddings_give_what_training_measured(
+    evaluate: Evaluate, trained: Path, tmp_path: Path
+) -> None:
+    status, said = evaluate(trained)
+    assert status == 0, said
+    assert "kNN k=5, top-1" in said
+    assert "1 classes of the queries have no row in the bank (grey): their 3 queries count as wrong" in said
+    stored = result(tmp_path)
+    assert stored["unknown_classes"] == {"grey": 3}
+    assert (stored["queries"], stored["query_kind"], stored["bank"]) == (12, "test-set", "stored")
+    assert stored["accuracies"]["k5"]["top1"] == pytest.approx(summary_of(trained)["knn_top1_bank"])
+    assert evaluate(trained, "--recompute")[0] == 0
+    fresh = result(tmp_path)
+    assert fresh["bank"] == "recomputed"
+    assert fresh["accuracies"]["k5"]["top1"] == pytest.approx(summary_of(trained)["knn_top1"])
+
+
+@pytest.mark.parametrize("more", [(), ("--recompute",)])
+def test_two_actors_give_the_same(
+    evaluate: Evaluate,
+    trained: Path,
+    tmp_path: Path,
+    ray_cluster: RayCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    assert evaluate(trained, *more)[0] == 0
+    here = result(tmp_path)
+    status, said = evaluate(trained, *more, "--num-actors", "2")
+    assert status == 0, said
+    assert result(tmp_path) == here
+
+
+def test_without_test_images_every_row_is_classified_by_the_others(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    run = train_small(tmp_path, None)
+    status, said = evaluate(run, "--queries.root", str(tmp_path))
+    assert status == 0, said
+    found = result(tmp_path)
+    assert (found["query_kind"], found["queries"]) == ("leave-one-out", 30)
+    assert found["accuracies"]["k5"]["top1"] == pytest.approx(summary_of(run)["knn_top1_bank"])
+    # A snapshot away from its run: its own rows are the queries.
+    moved = shutil.copytree(run / "snapshots", tmp_path / "elsewhere" / "snapshots")
+    status, said = evaluate(moved)
+    assert status == 0, said
+    rows = np.asarray(zarr.open_array(run / "bank.zarr", mode="r")[:], np.float64)
+    labels = np.asarray(Manifest.load(run / "manifest").labels)
+    right = 0
+    for row, label in enumerate(labels):
+        others = np.arange(len(rows)) != row
+        votes = reference.weighted_knn(rows[row], rows[others], labels[others], 3, k=5, temperature=0.07)
+        right += votes.argmax() == label
+    assert result(tmp_path)["accuracies"]["k5"]["top1"] == pytest.approx(right / 30)
+    refused(evaluate(moved, "--recompute"), "give the run directory")
+
+
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+def test_queries_from_an_array(evaluate: Evaluate, trained: Path, tmp_path: Path, kind: str) -> None:
+    rows = np.asarray(zarr.open_array(trained / "bank.zarr", mode="r")[:])
+    labels = np.asarray(Manifest.load(trained / "manifest").labels).copy()
+    paths = [str(tmp_path / f"{name}.{kind}") for name in ("vectors", "labels")]
+    for path, array in zip(paths, (rows, labels), strict=True):
+        np.save(path, array) if kind == "npy" else zarr.save_array(path, array)
+    status, said = evaluate(trained, "--queries.path", paths[0], "--queries.labels", paths[1])
+    assert status == 0, said
+    found = result(tmp_path)
+    assert (found["query_kind"], found["queries"]) == ("array", int((labels >= 0).sum()))
+    assert found["accuracies"]["k1"]["top1"] == 1.0  # every row finds itself
+
+
+def test_array_queries_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
+    rows = zarr.open_array(trained / "bank.zarr", mode="r")[:]
+    vectors, narrow = tmp_path / "vectors.npy", tmp_path / "narrow.npy"
+    labels, strange = tmp_path / "labels.npy", tmp_path / "strange.npy"
+    np.save(vectors, rows[:4])
+    np.save(narrow, rows[:4, :7])
+    np.save(labels, [0, 1, 2, 0])
+    np.save(strange, [70, 71, 72, 73])
+    refused(evaluate(trained, "--queries.path", str(vectors)), "--queries.labels")
+    named = ("--queries.labels", str(labels))
+    refused(evaluate(trained, "--queries.path", str(narrow), *named), "7 dimensions and the bank 16")
+    refused(evaluate(trained, "--queries.path", str(tmp_path / "no.npy"), *named), "no.npy", ".npy file")
+    refused(
+        evaluate(trained, "--queries.path", str(vectors), "--queries.labels", str(strange)), "names no class"
+    )
+    other = tmp_path / "other.zarr"
+    zarr.save_array(other, rows[:4])
+    zarr.open_array(other).attrs["backbone"] = "resnet50"
+    refused(evaluate(trained, "--queries.path", str(other), *named), "backbone resnet50")
+
+
+def test_query_images_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
+    refused(evaluate(trained, "--queries.path", str(tmp_path / "nowhere")), "--queries.path", "nowhere")
+    plain = write_pictures(tmp_path / "plain", 4)
+    refused(evaluate(trained, "--queries.path", str(plain)), "has a label")
+    strange = solid(tmp_path / "strange", {"cat": RED, "dog": BLUE}, 2)
+    refused(evaluate(trained, "--queries.path", str(strange)), "none of the bank's classes", "cat", "red")
+    broken = solid(tmp_path / "broken", CLASSES, 4)
+    whole = (broken / "red" / "1.png").read_bytes()
+    (broken / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
+    refused(evaluate(trained, "--queries.path", str(broken)), "cannot be decoded", "red/1.png")
+    (broken / "red" / "1.png").write_bytes(b"no image")
+    refused(evaluate(trained, "--queries.path", str(broken)), "cannot be read", "red/1.png")
+
+
+def test_k_beyond_the_bank(evaluate: Evaluate, trained: Path) -> None:
+    refused(evaluate(trained, "--k", "31"), "k is 31", "30 rows", "lower --k")
+    refused(evaluate(trained, "--k", "0"), "k is 0")
+    refused(evaluate(trained, "--protocols", "knn,nearest"), "nearest", "knn, linear")
+
+
+def test_a_bank_without_labels(evaluate: Evaluate, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "plain", 12)
+    assert train(["sample", *SMALL, "--data.path", str(images), "--run-dir", str(tmp_path / "run")]) == 0
+    add_snapshot(tmp_path / "run")
+    refused(evaluate(tmp_path / "run"), "has no labels")
+
+
+def test_snapshots_that_cannot_be_used(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    refused(evaluate(tmp_path / "nowhere"), "nowhere")
+    good = next((run / "snapshots").glob("step-*"))
+    later = add_snapshot(run, step=1000)
+    assert evaluate(run)[0] == 0
+    assert result(tmp_path)["step"] == 1000
+    assert evaluate(good)[0] == 0
+    assert result(tmp_path)["step"] < 1000
+    chunk = next(
+        each for each in later.rglob("embeddings/**/*") if each.is_file() and each.name != "zarr.json"
+    )
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 1
+    chunk.write_bytes(content)
+    refused(evaluate(later), "checksum", "embeddings")
+    (later / "COMMIT.json").unlink()
+    refused(evaluate(later), "never finished")
+    refused(evaluate(add_snapshot(run, step=1001, backbone="resnet50")), "resnet50", "resnet8")
+    refused(evaluate(add_snapshot(run, step=1002, manifest_fingerprint="other")), "images listed in")
+
+
+def test_ranks_count_the_classes_with_more_votes() -> None:
+    votes = torch.tensor([[0.5, 0.2, 0.5, 0.0]]).expand(6, -1)
+    ranks = ranks_of(votes, torch.tensor([0, 1, 2, 3, 4, 9]))
+    assert ranks[:3].tolist() == [0, 2, 1]
+    assert (ranks[3:] > 1000).all()
+
+
+def test_accuracies_against_a_transcription(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instdisc.evaluation.knn._MOST_VOTES", 64)
+    generator = np.random.default_rng(0)
+    scores = -np.sort(-generator.uniform(-1, 1, (50, 20)).astype(np.float32), axis=1)
+    labels, truth = generator.integers(-1, 9, (50, 20)), generator.integers(0, 11, 50)
+    top1 = top5 = 0
+    for query in range(50):
+        votes = np.zeros(9)
+        voting = labels[query] >= 0
+        np.add.at(votes, labels[query][voting], np.exp(scores[query][voting].astype(np.float64) / 0.1))
+        order = [number for number in np.argsort(-votes, kind="stable") if votes[number] > 0]
+        top1 += truth[query] == order[0]
+        top5 += truth[query] in order[:5]
+    found = knn_accuracies(scores, labels, truth, temperature=0.1)
+    assert found == pytest.approx({"top1": top1 / 50, "top5": top5 / 50})
+
+
+def test_help_names_the_protocols(evaluate: Evaluate) -> None:
+    status, said = evaluate("--help")
+    assert status == 0
+    for text in ("--protocols", "--queries.path", "--k ", "--num-actors", "--recompute", "--output"):
+        assert text in said
