@@ -24,6 +24,7 @@ class Phases:
     Work on a GPU is timed by events in its stream, which are read once they have passed: nothing waits for the GPU.
     Results therefore come a step or so later there; on the CPU at once.
 
+        phases.begin_step()
         with phases("exchange"):
             …
         for seconds in phases.finish_step():    # one dict per step, oldest first
@@ -49,6 +50,10 @@ class Phases:
         finally:
             self._names.pop()
             self._enter(self._names[-1])
+
+    def begin_step(self) -> None:
+        """Begin a step; what was timed since the end of the last one counts for none."""
+        self._marks = []
 
     def finish_step(self) -> list[dict[str, float]]:
         """End the step.

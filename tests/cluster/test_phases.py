@@ -36,6 +36,16 @@ def test_phases_add_up_and_what_is_between_counts_for_none(clock: Clock) -> None
     assert phases.finish_step() == []
 
 
+def test_what_is_timed_between_steps_counts_for_none(clock: Clock) -> None:
+    phases = Phases(torch.device("cpu"))
+    with phases("exchange"):
+        clock.now += 1
+    phases.begin_step()
+    with phases("exchange"):
+        clock.now += 2
+    assert phases.finish_step() == [{"exchange": 2.0}]
+
+
 def test_an_inner_phase_is_taken_out_of_the_outer(clock: Clock) -> None:
     phases = Phases(torch.device("cpu"))
     with phases("objective"):
