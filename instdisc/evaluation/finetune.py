@@ -39,10 +39,10 @@ class FinetuneConfig:
     """Passes over the labelled images."""
     batch_size: int = 64
     """Images per step, fewer where there are not as many."""
-    rate: float = 0.01
-    """The highest learning rate from the run's weights."""
-    scratch_rate: float = 0.05
-    """The highest learning rate from scratch, where small ones leave training unfinished."""
+    min_steps: int = 300
+    """Steps at least: the epochs are as many more as a few images need to come to this."""
+    rate: float = 0.05
+    """The highest learning rate."""
     weight_decay: float = 5e-4
     """0 or above."""
     seed: int = 0
@@ -51,10 +51,10 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"fractions are {self.fractions}: expected shares above 0, at most 1")
-        if min(self.epochs, self.batch_size) < 1 or not min(self.rate, self.scratch_rate) > 0:
+        if min(self.epochs, self.batch_size, self.min_steps) < 1 or not self.rate > 0:
             raise ValueError(
-                f"epochs is {self.epochs}, batch_size {self.batch_size}, rate {self.rate} and scratch_rate "
-                f"{self.scratch_rate}: they must be at least 1, rates above 0"
+                f"epochs is {self.epochs}, batch_size {self.batch_size}, min_steps {self.min_steps} and rate "
+                f"{self.rate}: they must be at least 1, the rate above 0"
             )
 
 
@@ -79,8 +79,7 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
         values: dict[str, Any] = {"fraction": fraction, "images": len(rows)}
         for start in ("trained", "scratch"):
             network = classifier(evaluation, num_classes, trained=start == "trained", seed=config.seed)
-            rate = config.rate if start == "trained" else config.scratch_rate
-            train_classifier(evaluation, network, chosen, labels[rows], rate=rate, config=config)
+            train_classifier(evaluation, network, chosen, labels[rows], config)
             scores = classify(evaluation, network, queries.manifest, queries.rows)
             values[start] = {f"top{k}": top_k_accuracy(scores, test_labels, k) for k in (1, 5)}
             logger.info(
@@ -129,8 +128,6 @@ def train_classifier(
     network: nn.Module,
     manifest: Manifest,
     labels: npt.NDArray[np.int64],
-    *,
-    rate: float,
     config: FinetuneConfig,
 ) -> None:
     """Train with cross-entropy on random views, as the run's own training varies them.
@@ -140,21 +137,21 @@ def train_classifier(
         network: Trained in place.
         manifest: The labelled images.
         labels: int64 (N,), 0 or above.
-        rate: The highest learning rate.
         config: Settings.
     """
     optimizer_config = OptimizerConfig(
-        learning_rate=rate, schedule="cosine", weight_decay=config.weight_decay
+        learning_rate=config.rate, schedule="cosine", weight_decay=config.weight_decay
     )
     optimizer = build_optimizer(optimizer_config, network.parameters())
     device, targets = _device(), torch.from_numpy(labels).to(_device())
     order = Order(
         num_instances=len(manifest), global_batch=min(config.batch_size, len(manifest)), seed=config.seed
     )
+    epochs = max(config.epochs, -(-config.min_steps // order.steps_per_epoch))
     network.train()
     with open_loader(
         manifest,
-        order.requests(num_epochs=config.epochs),
+        order.requests(num_epochs=epochs),
         augmentation=evaluation.augmentation,
         training=True,
         views=1,
@@ -167,7 +164,7 @@ def train_classifier(
             if decoded.sum() < 2:  # batch norm needs two
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optimizer_config, step / order.steps_per_epoch, config.epochs)
+                group["lr"] = learning_rate(optimizer_config, step / order.steps_per_epoch, epochs)
             scores = network(batch.images[0][decoded])
             optimizer.zero_grad()
             F.cross_entropy(scores, targets[batch.instance_ids[decoded]]).backward()

@@ -248,7 +248,7 @@ def _finetune_table(finetune: Mapping[str, Any]) -> Table:
         for each in finetune["fractions"]
     ]
     columns = ("labels", "images", "trained top-1", "top-5", "from scratch top-1", "top-5")
-    note = f"{finetune['epochs']} epochs, tested on {finetune['test_images']:,} images."
+    note = f"{finetune['epochs']} epochs or more, tested on {finetune['test_images']:,} images."
     return Table("Fine-tuning with few labels", columns, rows, note)
 
 

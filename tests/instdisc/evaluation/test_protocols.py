@@ -1,0 +1,109 @@
+"""Every protocol on a small trained run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instdisc.errors import ConfigError
+from instdisc.evaluation import finetune, linear, statistics, unseen
+from instdisc.evaluation.context import Evaluation, EvaluationConfig
+from instdisc.evaluation.queries import QueryConfig
+from tests.instdisc.program import BLUE, RED, solid
+
+
+QUICK = linear.LinearConfig(max_dims=64, regularisations=(1.0, 0.1), iterations=50)
+
+
+def test_linear_classifiers_see_colours(evaluation: Evaluation) -> None:
+    """Solid colours are separable from the first layer on; a quarter of the test images is of an unknown class."""
+    result = linear.run(evaluation, QUICK)
+    assert list(result["stages"]) == ["conv1", "layer1", "layer2", "layer3", "features", "embeddings"]
+    assert (result["train_images"], result["test_images"]) == (24, 12)
+    assert result["stages"]["embeddings"]["dims"] == 16
+    assert result["stages"]["layer1"]["dims"] == 64
+    assert result["stages"]["conv1"]["probe"]["top1"] == result["stages"]["conv1"]["svm"]["top1"] == 0.75
+    assert result["summary"]["svm of conv1, top-1"] == 0.75
+    json.dumps(result)
+
+
+def test_fewer_images_for_linear_classifiers(evaluation: Evaluation) -> None:
+    assert linear.run(evaluation, replace(QUICK, max_images=15))["train_images"] == 15
+
+
+def test_fine_tuning_learns_colours(evaluation: Evaluation) -> None:
+    config = finetune.FinetuneConfig(fractions=(0.1, 1.0), epochs=1, batch_size=12, min_steps=30, rate=0.1)
+    result = finetune.run(evaluation, config)
+    assert [each["images"] for each in result["fractions"]] == [3, 24]
+    for start in ("trained", "scratch"):
+        assert result["fractions"][1][start]["top1"] > 0.5
+        assert result["fractions"][1][start]["top5"] == 0.75
+    assert "10% of the labels, from the run, top-1" in result["summary"]
+    json.dumps(result)
+
+
+def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
+    trained = finetune.classifier(evaluation, 3, trained=True, seed=0).state_dict()
+    scratch = finetune.classifier(evaluation, 3, trained=False, seed=0).state_dict()
+    run = evaluation.network.backbone.state_dict()
+    assert trained["fc.weight"].shape == scratch["fc.weight"].shape == (3, 64)
+    for name in run:
+        if not name.startswith("fc."):
+            assert torch.equal(trained[name], run[name])
+    assert not torch.equal(scratch["conv1.weight"], run["conv1.weight"])
+
+
+def test_retrieval_among_held_out_classes(evaluation: Evaluation, caplog: pytest.LogCaptureFixture) -> None:
+    result = unseen.run(evaluation, unseen.UnseenConfig(ranks=(1, 2, 4)))
+    assert result["classes"] == ["grey", "red"]
+    assert result["classes_seen_in_training"] == ["red"]
+    assert "1 of the 2 held-out classes are among the training images, e.g. red" in caplog.text
+    assert result["images"] == 6
+    assert list(result["recall"]) == ["1", "2", "4"]
+    assert result["recall"]["4"] == 1  # of five others, two are of the class
+
+
+def test_retrieval_among_images_of_other_classes(evaluation: Evaluation, tmp_path: Path) -> None:
+    """Images with no class of the bank, which kNN could not use."""
+    solid(tmp_path / "other", {"plum": RED, "rose": BLUE}, 4)
+    config = unseen.UnseenConfig(path=str(tmp_path / "other"), split=str(tmp_path / "split"), ranks=(1,))
+    (tmp_path / "split").write_text("plum\nrose\n")
+    result = unseen.run(evaluation, config)
+    assert (result["images"], result["classes_seen_in_training"]) == (8, [])
+    assert result["recall"]["1"] == 1
+
+
+def test_statistics_of_a_run(evaluation: Evaluation) -> None:
+    result = statistics.run(evaluation, statistics.StatisticsConfig(bins=20))
+    assert result["images"] == 30  # unlabelled ones included
+    assert len(result["edges"]) == 21
+    counts = {name: sum(each["counts"]) for name, each in result["pairs"].items()}
+    assert counts == {
+        "two views of an image": 30,
+        "images of one class": 3 * 8 * 7 // 2,
+        "images of two classes": 3 * 64,
+    }
+    assert 1 <= result["effective_rank"] <= 16
+    # Of unit vectors: ‖x - y‖² = 2 - 2·cosine.
+    assert result["alignment"] == pytest.approx(
+        2 - 2 * result["pairs"]["two views of an image"]["mean"], abs=1e-4
+    )
+    json.dumps(result, allow_nan=False)
+
+
+def test_protocols_that_need_test_images(trained: Path, evaluation: Evaluation, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", np.eye(4, 16, dtype=np.float32))
+    np.save(tmp_path / "labels.npy", np.arange(4) % 3)
+    queries = QueryConfig(path=str(tmp_path / "vectors.npy"), labels=str(tmp_path / "labels.npy"))
+    config: EvaluationConfig = replace(evaluation.config, queries=queries)
+    protocols: dict[Any, Any] = {linear.run: linear.LinearConfig(), finetune.run: finetune.FinetuneConfig()}
+    with Evaluation(config) as arrays:
+        for run, settings in protocols.items():
+            with pytest.raises(ConfigError, match=r"array: name test images with --queries\.path"):
+                run(arrays, settings)
