@@ -167,7 +167,7 @@ def train_classifier(
                 group["lr"] = learning_rate(optimizer_config, step / order.steps_per_epoch, epochs)
             scores = network(batch.images[0][decoded])
             optimizer.zero_grad()
-            F.cross_entropy(scores, targets[batch.instance_ids[decoded]]).backward()
+            torch.autograd.backward(F.cross_entropy(scores, targets[batch.instance_ids[decoded]]))
             optimizer.step()
     network.eval()
 

@@ -167,14 +167,14 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, 
         if (lines := [line for line in measured if line.get(key) is not None])
     ]
     if curves:
-        epochs = [0, *(epoch for curve in curves for epoch in curve.x)]
+        covered = [0, *(epoch for curve in curves for epoch in curve.x)]
         baselines = [
-            Series(name, [0, max(epochs)], [summary[key]] * 2, dashed=True)
+            Series(name, [0, max(covered)], [summary[key]] * 2, dashed=True)
             for key, name in _BASELINES.items()
             if summary.get(key) is not None
         ]
         series = [*curves, *baselines]
-        axes = _axes(epochs, [value for each in series for value in each.y], "top-1", percent=True)
+        axes = _axes(covered, [value for each in series for value in each.y], "top-1", percent=True)
         names = [each.name for each in series]
         svg = line_chart("kNN accuracy", series, *axes)
         charts.append(Chart("kNN accuracy while training", names, svg, "Dashed: what needs no training."))
