@@ -83,7 +83,8 @@ class SnapshotWriter:
 
     `save` copies and returns; the thread writes. A failed snapshot (full disk, vanished store) is reported, never
     raised: training goes on, and the last committed snapshot stays. A rank whose pieces are durable leaves a small
-    list of them; rank 0 waits for the lists of all ranks, then commits, then removes old snapshots.
+    list of them; rank 0 waits for the lists of all ranks, then commits, then removes old snapshots. Call `close` at
+    the end, also after an error: the interpreter does not exit while the thread waits for other ranks.
 
     Args:
         url: Directory of snapshots: a local path that all ranks see, or an fsspec URL.
@@ -126,7 +127,7 @@ class SnapshotWriter:
     ) -> None:
         """Copy everything and start writing. Every rank calls, with the same step, tables and attributes.
 
-        Waits for the previous save, whose copies are being written from the same memory. Writes no collectives.
+        Waits for the previous save, whose copies are being written from the same memory. No collectives.
 
         Args:
             step: Above that of the previous save.
