@@ -23,6 +23,9 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 
+# What gloo puts around its message: a place in its source, advice, good wishes.
+_TRIMMINGS = re.compile(r"^\[[^]]*\.cc:\d+\] | This is typically caused by.*", re.DOTALL)
+
 
 class WorkerFailure(Exception):  # noqa: N818 - a parcel; whoever called `launch` never sees it
     """An exception of the worker function, made fit for the way to the driver.
@@ -83,7 +86,7 @@ def raise_root_cause(failures: Mapping[int, Exception], world_size: int) -> NoRe
         slow = "; another worker hangs, or needs longer than --collective-timeout-s allows"
         hint = slow if _TIMED_OUT.search(failure.trace) else ""
         raise WorkerLostError(
-            f"rank {rank} of {world_size} lost another worker: {failure.error}{hint}"
+            f"rank {rank} of {world_size} lost another worker: {_TRIMMINGS.sub('', str(failure.error))}{hint}"
         ) from cause
     failure.error.add_note(f"(raised on rank {rank} of {world_size})")
     raise failure.error from cause
