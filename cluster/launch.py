@@ -216,7 +216,9 @@ def _run_until_done(
                     f"stopped by {signals.reason}, but {error}; the next run goes on from the last snapshot"
                 ) from error
             if restarts == config.max_restarts:
-                raise
+                raise WorkerLostError(
+                    f"{error}; the next run goes on from the last snapshot, or this one by itself with --max-restarts"
+                ) from error
             restarts += 1
             logger.warning(
                 "%s; going on from the last snapshot (restart %d of %d)", error, restarts, config.max_restarts

@@ -174,6 +174,22 @@ def test_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_cluster")
+def test_elastic_group_has_an_allowed_number_of_workers_that_fits(tmp_path: Path) -> None:
+    config = LaunchConfig(num_workers=4, min_workers=1, cpus_per_worker=1)
+    for allowed, started in (((1, 2, 4), 2), ((1, 3, 4), 1)):
+        result = launch(
+            describe_worker, 1.0, config, name="test", storage=tmp_path, is_allowed=allowed.__contains__
+        )
+        ranks = result["ranks"]
+        assert isinstance(ranks, list)
+        assert len(ranks) == started
+    with pytest.raises(ClusterError, match="no number of workers from 1 to 4 divides the work evenly"):
+        launch(
+            describe_worker, 1.0, config, name="test", storage=tmp_path, is_allowed=lambda number: number > 4
+        )
+
+
+@pytest.mark.usefixtures("on_cluster")
 def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import ray
     from ray.util.placement_group import placement_group

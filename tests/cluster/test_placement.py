@@ -3,7 +3,15 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.placement import Node, Strategy, WorkerGroup, choose_group, describe, require_room
+from cluster.placement import (
+    Node,
+    Strategy,
+    WorkerGroup,
+    choose_group,
+    describe,
+    fitting_groups,
+    require_room,
+)
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]
@@ -79,3 +87,9 @@ def test_nodes_are_described_by_kind() -> None:
     assert describe([*MIXED, {"CPU": 32.0, "memory": 1.0}]) == (
         "2 nodes with 32 CPUs, 1 node with 16 CPUs and 2 GPUs, 1 node with 48 CPUs and 4 GPUs"
     )
+
+
+def test_fitting_groups_are_those_with_room_or_else_the_smallest() -> None:
+    groups = [WorkerGroup(size, 4, 0, "PACK") for size in (4, 2, 1)]
+    assert fitting_groups(groups, [{"CPU": 8.0}]) == groups[1:]
+    assert fitting_groups(groups, [{"CPU": 2.0}, {"CPU": 3.0}]) == groups[2:]
