@@ -6,11 +6,32 @@ functions work alike on gloo and NCCL: rows of any dtype travel as bytes, so no 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cluster.partition import Partition
+from cluster.phases import Phases
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _timed(
+    collective: Callable[Concatenate[Exchange, P], R],
+) -> Callable[Concatenate[Exchange, P], R]:
+    """Count the time of a collective as the phase `exchange`."""
+
+    @functools.wraps(collective)
+    def timed(exchange: Exchange, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with exchange.phases("exchange"):
+            return collective(exchange, *args, **kwargs)
+
+    return timed
 
 
 class Exchange:
@@ -21,13 +42,16 @@ class Exchange:
     Args:
         rank: This process, 0 … world_size - 1.
         world_size: Ranks in the default process group, which must be initialised when there are several.
+        phases: Where the time of the collectives is counted, as `exchange`.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, phases: Phases | None = None) -> None:
         self.rank = rank
+        self.phases = phases or Phases(torch.device("cpu"))
         self.world_size = world_size
         self.sent_bytes = 0
 
+    @_timed
     def gather(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Every rank's rows and ids, in the order of the ranks.
 
@@ -52,6 +76,7 @@ class Exchange:
             gathered[:, row_bytes:].contiguous().view(ids.dtype)[:, 0],
         )
 
+    @_timed
     def to_askers(self, partials: Tensor) -> Tensor:
         """Each owner's partial results, back at the rank that asked.
 
@@ -73,6 +98,7 @@ class Exchange:
         )
         return received
 
+    @_timed
     def route(self, rows: Tensor, ids_of_all_ranks: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
         """Send each row to the rank that owns its id.
 
@@ -105,6 +131,7 @@ class Exchange:
         self.sent_bytes += sent_rows * rows.shape[1] * rows.element_size()
         return owned_ids, incoming
 
+    @_timed
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks.
 
@@ -120,6 +147,7 @@ class Exchange:
         self._count_all_reduce(values)
         return total
 
+    @_timed
     def log_sum_exp(self, values: Tensor) -> Tensor:
         """Elementwise `log Σ exp` over the ranks.
 
@@ -135,6 +163,7 @@ class Exchange:
         self.sent_bytes += values.numel() * values.element_size() * (self.world_size - 1)
         return torch.logsumexp(gathered, dim=0)
 
+    @_timed
     def maximum(self, values: Tensor) -> Tensor:
         """Elementwise maximum over the ranks.
 
@@ -150,6 +179,7 @@ class Exchange:
         self._count_all_reduce(values)
         return largest
 
+    @_timed
     def barrier(self) -> None:
         """Wait until every rank is here.
 

@@ -16,27 +16,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
-from torch import Tensor
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
 from cluster.errors import SnapshotError
-from cluster.partition import Partition
 from cluster.storage import Storage
 
-__all__ = ["Snapshot", "SnapshotError", "committed_steps", "create_table", "open_snapshot", "write_rows"]
+__all__ = ["Snapshot", "SnapshotError", "committed_steps", "newest_step", "open_snapshot", "remove_snapshots"]
 
 SCHEMA_VERSION = 1
 COMMIT = "COMMIT.json"
@@ -211,6 +209,43 @@ class Snapshot:
         return pieces
 
 
+def newest_step(url: str | Path) -> int | None:
+    """The step of the newest committed snapshot of a directory of snapshots; None if there is none.
+
+    Raises:
+        SnapshotError: The directory cannot be read.
+    """
+    with _reachable(url):
+        return max(committed_steps(Storage.at(url)), default=None)
+
+
+def remove_snapshots(url: str | Path) -> None:
+    """Remove all snapshots of a directory, committed or not. Nobody may be writing there.
+
+    Raises:
+        SnapshotError: The directory cannot be read or written to.
+    """
+    with _reachable(url):
+        storage = Storage.at(url)
+        for step in steps(storage):
+            storage.remove(f"{step_folder(step)}/{COMMIT}")  # first, so that the rest is no snapshot any more
+            storage.remove(step_folder(step))
+
+
+@contextmanager
+def _reachable(url: str | Path) -> Iterator[None]:
+    """Turn what a file system raises into one error."""
+    try:
+        yield
+    except SnapshotError:
+        raise
+    except Exception as error:  # every file system that fsspec opens has errors of its own
+        raise SnapshotError(
+            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached, and the "
+            "credentials for it"
+        ) from error
+
+
 def open_snapshot(url: str | Path) -> Snapshot:
     """Open a snapshot, or the newest committed one of a directory of snapshots.
 
@@ -224,7 +259,7 @@ def open_snapshot(url: str | Path) -> Snapshot:
     """
     storage = Storage.at(url)
     name = storage.url.rpartition("/")[2]
-    try:
+    with _reachable(url):
         if _STEP.fullmatch(name) or storage.exists(COMMIT):
             return _open(storage)
         while True:
@@ -239,13 +274,6 @@ def open_snapshot(url: str | Path) -> Snapshot:
                 # A running writer removes old snapshots, so this one may have gone since it was found.
                 if step == max(committed_steps(storage), default=None):
                     raise
-    except SnapshotError:
-        raise
-    except Exception as error:  # every file system that fsspec opens has errors of its own
-        raise SnapshotError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached, and the "
-            "credentials for it"
-        ) from error
 
 
 def _open(storage: Storage) -> Snapshot:
@@ -307,44 +335,3 @@ class _CheckedStore(WrapperStore[Store]):
         if fault:
             raise self._snapshot.broken(name, fault)
         return value
-
-
-def create_table(
-    path: Path, partition: Partition, like: Tensor, attributes: Mapping[str, str | int | float]
-) -> None:
-    """Create an array for all rows, replacing what is there. One rank calls; the others wait for it.
-
-    bfloat16, which Zarr does not know, is stored as float32.
-
-    Args:
-        path: Where the array goes.
-        partition: The rows and their blocks; a block is one chunk, so that no two ranks write to one chunk.
-        like: Any shard of the table, (S, D); gives D and the dtype.
-        attributes: JSON values, kept with the array.
-    """
-    zarr.create_array(
-        store=str(path),
-        shape=(partition.num_rows, like.shape[1]),
-        chunks=(partition.block, like.shape[1]),
-        dtype=_storable(like[:0]).numpy().dtype,
-        compressors=None,
-        attributes=dict(attributes),
-        overwrite=True,
-    )
-
-
-def write_rows(path: Path, start: int, rows: Tensor) -> None:
-    """Write this rank's shard.
-
-    Args:
-        path: An array that `create_table` made.
-        start: Number of the first row; a multiple of the partition's block.
-        rows: (S, D).
-    """
-    array = zarr.open_array(str(path), mode="r+")
-    array[start : start + len(rows)] = _storable(rows).numpy()
-
-
-def _storable(rows: Tensor) -> Tensor:
-    rows = rows.detach().cpu()
-    return rows.float() if rows.dtype == torch.bfloat16 else rows

@@ -34,7 +34,9 @@ def random_unit_rows(start: int, stop: int, dim: int, *, seed: int) -> Tensor:
     return rows
 
 
-def check_room(num_rows: int, dim: int, dtype: torch.dtype, device: torch.device, sharing: int, copies: int) -> None:
+def check_room(
+    num_rows: int, dim: int, dtype: torch.dtype, device: torch.device, sharing: int, copies: int
+) -> None:
     """Refuse a shard that the device cannot hold or compute with, before anything of its size is made.
 
     Args:
@@ -76,7 +78,9 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current")
+        )
     except (OSError, ValueError):  # no container, or one without a limit
         return free
     return min(free, limit - used)

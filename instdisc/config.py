@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cluster.launch import LaunchConfig
+from cluster.metrics import MetricsConfig
 from instdisc.backbone import BackboneConfig
 from instdisc.objectives import NCEConfig, ObjectiveConfig
 from instdisc.optim import OptimizerConfig
@@ -101,6 +102,25 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """Snapshots, from which a run goes on after an interruption, and which are its result."""
+
+    url: str | None = None
+    """Where they are kept: a folder that all nodes see, or an fsspec URL such as s3://bucket/run. RUN_DIR/snapshots by
+    default."""
+    every_steps: int = 1000
+    """Steps between two snapshots; one more is taken at the end and when the run is asked to stop."""
+    keep: int = 2
+    """How many of the newest are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError(
+                f"snapshots every_steps is {self.every_steps} and keep {self.keep}, both must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -112,8 +132,10 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: Path | None = None
     """Where everything about the run is kept; runs/RECIPE by default."""
     overwrite: bool = False
@@ -125,8 +147,8 @@ class RunConfig:
         return settings
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result: all but how and where the run is carried out."""
-        practical = ("loader", "launch", "run_dir", "overwrite")
+        """The settings that decide the result: not how and where the run is carried out or where its images are."""
+        practical = ("data", "probe", "snapshots", "loader", "launch", "metrics", "run_dir", "overwrite")
         return {name: value for name, value in self.settings().items() if name not in practical}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -24,10 +25,12 @@ class ProgressBar:
 
     Args:
         metrics: The JSON-lines file. It is opened at once, so that it may be renamed later.
+        final: Where it will be by the end. A file that replaces it there is followed from its end.
     """
 
-    def __init__(self, metrics: Path) -> None:
+    def __init__(self, metrics: Path, final: Path) -> None:
         self._file = metrics.open()
+        self._final = final
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm[Any] | None = None
@@ -46,6 +49,11 @@ class ProgressBar:
         line = ""
         while True:
             last_round = self._done.wait(_POLL_SECONDS)
+            if os.fstat(self._file.fileno()).st_nlink == 0 and self._final.exists():
+                self._file.close()
+                self._file = self._final.open()
+                self._file.seek(0, os.SEEK_END)
+                line = ""
             # The end of a line that is still being written comes in a later round.
             while part := self._file.readline():
                 line += part
@@ -74,7 +82,8 @@ class ProgressBar:
         if self._bar is None:
             # Without a terminal the bar only keeps the time; what it would show is printed as lines.
             sink = sys.stderr if sys.stderr.isatty() else io.StringIO()
-            self._bar = tqdm(total=row["total_steps"], unit="step", file=sink, dynamic_ncols=True)
+            total, done = row["total_steps"], row["step"] - 1
+            self._bar = tqdm(total=total, initial=done, unit="step", file=sink, dynamic_ncols=True)
         state = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s"
         self._bar.set_postfix_str(state, refresh=False)
         self._bar.update(row["step"] - self._bar.n)

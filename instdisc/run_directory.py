@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load
 
+from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
 from pipelines.manifest import Manifest
+
+NETWORK = "network.safetensors"
+"""The file of a snapshot that holds the network."""
 
 
 class RunDirectory:
@@ -27,9 +32,10 @@ class RunDirectory:
     test_manifest/        the images that kNN accuracy is measured on
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may stand there more than once
-    weights.pt            state dict of the network, head included
-    bank.zarr             the memory bank, row = instance id
+    snapshots/            embeddings, labels and keys of all rows, the network, and all that training goes on from;
+                          elsewhere if --snapshots.url says so
     summary.json          the results, written last
+    .metrics/             where Prometheus finds the workers of a run under way
     .ray/, .lock          Ray Train's own state; held while a run is under way
     ```
 
@@ -46,10 +52,14 @@ class RunDirectory:
         self.test_manifest = self.path / "test_manifest"
         self.metrics = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
-        self.weights = self.path / "weights.pt"
-        self.bank = self.path / "bank.zarr"
+        self.snapshots = self.path / "snapshots"
         self.summary = self.path / "summary.json"
         self.config = self.path / "config.json"
+
+    @property
+    def targets(self) -> Path:
+        """Where workers list themselves for Prometheus."""
+        return self.path / ".metrics"
 
     @property
     def next(self) -> RunDirectory:
@@ -57,17 +67,13 @@ class RunDirectory:
         return RunDirectory(self.path / ".next")
 
     @contextmanager
-    def claim(self, config: RunConfig) -> Iterator[None]:
+    def claim(self) -> Iterator[None]:
         """Hold the directory, which is made if need be, against other runs.
 
         Raises:
-            ConfigError: Another run holds it, it contains a run or files of a run's names and may not be overwritten,
-                or it cannot be written to. Names the settings in which the run there differs.
+            ConfigError: Another run holds it, or it cannot be written to.
         """
         with self._locked():
-            present = [owned for owned in self._owned() if owned.exists()]
-            if present and not config.overwrite:
-                self._refuse(present[0], config)
             yield
 
     @contextmanager
@@ -88,21 +94,47 @@ class RunDirectory:
                 ) from error
             yield
 
-    def _refuse(self, present: Path, config: RunConfig) -> None:
-        remedy = "choose another --run-dir, or replace what is there with --overwrite"
-        if not self.config.exists():
-            raise ConfigError(f"{present} is in the way and no run's: {remedy}")
+    def holds_run(self) -> bool:
+        """Whether there is a run to go on with.
+
+        Raises:
+            ConfigError: Files with the names of a run's are in the way.
+        """
+        present = [owned for owned in self._owned() if owned.exists()]
+        if present and not self.config.exists():
+            raise ConfigError(
+                f"{present[0]} is in the way and no run's: choose another --run-dir, or replace what is there with "
+                "--overwrite"
+            )
+        return bool(present)
+
+    def continue_with(self, config: RunConfig, train: Manifest) -> None:
+        """Make sure that the run here is this one; what an abandoned start left behind is removed.
+
+        Images may have moved as long as they are the same.
+
+        Raises:
+            ConfigError: The run here has other settings or images; names both.
+        """
+        remedy = "choose another --run-dir, or replace the run there with --overwrite"
         try:
             theirs = json.loads(self.config.read_text())
-        except ValueError:
-            theirs = {}
+            images = Manifest.load(self.manifest)
+        except ValueError as error:
+            raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
         ours = config.identity()
         differing = _differences({name: theirs.get(name) for name in ours}, ours)
-        if differing:
-            raise ConfigError(
-                f"run directory {self.path} holds a run with another configuration ({'; '.join(differing)}): {remedy}"
+        if images.fingerprint != train.fingerprint:
+            differing.append(
+                f"the images are {len(images)} with fingerprint {images.fingerprint[:12]} there and {len(train)} with "
+                f"{train.fingerprint[:12]} here"
             )
-        raise ConfigError(f"run directory {self.path} already holds a run with this configuration: {remedy}")
+        if differing:
+            raise ConfigError(f"{self.path} holds another run ({'; '.join(differing)}): {remedy}")
+        if self.next.path.exists():
+            shutil.rmtree(self.next.path)
+        if images.root != train.root:
+            train.save(self.manifest)
 
     def _owned(self) -> list[Path]:
         """The files of a run, the configuration last."""
@@ -133,34 +165,78 @@ class RunDirectory:
             ) from error
 
     def begin(self) -> None:
-        """Replace an earlier run by the prepared one. Files that are not a run's stay."""
+        """Replace an earlier run by the prepared one. Files that are not a run's stay.
+
+        Interrupted and called again, it goes on where it was.
+        """
+        cleared = self.next.path / "cleared"
+        if not cleared.exists():
+            for owned in self._owned():
+                if owned.is_dir():
+                    shutil.rmtree(owned)
+                else:
+                    owned.unlink(missing_ok=True)
+            cleared.touch()
         for owned, prepared in zip(self._owned(), self.next._owned(), strict=True):
-            if owned.is_dir():
-                shutil.rmtree(owned)
-            else:
-                owned.unlink(missing_ok=True)
             if prepared.exists():
                 prepared.rename(owned)
-        self.next.path.rmdir()
+        shutil.rmtree(self.next.path)
+
+    def rewind_metrics(self, step: int, steps_per_epoch: int) -> None:
+        """Drop the lines of steps after `step`, which will be written again."""
+        kept = [
+            line
+            for line in self.metrics.read_text().splitlines(keepends=True)
+            if _step_of(line, steps_per_epoch) <= step
+        ]
+        temporary = self.metrics.with_name(self.metrics.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.metrics)
+
+    def baselines(self) -> dict[str, float | None]:
+        """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
+        for line in self.metrics.read_text().splitlines():
+            row = json.loads(line)
+            if row["kind"] == "baselines":
+                return {name: value for name, value in row.items() if name != "kind"}
+        return {}
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
         append_line(self.corrupt_images, {"name": str(manifest.root / name), "reason": reason})
 
+    def settings(self) -> dict[str, Any]:
+        """The run's configuration as JSON values.
+
+        Raises:
+            ConfigError: There is no run.
+        """
+        try:
+            settings: dict[str, Any] = json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} holds no run: {error}") from error
+        return settings
+
+    def open_snapshot(self) -> Snapshot:
+        """The newest snapshot.
+
+        Raises:
+            ConfigError: There is no run.
+            SnapshotError: It has no snapshot, or that is damaged.
+        """
+        return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
+
     def load_network(self) -> Embedder:
         """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
 
         Raises:
-            ConfigError: There is no trained network.
+            ConfigError: There is no run.
+            SnapshotError: It has no snapshot, or that is damaged.
         """
-        try:
-            settings = json.loads(self.config.read_text())
-            embedder = build_embedder(
-                BackboneConfig(**settings["backbone"]), settings["augmentation"]["image_size"]
-            )
-            embedder.backbone.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True))
-        except OSError as error:
-            raise ConfigError(f"{self.path} holds no trained network: {error}") from error
+        settings = self.settings()
+        backbone = BackboneConfig(**settings["backbone"])
+        embedder = build_embedder(backbone, settings["augmentation"]["image_size"])
+        embedder.backbone.load_state_dict(load(self.open_snapshot().read_file(NETWORK)))
         return embedder.eval()
 
     def count_corrupt_images(self) -> int:
@@ -168,6 +244,17 @@ class RunDirectory:
         if not self.corrupt_images.exists():
             return 0
         return len({json.loads(line)["name"] for line in self.corrupt_images.read_text().splitlines()})
+
+
+def _step_of(line: str, steps_per_epoch: int) -> float:
+    """The step that a line of the metrics file tells of; what is of no step belongs to the start."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut short by the end of the process that wrote it
+        return math.inf
+    if row["kind"] == "train":
+        return float(row["step"])
+    return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

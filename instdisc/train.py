@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shlex
 import sys
@@ -15,6 +16,8 @@ import tyro
 
 from cluster.errors import ClusterError
 from cluster.launch import launch
+from cluster.partition import Partition
+from cluster.stopping import RunStopped
 from instdisc.backbone import check_backbone
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError, NonFiniteError
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a recipe and print its results.
 
     Returns:
-        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C.
+        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C or
+        SIGTERM.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -50,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
     except OSError as error:
         logger.debug("", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -71,7 +78,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         Name of the recipe and its configuration with the overrides.
 
     Raises:
-        ConfigError: An unknown recipe.
+        ConfigError: An unknown recipe, or a value out of its range.
         SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
     """
     name = arguments[0] if arguments else "--help"
@@ -81,14 +88,17 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    config: RunConfig = tyro.cli(
-        RunConfig,
-        default=recipe.config,
-        args=arguments[1:],
-        prog=f"python -m instdisc.train {name}",
-        description=recipe.description,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        config: RunConfig = tyro.cli(
+            RunConfig,
+            default=recipe.config,
+            args=arguments[1:],
+            prog=f"python -m instdisc.train {name}",
+            description=recipe.description,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:  # of the options without a group, which tyro does not catch
+        raise ConfigError(str(error)) from error
     own, theirs = config.data, recipe.config.data
     if own.path != theirs.path and own.test_path == theirs.test_path:
         # A recipe's test images are for its own training images.
@@ -111,27 +121,50 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         ConfigError: Settings that do not fit each other, the data or the run directory.
         DataError: Images that are missing or cannot be used.
         NonFiniteError: Training diverged; what was there before is kept.
-        ClusterError: The workers could not be run.
+        ClusterError: The workers could not be run, or a snapshot not be read or written.
+        RunStopped: Ctrl-C or SIGTERM came; what was done is saved.
     """
-    with run.claim(config):
+    with run.claim():
         return _train(recipe, config, run)
 
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     check_backbone(config.backbone, config.augmentation.image_size)
+    goes_on = not config.overwrite and run.holds_run()
     train_images = _open_images(config, "path")
-    test_images = None if config.data.test_path is None else _open_images(config, "test_path")
-    if len(train_images) < config.training.batch_size:
+    batch_size = config.training.batch_size
+    if len(train_images) < batch_size:
         raise ConfigError(
             f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
-            f"{config.training.batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
+            f"{batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
             "of the number of workers"
         )
-    run.prepare(recipe, config, train_images, test_images)
+    if goes_on:
+        run.continue_with(config, train_images)
+        if run.summary.exists():
+            logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
+            summary: dict[str, Any] = json.loads(run.summary.read_text())
+            return summary
+    else:
+        test_images = None if config.data.test_path is None else _open_images(config, "test_path")
+        run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
-    with ProgressBar(run.next.metrics):
-        return launch(train_on_worker, (recipe, config, run), config.launch, name=recipe, storage=run.path)
+
+    def is_allowed(num_workers: int) -> bool:
+        pieces = num_workers * config.training.accumulation
+        return batch_size % pieces == 0 and num_workers <= Partition(len(train_images), 1).num_blocks
+
+    followed = run.metrics if goes_on else run.next.metrics
+    with ProgressBar(followed, run.metrics):
+        return launch(
+            train_on_worker,
+            (recipe, config, run),
+            config.launch,
+            name=recipe,
+            storage=run.path,
+            is_allowed=is_allowed,
+        )
 
 
 def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
@@ -175,7 +208,8 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  {python} -c \"import zarr; print(zarr.open('{place}/bank.zarr').info)\"",
+        f"  {python} -m instdisc.evaluate {place}     # accuracies, and a page to look at",
+        f"  {python} -m instdisc.search {place} IMAGE     # the nearest images",
         f"  {python} -m instdisc.train sample --help     # every setting",
         f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",
         f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.exchange import Exchange
 from cluster.launch import Worker
 from cluster.partition import Partition
+from cluster.phases import Phases
 from instdisc.backbone import build_embedder
 from instdisc.bank import Bank, check_room, random_unit_rows
 from instdisc.config import RunConfig
@@ -28,11 +30,13 @@ class Trainer:
 
     Attributes:
         exchange: The collectives, with their count of bytes.
+        phases: How the time of a step divides.
         partition: Which rank owns which rows of the bank.
         embedder: The network itself, without the wrappers that training needs.
         bank: This rank's rows.
         objective: Loss and gradient.
         steps: Steps done.
+        stop_agreed: Whether some rank asked, with the last step, to stop.
 
     Args:
         worker: This rank.
@@ -45,7 +49,8 @@ class Trainer:
 
     def __init__(self, worker: Worker, config: RunConfig, num_instances: int) -> None:
         self.worker, self.config = worker, config
-        self.exchange = Exchange(worker.rank, worker.world_size)
+        self.phases = Phases(worker.device)
+        self.exchange = Exchange(worker.rank, worker.world_size, self.phases)
         self.local_batch = _local_batch(config, worker)
         try:
             self.partition = Partition(num_instances, worker.world_size)
@@ -58,7 +63,8 @@ class Trainer:
         self._network = _wrap(self.embedder, config, worker)
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = OBJECTIVES[type(config.objective)], getattr(torch, config.bank.dtype)
-        dim, sharing = config.backbone.embedding_dim, worker.local_world_size if worker.device.type == "cpu" else 1
+        dim = config.backbone.embedding_dim
+        sharing = worker.local_world_size if worker.device.type == "cpu" else 1
         check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         rows = random_unit_rows(start, stop, dim, seed=seed)
         self.bank = Bank(rows.to(worker.device, dtype), start)
@@ -66,20 +72,28 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
         self._generator = torch.Generator(worker.device)
         self._autocast_dtype = training_dtype(config, worker.device)
-        self._buffers = [buffer for buffer in self.embedder.buffers() if buffer.is_floating_point()]
+        self._buffers = {
+            name: buffer
+            for name, buffer in self.embedder.backbone.named_buffers()
+            if buffer.is_floating_point()
+        }
         self.steps = 0
+        self.stop_agreed = False
 
-    def step(self, images_VBCHW: Tensor, instance_ids_B: Tensor, learning_rate: float) -> dict[str, float]:
+    def step(
+        self, images_VBCHW: Tensor, instance_ids_B: Tensor, learning_rate: float, *, stop: bool = False
+    ) -> dict[str, float]:
         """One step on this rank's part of the global batch.
 
         Args:
             images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
             instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
             learning_rate: The rate of this step.
+            stop: This rank asks all to stop after this step; see `stop_agreed`.
 
         Returns:
-            Means over the embeddings of the global batch, `loss` and what else the objective reports, and `gradient_norm`;
-            empty if no image of the batch could be decoded.
+            Means over the embeddings of the global batch: `loss`, what else the objective reports,
+            `negative_similarity`, `embedding_norm`; and `gradient_norm`. Empty if no image could be decoded.
 
         Raises:
             ConfigError: The objective compares another number of views.
@@ -94,19 +108,23 @@ class Trainer:
                 f"{type(self.config.objective).__name__} compares {self.objective.views} view(s) of every image and "
                 f"the loader gives {len(images_VBCHW)}: open it with views={self.objective.views}"
             )
-        buffers_before = [buffer.clone() for buffer in self._buffers]
+        self.phases.begin_step()
+        buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        asked = observed.values.new_tensor([stop])
+        *totals, stops = self.exchange.sum(torch.cat([observed.values, asked])).tolist()
+        self.stop_agreed = stops > 0
         try:
-            means = observed.means(self.exchange.sum(observed.values), float(norm))
+            means = observed.means(totals, float(norm))
         except NonFiniteError:
-            for buffer, before in zip(self._buffers, buffers_before, strict=True):
-                buffer.copy_(before)
+            self._load_buffers(buffers_before)
             raise
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        with self.phases("optimizer"):
+            self.optimizer.step()
         self.objective.update(learning_rate, self.config.training.batch_size * self.objective.views)
         for part in embedded:
             self._update_bank(*part)
@@ -125,6 +143,7 @@ class Trainer:
         """
         training, device = self.config.training, self.worker.device
         self._generator.manual_seed(derive_seed(training.seed, "negatives", self.steps, self.worker.rank))
+        torch.manual_seed(derive_seed(training.seed, "dropout", self.steps, self.worker.rank))
         self._network.train()
         self.optimizer.zero_grad(set_to_none=True)
         observed: list[_Observed] = []
@@ -143,9 +162,11 @@ class Trainer:
                 with self._autocast():
                     embeddings_QD = self._network(images_QCHW)
                 detached_QD = embeddings_QD.detach()
-                result, ids_G = evaluate(
-                    self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
-                )
+                with self.phases("objective"):
+                    result, ids_G = evaluate(
+                        self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
+                    )
+                result.sums["embedding_norm"] = self.embedder.norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
@@ -175,19 +196,39 @@ class Trainer:
             embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
         return embeddings
 
-    def average_buffers(self) -> None:
-        """Give every rank the mean of the ranks' running statistics, which each gathered from its own images.
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's running statistics by the network's names, copied to the CPU."""
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items()}
+
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """The mean of the ranks' running statistics, which each gathered from its own images, on the CPU.
 
         Collectives: one all-reduce; every rank must call.
         """
-        if not self._buffers or self.worker.world_size == 1:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in self._buffers])
-        mean = self.exchange.sum(flat) / self.worker.world_size
-        first = 0
-        for buffer in self._buffers:
-            buffer.copy_(mean[first : first + buffer.numel()].view_as(buffer))
-            first += buffer.numel()
+        local = self.buffers()
+        if not local or self.worker.world_size == 1:
+            return local
+        flat = torch.cat([buffer.flatten() for buffer in self._buffers.values()])
+        mean = (self.exchange.sum(flat) / self.worker.world_size).cpu()
+        parts = torch.split(mean, [buffer.numel() for buffer in local.values()])
+        return {name: part.view_as(local[name]) for name, part in zip(local, parts, strict=True)}
+
+    @contextlib.contextmanager
+    def with_averaged_buffers(self) -> Iterator[None]:
+        """Within, the network has the averaged running statistics; afterwards this rank's own again.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        local = self.buffers()
+        self._load_buffers(self.averaged_buffers())
+        try:
+            yield
+        finally:
+            self._load_buffers(local)
+
+    def _load_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, buffer in self._buffers.items():
+            buffer.copy_(values[name])
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self._autocast_dtype
@@ -227,7 +268,18 @@ def evaluate(
     local = slice(exchange.rank * len(embeddings_QD), (exchange.rank + 1) * len(embeddings_QD))
     queries = Queries(queries_GD, ids_G, objective.views, local)
     terms_GC = objective.shard_terms(queries, bank, generator, exchange.log_sum_exp)
-    return objective.merge(exchange.to_askers(terms_GC), instance_ids_Q), ids_G
+    result = objective.merge(exchange.to_askers(terms_GC), instance_ids_Q)
+    result.sums["negative_similarity"] = _similarity_to_others(queries)
+    return result, ids_G
+
+
+def _similarity_to_others(queries: Queries) -> Tensor:
+    """Mean cosine similarity to the embeddings of other images of the global batch, summed over this rank's own."""
+    present_G = queries.instance_ids_G >= 0
+    embeddings_GD = queries.embeddings_GD.double() * present_G[:, None]
+    images_BD = embeddings_GD[queries.local].view(queries.views, -1, embeddings_GD.shape[1]).sum(dim=0)
+    others = (present_G.sum() - queries.views).clamp(min=1)
+    return (images_BD.sum(dim=0) @ embeddings_GD.sum(dim=0) - images_BD.square().sum()) / others
 
 
 class _Observed(NamedTuple):
@@ -253,15 +305,15 @@ class _Observed(NamedTuple):
     def total(cls, parts: list[_Observed]) -> _Observed:
         return cls(parts[0].names, torch.stack([part.values for part in parts]).sum(dim=0))
 
-    def means(self, totals: Tensor, gradient_norm: float) -> dict[str, float]:
+    def means(self, totals: list[float], gradient_norm: float) -> dict[str, float]:
         """Means over all embeddings from the totals over all ranks, and the gradient norm; empty if there was none.
 
         Raises:
             NonFiniteError: Some rank saw a non-finite number, and which; or the gradient is not finite.
         """
-        *sums, count = totals[: len(self.names) + 1].tolist()
+        *sums, count = totals[: len(self.names) + 1]
         flags = totals[len(self.names) + 1 :]
-        ranks = flags.nonzero()[:, 0].tolist()
+        ranks = [rank for rank, flag in enumerate(flags) if flag]
         if ranks:
             raise NonFiniteError(
                 f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of {len(flags)}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import logging
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster import snapshots
+from cluster.errors import SnapshotError
 from cluster.launch import Worker
+from cluster.metrics import TRAINING, Metrics, exported
+from cluster.snapshot_writer import SnapshotReport
+from cluster.snapshots import remove_snapshots
+from cluster.stopping import Stopped
+from instdisc.checkpoint import Checkpoints, Progress
+from instdisc.clock import Clock
 from instdisc.config import RunConfig
 from instdisc.errors import NonFiniteError
 from instdisc.optim import learning_rate
@@ -28,31 +31,47 @@ from pipelines.order import Order
 
 logger = logging.getLogger(__name__)
 
+Job = tuple[str, RunConfig, RunDirectory]
+"""Name of the recipe, settings, and the run directory, in which a new run is prepared."""
 
-def train_on_worker(worker: Worker, job: tuple[str, RunConfig, RunDirectory]) -> dict[str, Any]:
+
+def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     """Train on one rank; the function that `cluster.launch` runs on every worker.
+
+    Goes on from the newest snapshot of the run, if there is one.
 
     Args:
         worker: This rank.
-        job: Name of the recipe, settings, and the run directory, in which the run is prepared.
+        job: What to train.
 
     Returns:
-        The summary that is also in the run directory.
+        The summary that is also in the run directory; or how far it came before it was asked to stop.
 
     Collectives: many; every rank must call.
     """
     recipe, config, run = job
-    return _Run(worker, recipe, config, run).complete()
+    metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
+    with exported(
+        metrics,
+        config.metrics,
+        local_rank=worker.local_rank,
+        world_size=worker.world_size,
+        directory=run.targets,
+    ):
+        return _Run(worker, recipe, config, run, metrics).complete()
 
 
 class _Run:
     """One rank's part of one run."""
 
-    def __init__(self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory) -> None:
+    def __init__(
+        self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory, metrics: Metrics
+    ) -> None:
         self.worker, self.recipe, self.config, self.run = worker, recipe, config, run
-        # After a restart of the workers the run has begun already; the configuration is what moves last.
-        self.restarted = not run.next.config.exists()
-        prepared = run if self.restarted else run.next
+        self.metrics = metrics
+        # A run that has begun has moved its configuration, last of all its files.
+        self.is_new = run.next.config.exists()
+        prepared = run.next if self.is_new else run
         self.manifest = Manifest.load(prepared.manifest)
         test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
         self.trainer = Trainer(worker, config, len(self.manifest))
@@ -64,45 +83,79 @@ class _Run:
             world_size=worker.world_size,
             rank=worker.rank,
         )
-        self.clock = _Clock()
+        self.total_steps = config.training.epochs * self.order.steps_per_epoch
+        self.url = config.snapshots.url or str(run.snapshots)
         self.corrupt: set[Path] = set()
+        self._sent_bytes = 0
+        rows = self.trainer.bank.rows
+        metrics.set(
+            world_size=worker.world_size,
+            epochs=config.training.epochs,
+            bank_rows=len(rows),
+            bank_bytes=rows.numel() * rows.element_size(),
+            bank_element_bytes=rows.element_size(),
+            snapshot_timestamp_seconds=time.time(),
+        )
 
-    def complete(self) -> dict[str, Any]:
-        """Baselines, training, last measurements, files."""
+    def complete(self) -> dict[str, Any] | Stopped:
+        """Start or go on, train, last measurements, last snapshot."""
         self.trainer.exchange.barrier()
-        if self.worker.is_first and not self.restarted:
+        if self.worker.is_first and self.is_new:
+            remove_snapshots(self.url)
             self.run.begin()
         self.trainer.exchange.barrier()
-        if self.restarted:
-            self._say("the workers were started again: training begins anew")
+        self.checkpoints = Checkpoints(self.trainer, self.manifest, self.config, self.url)
+        try:
+            return self._complete()
+        finally:
+            self.checkpoints.abandon()
+
+    def _complete(self) -> dict[str, Any] | Stopped:
+        progress = self.checkpoints.restore()
+        self.clock = Clock(progress.train_seconds if progress else 0.0)
+        self.means = progress.means if progress else {}
+        self._announce(resumed=progress is not None)
+        try:
+            reason = self._train()
+        except NonFiniteError as error:
+            self.metrics.set(loss=math.nan)
+            self._save_last()
+            raise NonFiniteError(
+                f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
+                "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start anew with --overwrite"
+            ) from None
+        if reason is not None:
+            self._save_last()
+            return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
+        accuracies = self._measure(self.config.training.epochs)
+        self._save_last()
+        return self._summarise(accuracies)
+
+    def _announce(self, *, resumed: bool) -> None:
+        """Say where training starts, and measure the baselines if that is the beginning."""
+        if self.worker.is_first and not self.is_new:
+            self.metrics.add("restarts_total")
+            self.run.rewind_metrics(self.trainer.steps, self.order.steps_per_epoch)
+            where = (
+                f"from the snapshot of step {self.trainer.steps}"
+                if resumed
+                else "from the beginning: no snapshot"
+            )
+            self._say(f"going on {where}, {self.worker.world_size} worker(s)")
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
-        baselines: dict[str, float | None] = {}
-        if self.config.probe.baselines and self.probe.possible:
+        if self.config.probe.baselines and self.probe.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
-            baselines = self.probe.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
-        try:
-            means = self._train()
-        except NonFiniteError as error:
-            self._save()
-            raise NonFiniteError(
-                f"step {self.trainer.steps + 1}: {error}; the weights and the bank from before this step are in "
-                f"{self.run.path}. Lower --optimizer.learning-rate or lengthen "
-                "--optimizer.warmup-epochs"
-            ) from None
-        accuracies = self._measure(self.config.training.epochs)
-        self._save()
-        return self._summarise(baselines, accuracies, means)
+            values = self.probe.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
+            if self.worker.is_first:
+                append_line(self.run.metrics, {"kind": "baselines", **values})
 
-    def _train(self) -> dict[str, float]:
-        """All epochs; returns the means of the last step."""
-        training = self.config.training
-        steps_per_epoch = self.order.steps_per_epoch
-        total_steps = training.epochs * steps_per_epoch
-        means: dict[str, float] = {}
+    def _train(self) -> str | None:
+        """All epochs that are left; returns why it ended early, if it did."""
+        training, steps_per_epoch = self.config.training, self.order.steps_per_epoch
         with open_loader(
             self.manifest,
-            self.order.requests(num_epochs=training.epochs),
+            self.order.requests(*divmod(self.trainer.steps, steps_per_epoch), num_epochs=training.epochs),
             augmentation=self.config.augmentation,
             training=True,
             views=self.trainer.objective.views,
@@ -111,19 +164,63 @@ class _Run:
             config=self.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, self.manifest),
         ) as loader:
-            for step in range(total_steps):
+            while self.trainer.steps < self.total_steps:
                 with self.clock.waiting():
                     batch = next(loader)
-                epoch = step / steps_per_epoch
-                rate = learning_rate(self.config.optimizer, epoch, training.epochs)
-                means = self.trainer.step(batch.images, batch.instance_ids, rate)
-                self.clock.tick(training.batch_size)
-                done = step + 1
-                if done % training.log_every == 0 or done in (1, total_steps):
-                    self._log(done, total_steps, rate, means)
-                if done % steps_per_epoch == 0 and done < total_steps:
+                rate = learning_rate(
+                    self.config.optimizer, self.trainer.steps / steps_per_epoch, training.epochs
+                )
+                reason = self.worker.stop_requested() if self.worker.is_first else None
+                self.means = self.trainer.step(
+                    batch.images, batch.instance_ids, rate, stop=reason is not None
+                )
+                seconds, done = self.clock.tick(training.batch_size), self.trainer.steps
+                self._record(seconds, rate)
+                if done % training.log_every == 0 or done in (1, self.total_steps):
+                    self._log(rate)
+                if done % steps_per_epoch == 0 and done < self.total_steps:
                     self._measure_if_due(done // steps_per_epoch)
-        return means
+                if self.trainer.stop_agreed and done < self.total_steps:
+                    return reason or "another rank"
+                if done % self.config.snapshots.every_steps == 0 and done < self.total_steps:
+                    self.checkpoints.save(self._progress())
+                self._report(self.checkpoints.poll())
+        return None
+
+    def _progress(self) -> Progress:
+        return Progress(self.clock.train_seconds, self.means)
+
+    def _save_last(self) -> None:
+        """Save where training stands and wait until it is written.
+
+        Collectives: one all-reduce and a barrier; every rank must call.
+
+        Raises:
+            SnapshotError: It could not be written; what is there already is named.
+        """
+        if self.checkpoints.last_step != self.trainer.steps:
+            self.checkpoints.save(self._progress())
+        reports = self.checkpoints.close()
+        self._report(reports)
+        self.trainer.exchange.barrier()
+        if reports and reports[-1].error:
+            raise SnapshotError(
+                f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
+                f"in {self.url} and run the same command again, which goes on from the last one that was"
+            )
+
+    def _report(self, reports: list[SnapshotReport]) -> None:
+        """Tell how snapshots ended. A failed one costs nothing but itself."""
+        for report in reports:
+            if report.error:
+                self.metrics.add("snapshot_failures_total")
+                logger.warning(
+                    "[%d/%d step %d] no snapshot: %s; training goes on, the last one is kept",
+                    *(self.worker.rank, self.worker.world_size, report.step, report.error),
+                )
+                continue
+            self.metrics.observe("snapshot_seconds", report.seconds)
+            self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
 
     def _measure_if_due(self, epoch: int) -> None:
         every = self.config.probe.every
@@ -132,63 +229,64 @@ class _Run:
 
     def _measure(self, epoch: int) -> dict[str, float | None]:
         """KNN accuracy with re-computed embeddings and with the bank as it stands."""
-        self.trainer.average_buffers()
         if not self.probe.possible:
             return {}
-        accuracies = self.probe.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+        with self.trainer.with_averaged_buffers():
+            accuracies = self.probe.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+        self.metrics.set(
+            knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
+        )
         if self.worker.is_first:
             values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
             append_line(self.run.metrics, {"kind": "knn", "epoch": epoch, **values})
         return accuracies
 
-    def _log(self, done: int, total_steps: int, rate: float, means: dict[str, float]) -> None:
+    def _record(self, seconds: float, rate: float) -> None:
+        """Tell the metrics of a step."""
+        metrics, means, exchange = self.metrics, self.means, self.trainer.exchange
+        metrics.observe("step_seconds", seconds)
+        metrics.observe("data_wait_seconds", self.clock.waited)
+        for phases in self.trainer.phases.finish_step():
+            for name, spent in phases.items():
+                metrics.observe(f"{name}_seconds", spent)
+        metrics.add("images_total", self.trainer.local_batch)
+        metrics.add("exchange_bytes_total", exchange.sent_bytes - self._sent_bytes)
+        self._sent_bytes = exchange.sent_bytes
+        metrics.set(
+            epoch=self.trainer.steps / self.order.steps_per_epoch,
+            learning_rate=rate,
+            loss=means.get("loss"),
+            gradient_norm=means.get("gradient_norm"),
+            positive_similarity=means.get("positive_similarity"),
+            negative_similarity=means.get("negative_similarity"),
+            embedding_norm=means.get("embedding_norm"),
+            log_partition=self.trainer.objective.state_dict().get("log_partition"),
+        )
+
+    def _log(self, rate: float) -> None:
         images_per_second, waited = self.clock.lap()
-        if not self.worker.is_first or not means:
+        if not self.worker.is_first or not self.means:
             return
         append_line(
             self.run.metrics,
             {
                 "kind": "train",
-                "step": done,
-                "total_steps": total_steps,
-                "epoch": done / self.order.steps_per_epoch,
+                "step": self.trainer.steps,
+                "total_steps": self.total_steps,
+                "epoch": self.trainer.steps / self.order.steps_per_epoch,
                 "learning_rate": rate,
                 "images_per_second": images_per_second,
                 "loader_wait_fraction": waited,
-                **means,
+                **self.means,
                 **self.trainer.objective.state_dict(),
             },
         )
 
-    def _save(self) -> None:
-        """Weights by the first rank, the bank by all.
-
-        Collectives: barriers; every rank must call.
-        """
-        trainer, config = self.trainer, self.config
-        if self.worker.is_first:
-            partial = self.run.weights.with_suffix(".tmp")
-            torch.save(trainer.embedder.backbone.state_dict(), partial)
-            partial.replace(self.run.weights)
-            attributes: dict[str, str | int | float] = {
-                "manifest_fingerprint": self.manifest.fingerprint,
-                "step": trainer.steps,
-                "backbone": config.backbone.name,
-                **{
-                    f"objective.{name}": value for name, value in dataclasses.asdict(config.objective).items()
-                },
-            }
-            snapshots.create_table(self.run.bank, trainer.partition, trainer.bank.rows, attributes)
-        trainer.exchange.barrier()
-        snapshots.write_rows(self.run.bank, trainer.bank.start, trainer.bank.rows)
-        trainer.exchange.barrier()
-
-    def _summarise(
-        self, baselines: dict[str, float | None], accuracies: dict[str, float | None], means: dict[str, float]
-    ) -> dict[str, Any]:
+    def _summarise(self, accuracies: dict[str, float | None]) -> dict[str, Any]:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
+        baselines = self.run.baselines() if self.worker.is_first else {}
         summary = {
             "recipe": self.recipe,
             "knn_top1": accuracies.get("recomputed"),
@@ -196,7 +294,7 @@ class _Run:
             "knn_top1_raw_pixels": baselines.get("raw_pixels"),
             "knn_top1_untrained": baselines.get("untrained"),
             "knn_protocol": self.probe.protocol,
-            "loss": means.get("loss"),
+            "loss": self.means.get("loss"),
             "epochs": training.epochs,
             "steps": self.trainer.steps,
             "num_instances": len(self.manifest),
@@ -214,6 +312,7 @@ class _Run:
         return summary
 
     def _say(self, message: str) -> None:
+        """Tell the user, through the metrics file that the progress bar follows."""
         if self.worker.is_first:
             append_line(self.run.metrics, {"kind": "status", "message": message})
 
@@ -221,71 +320,6 @@ class _Run:
         path = manifest.root / name
         if path not in self.corrupt:
             self.corrupt.add(path)
+            self.metrics.add("corrupt_images_total")
             logger.warning("skipping %s: %s", path, reason)
             self.run.add_corrupt_image(manifest, name, reason)
-
-
-class _Clock:
-    """Times the steps: from asking for a batch to the end of its step, so that what lies between steps is left out.
-
-    Fractions and speeds leave the first step out, which starts the loader and compiles.
-    """
-
-    def __init__(self) -> None:
-        self.train_seconds = 0.0
-        self._first_step = True
-        self._run = _Spent()
-        self._lap = _Spent()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around asking for a batch, which begins a step."""
-        self._started = time.perf_counter()
-        yield
-        self._waited = time.perf_counter() - self._started
-
-    def tick(self, images: int) -> None:
-        """At the end of a step on so many images."""
-        seconds = time.perf_counter() - self._started
-        self.train_seconds += seconds
-        if not self._first_step:
-            self._run.add(seconds, self._waited, images)
-            self._lap.add(seconds, self._waited, images)
-        self._first_step = False
-
-    def lap(self) -> tuple[float, float]:
-        """Images per second and fraction of the time spent waiting since the last call."""
-        spent, self._lap = self._lap, _Spent()
-        return spent.images_per_second, spent.wait_fraction
-
-    @property
-    def images_per_second(self) -> float:
-        """Over all steps but the first."""
-        return self._run.images_per_second
-
-    @property
-    def wait_fraction(self) -> float:
-        """Over all steps but the first."""
-        return self._run.wait_fraction
-
-
-@dataclass
-class _Spent:
-    """Sums over steps."""
-
-    seconds: float = 0.0
-    waited: float = 0.0
-    images: int = 0
-
-    def add(self, seconds: float, waited: float, images: int) -> None:
-        self.seconds += seconds
-        self.waited += waited
-        self.images += images
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def wait_fraction(self) -> float:
-        return self.waited / self.seconds if self.seconds else 0.0

@@ -34,6 +34,9 @@ class Augmentation:
 
     image_size: int = 224
     """Side of the square images the network sees, in pixels."""
+    training_size: int | None = None
+    """Side of the random views of training, if other than `image_size`. Smaller ones cost less, and as random crops
+    enlarge objects, these then look alike in training and evaluation (Touvron et al. 2019, arXiv 1906.06423)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of the random crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -63,8 +66,10 @@ class Augmentation:
         Raises:
             ValueError: If a field lies outside its range.
         """
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size}: must be at least 1 pixel")
+        for name in ("image_size", "training_size"):
+            side = getattr(self, name)
+            if side is not None and side < 1:
+                raise ValueError(f"{name}={side}: must be at least 1 pixel")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale}: expected 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < np.inf:

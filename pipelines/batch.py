@@ -85,6 +85,12 @@ class LoaderJob:
     _reported: set[int] = field(default_factory=set, init=False)
 
     @property
+    def side(self) -> int:
+        """Of the square images, in pixels."""
+        smaller = self.augmentation.training_size if self.training else None
+        return smaller or self.augmentation.image_size
+
+    @property
     def changes_color(self) -> bool:
         """Whether any view can differ from its image in colour."""
         return self.training and self.augmentation.changes_color

@@ -217,8 +217,7 @@ def _graph(job: LoaderJob, decoder: Literal["cpu", "mixed"]) -> list[Any]:
             image = fn.decoders.image_slice(encoded, anchor, shape, **absolute, **decoding)
         else:
             image = fn.slice(decoded, anchor, shape, **absolute)
-        size = job.augmentation.image_size
-        image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+        image = fn.resize(image, size=(job.side, job.side), interp_type=types.INTERP_LINEAR, antialias=True)
         if job.changes_color:
             factors = {
                 name: fn.external_source(name=f"{name}{view}", dtype=types.FLOAT, ndim=0) for name in _COLORS

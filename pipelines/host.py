@@ -50,7 +50,7 @@ class HostLoader(Loader):
         return job.to_batch(images, request.rows, failures)
 
     def _load(self, request: Request) -> _Piece:
-        size, manifest = self._job.augmentation.image_size, self._job.manifest
+        size, manifest = self._job.side, self._job.manifest
         views = self._job.view_parameters(request)
         colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import zarr
 
+from instdisc.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
-SHORT = ["--training.epochs", "1", "--objective.num-negatives", "256", "--data.root", "DATA"]
+SHORT = ["--training.epochs", "1", "--data.root", "DATA"]
 
 
 def short(tmp_path: Path, *more: str) -> list[str]:
@@ -28,7 +28,7 @@ def test_a_submitted_job_trains_on_the_cluster(ray_cluster: RayCluster, tmp_path
     assert "run directory" in job.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, 39)
-    assert zarr.open_array(tmp_path / "run" / "bank.zarr", mode="r").shape == (5000, 128)
+    assert RunDirectory(tmp_path / "run").open_snapshot().tables["embeddings"] == ((5000, 128), "float32")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_submitted_job_trains_on_the_cluster(ray_cluster: RayCluster, tmp_path
         pytest.param(["--training.batch-size", "127"], ["batch of 127", "multiple of 2"], id="batch"),
         pytest.param(
             ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"],
-            ["step 1", "not finite on rank", "the bank from before this step"],
+            ["step 1", "not finite on rank", "the state before this step"],
             id="not finite",
         ),
     ],
@@ -59,11 +59,12 @@ def test_errors_of_workers_reach_the_user(
         assert text in program.stderr
 
 
-def test_a_lost_worker_is_replaced_and_training_begins_anew(tmp_path: Path) -> None:
+def test_a_lost_worker_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
     environment: dict[str, str] = {"RAY_ADDRESS": "local"}
+    restarting = ["--max-restarts", "1", "--training.epochs", "2", "--snapshots.every-steps", "5"]
     with processes_of_this_block(environment) as alive:
         program = subprocess.Popen(
-            [sys.executable, *short(tmp_path, "--max-restarts", "1", "--training.epochs", "2")],
+            [sys.executable, *short(tmp_path, *restarting)],
             cwd=CHECKOUT,
             env=os.environ | environment,
             stdout=subprocess.PIPE,
@@ -71,7 +72,7 @@ def test_a_lost_worker_is_replaced_and_training_begins_anew(tmp_path: Path) -> N
             text=True,
         )
         metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and '"step": 10,' in metrics.read_text(), timeout_s=200)
+        wait_until(lambda: metrics.exists() and '"step": 20,' in metrics.read_text(), timeout_s=200)
         workers = [
             pid for pid in alive() if b"ray::RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
@@ -80,6 +81,6 @@ def test_a_lost_worker_is_replaced_and_training_begins_anew(tmp_path: Path) -> N
         said, _ = program.communicate(timeout=300)
     assert program.returncode == 0, said
     assert "restart 1 of 1" in said
-    assert "training begins anew" in said
+    assert "going on from the snapshot of step" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 78

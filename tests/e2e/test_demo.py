@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import zarr
 
+from instdisc.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT
 
 
@@ -36,9 +36,9 @@ def test_the_demo_learns_more_than_the_pixels_tell(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["world_size"], summary["num_instances"]) == (2, 5000)
     assert 0.32 < summary["knn_top1_raw_pixels"] < 0.38
-    assert summary["knn_top1"] >= summary["knn_top1_raw_pixels"] + 0.06
+    assert summary["knn_top1"] >= 0.50
     assert summary["knn_top1"] > summary["knn_top1_untrained"]
-    bank = zarr.open_array(run / "bank.zarr", mode="r")[:]
+    bank = RunDirectory(run).open_snapshot().read("embeddings")
     assert bank.shape == (5000, 128)
     np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-5)
     for text in ("raw pixels", "untrained network", "runs/demo", "next:", "epoch 20: kNN top-1"):

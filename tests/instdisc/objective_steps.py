@@ -1,4 +1,4 @@
-"""One step of an objective on several ranks, as the trainer does it, on a batch that is the same whatever their number."""
+"""One step of an objective as the trainer does it, on a batch that is the same whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,5 @@ def step(
 def whole_batch(steps: list[Step], views: int = 1) -> tuple[Tensor, Tensor]:
     """Loss (V, B) and gradient (V, B, D) of the global batch from the ranks' parts."""
     losses = [each.result.loss_Q.view(views, -1) for each in steps]
-    gradients = [
-        each.result.gradient_QD.view(views, -1, each.result.gradient_QD.shape[1]) for each in steps
-    ]
+    gradients = [each.result.gradient_QD.view(views, -1, each.result.gradient_QD.shape[1]) for each in steps]
     return torch.cat(losses, dim=1), torch.cat(gradients, dim=1)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+
+from instdisc.run_directory import RunDirectory
 
 SMALL = [
     "--num-workers",
@@ -20,7 +23,7 @@ SMALL = [
     "--backbone.embedding-dim",
     "16",
 ]
-SMALL += ["--objective.num-negatives", "32", "--probe.neighbours", "5", "--optimizer.warmup-epochs", "0"]
+SMALL += ["--probe.neighbours", "5", "--optimizer.warmup-epochs", "0", "--metrics.port", "0"]
 
 Run = Callable[..., tuple[int, str, Path]]
 
@@ -41,6 +44,11 @@ def write_pictures(folder: Path, count: int, classes: int = 0) -> Path:
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text())
+
+
+def bank_of(run_dir: Path) -> NDArray[Any]:
+    """The rows of the newest snapshot."""
+    return RunDirectory(run_dir).open_snapshot().read("embeddings")
 
 
 def solid(folder: Path, classes: dict[str, tuple[int, int, int]], count: int) -> Path:

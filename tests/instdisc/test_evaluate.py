@@ -22,7 +22,7 @@ from instdisc.run_directory import RunDirectory
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference
-from tests.instdisc.program import BLUE, GREEN, RED, SMALL, solid, summary_of, write_pictures
+from tests.instdisc.program import BLUE, GREEN, RED, SMALL, bank_of, solid, summary_of, write_pictures
 from tests.ray_cluster import RayCluster
 
 Evaluate = Callable[..., tuple[int, str]]
@@ -33,19 +33,17 @@ def train_small(folder: Path, test: Path | None) -> Path:
     images = solid(folder / "train", CLASSES, 10)
     arguments = ["sample", *SMALL, "--data.path", str(images), "--run-dir", str(folder / "run")]
     assert train([*arguments, "--data.test-path", str(test), "--training.precision", "float32"]) == 0
-    add_snapshot(folder / "run")
     return folder / "run"
 
 
-def add_snapshot(run_dir: Path, step: int | None = None, **attributes: Any) -> Path:
-    """A snapshot of the run's bank."""
-    run = RunDirectory(run_dir)
-    bank, manifest = zarr.open_array(run.bank, mode="r"), Manifest.load(run.manifest)
-    noted = {**bank.attrs, "class_names": manifest.class_names, **attributes}
-    step = int(bank.attrs["step"]) if step is None else step
-    writer = SnapshotWriter(run_dir / "snapshots", Partition(len(manifest), 1), 0, "test", keep=9)
-    tables = {"embeddings": bank[:], "labels": np.asarray(manifest.labels), "keys": list(manifest.keys)}
-    writer.save(step, tables, attributes=noted)
+def add_snapshot(run_dir: Path, step: int, **attributes: Any) -> Path:
+    """One more snapshot of the run, the newest copied."""
+    newest = RunDirectory(run_dir).open_snapshot()
+    noted = {**newest.attributes, **attributes}
+    writer = SnapshotWriter(run_dir / "snapshots", Partition(newest.num_rows, 1), 0, "test", keep=9)
+    tables = {name: newest.read(name) for name in newest.tables}
+    files = {name: newest.read_file(name) for name in newest.files}
+    writer.save(step, tables, files, noted)
     writer.wait()
     assert [report.error for report in writer.poll()] == [None]
     return run_dir / "snapshots" / f"step-{step:09d}"
@@ -136,7 +134,7 @@ def test_without_test_images_every_row_is_classified_by_the_others(
     moved = shutil.copytree(run / "snapshots", tmp_path / "elsewhere" / "snapshots")
     status, said = evaluate(moved)
     assert status == 0, said
-    rows = np.asarray(zarr.open_array(run / "bank.zarr", mode="r")[:], np.float64)
+    rows = np.asarray(bank_of(run), np.float64)
     labels = np.asarray(Manifest.load(run / "manifest").labels)
     right = 0
     for row, label in enumerate(labels):
@@ -149,7 +147,7 @@ def test_without_test_images_every_row_is_classified_by_the_others(
 
 @pytest.mark.parametrize("kind", ["npy", "zarr"])
 def test_queries_from_an_array(evaluate: Evaluate, trained: Path, tmp_path: Path, kind: str) -> None:
-    rows = np.asarray(zarr.open_array(trained / "bank.zarr", mode="r")[:])
+    rows = np.asarray(bank_of(trained))
     labels = np.asarray(Manifest.load(trained / "manifest").labels).copy()
     paths = [str(tmp_path / f"{name}.{kind}") for name in ("vectors", "labels")]
     for path, array in zip(paths, (rows, labels), strict=True):
@@ -162,7 +160,7 @@ def test_queries_from_an_array(evaluate: Evaluate, trained: Path, tmp_path: Path
 
 
 def test_array_queries_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
-    rows = zarr.open_array(trained / "bank.zarr", mode="r")[:]
+    rows = bank_of(trained)
     vectors, narrow = tmp_path / "vectors.npy", tmp_path / "narrow.npy"
     labels, strange = tmp_path / "labels.npy", tmp_path / "strange.npy"
     np.save(vectors, rows[:4])
@@ -205,7 +203,6 @@ def test_k_beyond_the_bank(evaluate: Evaluate, trained: Path) -> None:
 def test_a_bank_without_labels(evaluate: Evaluate, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "plain", 12)
     assert train(["sample", *SMALL, "--data.path", str(images), "--run-dir", str(tmp_path / "run")]) == 0
-    add_snapshot(tmp_path / "run")
     refused(evaluate(tmp_path / "run"), "has no labels")
 
 

@@ -13,12 +13,16 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
+from cluster.partition import Partition
+from cluster.snapshot_writer import SnapshotWriter
 from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.export import main
 from instdisc.recipes import RECIPES
+from instdisc.run_directory import NETWORK
 
 
 @pytest.fixture
@@ -29,7 +33,11 @@ def trained(tmp_path: Path) -> Any:
         torch.manual_seed(0)
         config = BackboneConfig(name=name, embedding_dim=16)
         network = build_embedder(config, image_size).eval()
-        torch.save(network.backbone.state_dict(), tmp_path / "weights.pt")
+        writer = SnapshotWriter(tmp_path / "snapshots", Partition(1, 1), 0, "test")
+        files = {NETWORK: save(network.backbone.state_dict())}
+        writer.save(1, {"embeddings": torch.ones(1, 16)}, files)
+        writer.close()
+        assert [report.error for report in writer.poll()] == [None]
         augmentation = {"image_size": image_size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
         settings = RECIPES["sample"].config.settings()
         settings |= {"backbone": dataclasses.asdict(config), "augmentation": augmentation}

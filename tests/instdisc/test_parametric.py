@@ -17,7 +17,7 @@ def two_steps(
     rank: int, world_size: int, config: ParametricSoftmaxConfig, kind: str, num_instances: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     result, objective, bank = step(rank, world_size, config, kind, num_instances, DIM)
-    (embeddings,), ids = batch(kind, num_instances, DIM)
+    _, ids = batch(kind, num_instances, DIM)
     objective.update(RATE, len(ids))
     weights = objective.tables()["weights"].clone()
     # The momentum goes on without a gradient.
@@ -26,9 +26,7 @@ def two_steps(
     return result.loss_Q, result.gradient_QD, torch.stack([weights, objective.tables()["weights"]])
 
 
-def assert_formulas(
-    world_size: int, config: ParametricSoftmaxConfig, kind: str, num_instances: int
-) -> None:
+def assert_formulas(world_size: int, config: ParametricSoftmaxConfig, kind: str, num_instances: int) -> None:
     ranks = run_ranks(world_size, two_steps, config, kind, num_instances)
     (embeddings,), ids = batch(kind, num_instances, DIM)
     f = embeddings.double().requires_grad_()
@@ -39,12 +37,19 @@ def assert_formulas(
     once = weights.detach() - RATE * by_weights / len(ids)
     twice = once - RATE * config.momentum * by_weights / len(ids)
     tolerance = 1e-5 / config.temperature
-    torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]).double(), losses, rtol=1e-5, atol=tolerance)
     torch.testing.assert_close(
-        torch.cat([rank[1] for rank in ranks]).double(), by_embeddings, rtol=0, atol=tolerance / config.temperature
+        torch.cat([rank[0] for rank in ranks]).double(), losses, rtol=1e-5, atol=tolerance
+    )
+    torch.testing.assert_close(
+        torch.cat([rank[1] for rank in ranks]).double(),
+        by_embeddings,
+        rtol=0,
+        atol=tolerance / config.temperature,
     )
     trained = torch.cat([rank[2] for rank in ranks], dim=1).double()
-    torch.testing.assert_close(trained, torch.stack([once, twice]), rtol=0, atol=tolerance / config.temperature)
+    torch.testing.assert_close(
+        trained, torch.stack([once, twice]), rtol=0, atol=tolerance / config.temperature
+    )
 
 
 @pytest.mark.parametrize("block", [5, 4096])

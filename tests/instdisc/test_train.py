@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from PIL import Image
 
 from instdisc.bank import random_unit_rows
@@ -21,6 +20,7 @@ from tests.instdisc.program import (
     RED,
     SMALL,
     Run,
+    bank_of,
     refused,
     solid,
     summary_of,
@@ -49,11 +49,15 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     assert summary["knn_protocol"] == "test-set"
     for text in ("raw pixels", "untrained network", "run directory", "next:"):
         assert text in said
-    bank = zarr.open_array(out / "bank.zarr", mode="r")
-    manifest = Manifest.load(out / "manifest")
+    snapshot, manifest = RunDirectory(out).open_snapshot(), Manifest.load(out / "manifest")
+    assert snapshot.step == 10
+    assert snapshot.attributes["manifest_fingerprint"] == manifest.fingerprint
+    assert snapshot.attributes["class_names"] == list(manifest.class_names)
+    bank = snapshot.read("embeddings")
     assert bank.shape == (45, 16)
-    assert bank.attrs["manifest_fingerprint"] == manifest.fingerprint
-    np.testing.assert_allclose(np.linalg.norm(bank[:], axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(snapshot.read("labels"), manifest.labels)
+    assert list(snapshot.read("keys")) == list(manifest.keys)
     network = RunDirectory(out).load_network()
     with torch.no_grad():
         torch.testing.assert_close(network(torch.randn(2, 3, 32, 32)).norm(dim=1), torch.ones(2))
@@ -71,9 +75,7 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
 
 def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> None:
     _, said, out = run(write_pictures(tmp_path / "train", 17), "--training.epochs", "1")
-    moved = ~np.isclose(
-        zarr.open_array(out / "bank.zarr", mode="r")[:], random_unit_rows(0, 17, 16, seed=0)
-    ).all(axis=1)
+    moved = ~np.isclose(bank_of(out), random_unit_rows(0, 17, 16, seed=0)).all(axis=1)
     assert moved.sum() == 16, said
 
 
@@ -81,9 +83,8 @@ def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> Non
 def test_half_precision_banks_are_saved(run: Run, tmp_path: Path, dtype: str) -> None:
     status, said, out = run(write_pictures(tmp_path / "train", 20), "--bank.dtype", dtype)
     assert status == 0, said
-    bank = zarr.open_array(out / "bank.zarr", mode="r")
-    assert bank.dtype == (np.float16 if dtype == "float16" else np.float32)
-    np.testing.assert_allclose(np.linalg.norm(bank[:].astype(np.float32), axis=1), 1, atol=2e-2)
+    assert RunDirectory(out).open_snapshot().tables["embeddings"] == ((20, 16), dtype)
+    np.testing.assert_allclose(np.linalg.norm(bank_of(out).astype(np.float32), axis=1), 1, atol=2e-2)
 
 
 def test_without_a_test_set_training_images_classify_each_other(run: Run, tmp_path: Path) -> None:
@@ -165,9 +166,8 @@ def test_options(run: Run, tmp_path: Path, options: list[str]) -> None:
 @pytest.mark.usefixtures("run")
 def test_the_softmax_over_all_images_trains(tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "train", 45, classes=3)
-    small = [option for option in SMALL if option not in ("--objective.num-negatives", "32")]
     options = ["--augmentation.image-size", "16", "--backbone.name", "resnet8", "--data.test-path", "None"]
-    status = main(["cifar10-softmax", *small, *options, "--data.path", str(images), "--run-dir", "out"])
+    status = main(["cifar10-softmax", *SMALL, *options, "--data.path", str(images), "--run-dir", "out"])
     assert status == 0
     assert summary_of(tmp_path / "out")["recipe"] == "cifar10-softmax"
 
@@ -178,5 +178,5 @@ def test_two_runs_of_one_seed_are_the_same(run: Run, tmp_path: Path) -> None:
     for _ in range(2):
         status, said, out = run(images, "--overwrite")
         assert status == 0, said
-        banks.append(zarr.open_array(out / "bank.zarr", mode="r")[:])
+        banks.append(bank_of(out))
     assert np.array_equal(*banks)

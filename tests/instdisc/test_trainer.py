@@ -163,8 +163,10 @@ def several_steps(rank: int, world_size: int, steps: int) -> tuple[Tensor, Tenso
     for _ in range(steps):
         trainer.step(images + rank, ids, learning_rate=0.03)
     local = trainer.embedder.backbone.bn1.running_mean.clone()
-    trainer.average_buffers()
-    return local, trainer.embedder.backbone.bn1.running_mean, trainer.bank.rows
+    with trainer.with_averaged_buffers():
+        averaged = trainer.embedder.backbone.bn1.running_mean.clone()
+    assert torch.equal(trainer.embedder.backbone.bn1.running_mean, local)
+    return local, averaged, trainer.bank.rows
 
 
 def test_statistics_are_averaged_over_the_ranks() -> None:
@@ -206,3 +208,18 @@ def test_more_workers_than_rows_are_refused() -> None:
     config = RunConfig(data=DataConfig(path="unused"), training=TrainingConfig(batch_size=64))
     with pytest.raises(ConfigError, match="use at most"):
         Trainer(worker, config, 63)
+
+
+def test_a_bank_that_does_not_fit_is_refused_before_it_is_made() -> None:
+    worker = Worker(0, 1, 0, 2, 0, torch.device("cpu"))
+    config = RunConfig(data=DataConfig(path="unused"), backbone=BackboneConfig(name="resnet8"))
+    with pytest.raises(
+        ConfigError, match=r"1,000,000,000 rows of a rank.*need 512.0 GB and .* are free.*rows fit here"
+    ):
+        Trainer(worker, config, 10**9)
+
+
+def test_the_loader_must_give_as_many_views_as_the_objective_compares() -> None:
+    images, ids = my_part(0, 1)
+    with pytest.raises(ConfigError, match=r"NCEConfig compares 1 view.*the loader gives 2.*views=1"):
+        make_trainer(0, 1).step(images.repeat(2, 1, 1, 1, 1), ids, learning_rate=RATE)

@@ -255,6 +255,15 @@ def test_strong_and_absent_augmentation(manifest: Manifest, backend: str) -> Non
     assert one.images.shape == other.images.shape
 
 
+def test_training_views_of_another_size(manifest: Manifest, backend: str) -> None:
+    augmentation = Augmentation(image_size=32, training_size=20)
+    for training, side in ((True, 20), (False, 32)):
+        (batch,) = load(
+            manifest, in_order(COUNT, COUNT), backend, augmentation=augmentation, training=training
+        )
+        assert batch.images.shape == (1, COUNT, 3, side, side)
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [({"views": 0}, "views=0"), ({"views": 2, "training": False}, "views=2")]
 )
