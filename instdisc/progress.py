@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +26,15 @@ class ProgressBar:
 
     Args:
         metrics: The JSON-lines file. It is opened at once, so that it may be renamed later.
-        final: Where it will be by the end. A file that replaces it there is followed from its end.
+        final: Where it will be by the end; the same for a run that goes on, whose lines so far are not shown again.
+            Of a file that replaces it there, the lines that were not shown yet are.
     """
 
     def __init__(self, metrics: Path, final: Path) -> None:
         self._file = metrics.open()
         self._final = final
+        self._shown = Counter(self._file if metrics == final else ())
+        self._skipped: Counter[str] = Counter()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm[Any] | None = None
@@ -52,25 +56,32 @@ class ProgressBar:
             if os.fstat(self._file.fileno()).st_nlink == 0 and self._final.exists():
                 self._file.close()
                 self._file = self._final.open()
-                self._file.seek(0, os.SEEK_END)
+                self._skipped = self._shown.copy()
                 line = ""
             # The end of a line that is still being written comes in a later round.
             while part := self._file.readline():
                 line += part
                 if line.endswith("\n"):
-                    self._show(json.loads(line))
+                    self._take(line)
                     line = ""
             if last_round:
                 break
         if self._bar is not None:
             self._bar.close()
 
+    def _take(self, line: str) -> None:
+        if self._skipped[line] > 0:
+            self._skipped[line] -= 1
+            return
+        self._shown[line] += 1
+        self._show(json.loads(line))
+
     def _show(self, row: dict[str, Any]) -> None:
         if row["kind"] == "status":
             tqdm.write(row["message"], file=sys.stderr)
         elif row["kind"] == "knn":
             accuracy = ", ".join(
-                f"{name.removeprefix('knn_top1_')} {100 * value:.1f}%"
+                f"{name.removeprefix('knn_top1_')} " + ("–" if value is None else f"{100 * value:.1f}%")
                 for name, value in row.items()
                 if name.startswith("knn_top1")
             )
@@ -79,6 +90,11 @@ class ProgressBar:
             self._advance(row)
 
     def _advance(self, row: dict[str, Any]) -> None:
+        if self._bar is not None and row["step"] < self._bar.n:
+            # The workers started again from an earlier step: so does the measuring of their pace.
+            self._bar.leave = False
+            self._bar.close()
+            self._bar, self._next_line = None, 0.0
         if self._bar is None:
             # Without a terminal the bar only keeps the time; what it would show is printed as lines.
             sink = sys.stderr if sys.stderr.isatty() else io.StringIO()
