@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import ray
 from ray._private.state import state  # nothing public says whether a cluster grows by itself
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.errors import ClusterError
 from cluster.launch import LaunchConfig
@@ -49,7 +49,7 @@ def wait_for_room(
     for attempt in itertools.count():
         # Looked at anew each time: nodes come and go while waiting.
         nodes = _nodes()
-        groups = _groups(nodes, config, is_allowed)
+        groups = groups_to_try(nodes, config, is_allowed, restarting=restarting)
         if not restarting and not state.get_max_resources_from_cluster_config():
             require_room(groups[-1], nodes)
         group = groups[attempt % len(groups)]
@@ -76,10 +76,10 @@ def watching_for_room(
     def watch() -> None:
         while not ended.wait(_GROW_EVERY_S):
             try:
-                larger = _groups(_nodes(), config, is_allowed)[0]
+                larger = groups_to_try(_nodes(), config, is_allowed, restarting=True)[0]
                 more = larger.num_workers - group.num_workers
                 # Asking also tells a cluster that grows by itself that nodes are wanted.
-                if more > 0 and _is_granted(larger, more, _ELASTIC_SLICE_S):
+                if more > 0 and can_grow(larger, more):
                     found(f"there is room for {larger.num_workers} workers instead of {group.num_workers}")
                     return
             except (RayError, ClusterError) as error:
@@ -104,10 +104,16 @@ def _nodes() -> list[Node]:
     return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in draining]
 
 
-def _groups(
-    nodes: list[Node], config: LaunchConfig, is_allowed: Callable[[int], bool]
+def groups_to_try(
+    nodes: list[Node], config: LaunchConfig, is_allowed: Callable[[int], bool], *, restarting: bool
 ) -> Sequence[WorkerGroup]:
-    """Return the groups to try, the largest first."""
+    """Return the groups to try, the largest first.
+
+    A group that starts again where the number of workers was left open is the largest allowed one.
+
+    Raises:
+        ClusterError: No number of workers is allowed.
+    """
     choose = functools.partial(
         choose_group,
         nodes,
@@ -116,21 +122,51 @@ def _groups(
         strategy=config.strategy,
     )
     largest = choose(num_workers=config.num_workers)
-    if config.min_workers is None:
+    is_elastic = config.min_workers is not None
+    if not is_elastic and (config.num_workers is not None or not restarting):
         return [largest]
-    most = max(largest.num_workers, config.min_workers)
-    sizes = [size for size in range(most, config.min_workers - 1, -1) if is_allowed(size)]
+    fewest = config.min_workers or 1
+    most = max(largest.num_workers, fewest)
+    sizes = [size for size in range(most, fewest - 1, -1) if is_allowed(size)]
     if not sizes:
         raise ClusterError(
-            f"no number of workers from {config.min_workers} to {most} divides the work evenly: change "
-            "--min-workers or --num-workers"
+            f"no number of workers from {fewest} to {most} divides the work evenly: change --min-workers or "
+            "--num-workers"
         )
-    return fitting_groups([choose(num_workers=size) for size in sizes], nodes)
+    fitting = fitting_groups([choose(num_workers=size) for size in sizes], nodes)
+    return fitting if is_elastic else fitting[:1]
 
 
-def _is_granted(group: WorkerGroup, workers: int, timeout_s: float) -> bool:
-    """Return whether so many of the group's workers find free resources in time."""
-    reservation = placement_group([group.resources_per_worker] * workers, group.strategy)
+def can_grow(larger: WorkerGroup, more: int) -> bool:
+    """Return whether `more` workers find room beside this job's group, which is to become as large as `larger`."""
+    selector: dict[str, str] = {}
+    if larger.strategy == "STRICT_SPREAD" and (taken := _nodes_of_this_job()):
+        # The request by itself knows nothing of the workers that run, whose nodes may have CPUs left.
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(taken))})"}
+    return _is_granted(larger, more, _ELASTIC_SLICE_S, selector)
+
+
+def _nodes_of_this_job() -> set[str]:
+    """Return the ids of the nodes on which this job holds reservations."""
+    job = ray.get_runtime_context().get_job_id()  # with which the ids of its placement groups end
+    return {
+        node
+        for identity, entry in placement_group_table().items()
+        if identity.endswith(job) and entry["state"] != "REMOVED"
+        for node in entry["bundles_to_node_id"].values()
+        if node  # not placed yet
+    }
+
+
+def _is_granted(
+    group: WorkerGroup, workers: int, timeout_s: float, selector: dict[str, str] | None = None
+) -> bool:
+    """Return whether so many of the group's workers find free resources in time, on nodes with such labels."""
+    reservation = placement_group(
+        [group.resources_per_worker] * workers,
+        group.strategy,
+        bundle_label_selector=[selector] * workers if selector else None,
+    )
     try:
         return bool(reservation.wait(timeout_s))
     finally:

@@ -10,7 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group
 
+from cluster.launch import ray_session
+from cluster.placement import WorkerGroup
+from cluster.room import can_grow
 from cluster.stopping import StopSignals
 from tests.cluster.counting import Count, counting_program, ray_node
 from tests.ray_cluster import CHECKOUT, RayCluster, ray_head, wait_until
@@ -62,6 +67,19 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
     )
     drain_line = rf"node {drained[:8]} is being drained, \d+ s left: saved at number {begins[3]}, going on"
     assert re.search(drain_line, said), said
+
+
+def test_strictly_spread_group_grows_to_other_nodes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ray_head(num_cpus=2) as cluster, monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_session():
+            running = placement_group([{"CPU": 1.0}], "STRICT_SPREAD")
+            ray.get(running.ready())
+            assert can_grow(WorkerGroup(2, 1, 0, "PACK"), 1)
+            assert not can_grow(WorkerGroup(2, 1, 0, "STRICT_SPREAD"), 1)
+            with ray_node(cluster, 2):
+                assert can_grow(WorkerGroup(2, 1, 0, "STRICT_SPREAD"), 1)
+                assert not can_grow(WorkerGroup(3, 1, 0, "STRICT_SPREAD"), 2)
 
 
 def test_worker_that_is_sent_sigterm_saves_first(ray_cluster: RayCluster, tmp_path: Path) -> None:

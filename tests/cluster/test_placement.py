@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import ClusterError
+from cluster.launch import LaunchConfig
 from cluster.placement import (
     Node,
     Strategy,
@@ -12,6 +13,7 @@ from cluster.placement import (
     fitting_groups,
     require_room,
 )
+from cluster.room import groups_to_try
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]
@@ -93,3 +95,19 @@ def test_fitting_groups_are_those_with_room_or_else_the_smallest() -> None:
     groups = [WorkerGroup(size, 4, 0, "PACK") for size in (4, 2, 1)]
     assert fitting_groups(groups, [{"CPU": 8.0}]) == groups[1:]
     assert fitting_groups(groups, [{"CPU": 2.0}, {"CPU": 3.0}]) == groups[2:]
+
+
+def test_group_that_starts_again_is_the_largest_allowed_one() -> None:
+    def sizes(config: LaunchConfig, restarting: bool, gpus: float = 7.0) -> list[int]:
+        nodes: list[Node] = [{"CPU": 16.0, "GPU": gpus}]
+        groups = groups_to_try(nodes, config, lambda size: 256 % size == 0, restarting=restarting)
+        return [group.num_workers for group in groups]
+
+    assert sizes(LaunchConfig(), restarting=True) == [4]
+    assert sizes(LaunchConfig(), restarting=True, gpus=8.0) == [8]
+    # What was asked for is kept; a first start with a number that does not fit is for the user to mend.
+    assert sizes(LaunchConfig(), restarting=False) == [7]
+    assert sizes(LaunchConfig(num_workers=8), restarting=True) == [8]
+    assert sizes(LaunchConfig(num_workers=8, min_workers=2), restarting=True) == [4, 2]
+    with pytest.raises(ClusterError, match="no number of workers from 3 to 3"):
+        sizes(LaunchConfig(num_workers=3, min_workers=3), restarting=True)
