@@ -34,7 +34,15 @@ from zarr.storage import WrapperStore
 from cluster.errors import SnapshotError
 from cluster.storage import Storage
 
-__all__ = ["Snapshot", "SnapshotError", "committed_steps", "newest_step", "open_snapshot", "remove_snapshots"]
+__all__ = [
+    "Snapshot",
+    "SnapshotError",
+    "committed_steps",
+    "newest_step",
+    "open_snapshot",
+    "remove_snapshots",
+    "snapshot_steps",
+]
 
 SCHEMA_VERSION = 1
 COMMIT = "COMMIT.json"
@@ -209,14 +217,23 @@ class Snapshot:
         return pieces
 
 
+def snapshot_steps(url: str | Path) -> list[int]:
+    """The steps of the committed snapshots of a directory of snapshots, in ascending order.
+
+    Raises:
+        SnapshotError: The directory cannot be read.
+    """
+    with _reachable(url):
+        return committed_steps(Storage.at(url))
+
+
 def newest_step(url: str | Path) -> int | None:
     """The step of the newest committed snapshot of a directory of snapshots; None if there is none.
 
     Raises:
         SnapshotError: The directory cannot be read.
     """
-    with _reachable(url):
-        return max(committed_steps(Storage.at(url)), default=None)
+    return max(snapshot_steps(url), default=None)
 
 
 def remove_snapshots(url: str | Path) -> None:
@@ -246,13 +263,14 @@ def _reachable(url: str | Path) -> Iterator[None]:
         ) from error
 
 
-def open_snapshot(url: str | Path) -> Snapshot:
+def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
     """Open a snapshot, or the newest committed one of a directory of snapshots.
 
     Reads its COMMIT.json and compares the size of every piece; contents are checked as they are read.
 
     Args:
         url: Local path or fsspec URL of either.
+        check_sizes: False opens one whose pieces are missing or cut short, for `Snapshot.verify` to name them all.
 
     Raises:
         SnapshotError: There is none, a piece is missing, or it cannot be read; names what, and what to do.
@@ -261,7 +279,7 @@ def open_snapshot(url: str | Path) -> Snapshot:
     name = storage.url.rpartition("/")[2]
     with _reachable(url):
         if _STEP.fullmatch(name) or storage.exists(COMMIT):
-            return _open(storage)
+            return _open(storage, check_sizes)
         while True:
             step = max(committed_steps(storage), default=None)
             if step is None:
@@ -269,14 +287,14 @@ def open_snapshot(url: str | Path) -> Snapshot:
                     f"{url}: no committed snapshot; give the directory that holds the step-… folders of a run"
                 )
             try:
-                return _open(storage.below(step_folder(step)))
+                return _open(storage.below(step_folder(step)), check_sizes)
             except SnapshotError:
                 # A running writer removes old snapshots, so this one may have gone since it was found.
                 if step == max(committed_steps(storage), default=None):
                     raise
 
 
-def _open(storage: Storage) -> Snapshot:
+def _open(storage: Storage, check_sizes: bool) -> Snapshot:
     try:
         content = storage.read(COMMIT)
     except FileNotFoundError:
@@ -284,6 +302,8 @@ def _open(storage: Storage) -> Snapshot:
             f"{storage.url}: no {COMMIT}, so this snapshot was never finished; use an earlier one"
         ) from None
     snapshot = Snapshot(storage.url, _parse(content, f"{storage.url}/{COMMIT}"))
+    if not check_sizes:
+        return snapshot
     sizes = storage.below(snapshot.document["attempt"]).sizes()
     for name, (size, _) in snapshot.document["pieces"].items():
         if sizes.get(name) != size:

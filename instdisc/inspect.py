@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from cluster.snapshots import Snapshot, committed_steps, open_snapshot, step_folder
-from cluster.storage import Storage
+from cluster.snapshots import Snapshot, open_snapshot, snapshot_steps, step_folder
 from instdisc.errors import ConfigError
 from instdisc.run_directory import RunDirectory
 from pipelines.errors import DataError
@@ -33,10 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run is not None and run.config.exists():
             broken += _inspect_run(run)
             url, manifest = run.settings()["snapshots"]["url"] or str(run.snapshots), run.manifest
-            if not committed_steps(Storage.at(url)):
-                print("no snapshot yet")
-            else:
+            if snapshot_steps(url):
                 broken += _inspect_snapshots(url, _fingerprint(manifest))
+            elif run.summary.exists():
+                broken.append(f"{url}: no snapshot, though the run is complete; restore its step-… folders")
+            else:
+                print("no snapshot yet")
         else:
             broken += _inspect_snapshots(path, None)
     except (ConfigError, DataError, ClusterError, OSError) as error:
@@ -74,11 +75,11 @@ def _fingerprint(manifest: Path) -> str | None:
 
 def _inspect_snapshots(url: str, fingerprint: str | None) -> Iterator[str]:
     """Print what every committed snapshot holds and read all of it; yields what is broken."""
-    steps = committed_steps(Storage.at(url))
+    steps = snapshot_steps(url)
     urls = [f"{url.rstrip('/')}/{step_folder(step)}" for step in steps] or [url]
     for each in urls:
         try:
-            snapshot = open_snapshot(each)
+            snapshot = open_snapshot(each, check_sizes=False)
         except ClusterError as error:
             if not steps:
                 raise

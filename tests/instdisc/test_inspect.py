@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,41 @@ def test_a_broken_manifest(run: Run, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert status == 1
     assert "broken: " in said
     assert "manifest" in said
+
+
+def test_missing_pieces_are_all_named_and_missing_snapshots_are_no_success(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = run(write_pictures(tmp_path / "images", 20))
+    (snapshot,) = (out / "snapshots").glob("step-*")
+    for name in ("network.safetensors", "tables.zarr/embeddings/c.0.0"):
+        next(snapshot.glob(f"*/{name}")).unlink()
+    for path in (out, snapshot):
+        status, said = inspected(capfd, path)
+        assert status == 1
+        assert "network.safetensors: missing" in said
+        assert "tables.zarr/embeddings/c.0.0: missing" in said
+        assert "2 broken" in said
+    shutil.rmtree(out / "snapshots")
+    status, said = inspected(capfd, out)
+    assert status == 1
+    assert "no snapshot, though the run is complete" in said
+    (out / "summary.json").unlink()
+    status, said = inspected(capfd, out)
+    assert status == 0
+    assert "no snapshot yet" in said
+
+
+def test_snapshots_that_cannot_be_reached(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = run(write_pictures(tmp_path / "images", 20))
+    settings = json.loads((out / "config.json").read_text())
+    settings["snapshots"]["url"] = "nosuch://place"
+    (out / "config.json").write_text(json.dumps(settings))
+    for path in (str(out), "nosuch://place"):
+        assert main([path]) == 2
+        assert "error: nosuch://place: cannot be read" in capfd.readouterr().err
 
 
 def test_nothing_to_inspect(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
