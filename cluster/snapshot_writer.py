@@ -58,7 +58,7 @@ class SnapshotReport:
         error: Why it failed; None when it did not. On rank 0 no error means committed, on others that this
             rank's part is durable.
         seconds: From the call of `save` to the end.
-        num_bytes: Written by this rank.
+        num_bytes: Written by this rank; on rank 0, once committed, by all.
     """
 
     step: int
@@ -162,6 +162,11 @@ class SnapshotWriter:
             ended.append(self._pending.popleft().result())
         return ended
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return any(not save.done() for save in self._pending)
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until nothing is being written, at most `timeout_s`."""
         wait_for(self._pending, timeout_s)
@@ -189,14 +194,14 @@ class SnapshotWriter:
     def _run(self, save: _Save) -> SnapshotReport:
         folder = self._storage.below(step_folder(save.step)).below(self._attempt)
         pieces: dict[str, tuple[int, int]] = {}
-        error = None
+        num_bytes, error = 0, None
         try:
             self._write(save, folder, pieces)
+            num_bytes = sum(size for size, _ in pieces.values())
             if self._rank == 0:
-                self._commit(save, folder)
+                num_bytes = self._commit(save, folder)
         except Exception as failure:  # also what file systems and Zarr raise; training must survive all of it
             error = f"{type(failure).__name__}: {failure}"
-        num_bytes = sum(size for size, _ in pieces.values())
         return SnapshotReport(save.step, error, time.monotonic() - save.started, num_bytes)
 
     def _write(self, save: _Save, folder: Storage, pieces: dict[str, tuple[int, int]]) -> None:
@@ -236,8 +241,8 @@ class SnapshotWriter:
             )
             array[start:stop] = rows
 
-    def _commit(self, save: _Save, folder: Storage) -> None:
-        """Wait for all parts, commit, remove what is old."""
+    def _commit(self, save: _Save, folder: Storage) -> int:
+        """Wait for all parts, commit, remove what is old; returns the bytes of all ranks."""
         try:
             document = self._merge(save, folder)
         except Exception:
@@ -251,6 +256,7 @@ class SnapshotWriter:
             logger.warning(
                 "%s: old snapshots stay: %s: %s", self._storage.url, type(failure).__name__, failure
             )
+        return sum(size for size, _ in document["pieces"].values())
 
     def _merge(self, save: _Save, folder: Storage) -> dict[str, Any]:
         """Return the document to commit, after a look whether every piece is there."""

@@ -35,12 +35,7 @@ class Embedder(nn.Module):
     """Images to unit embeddings: `backbone`, whose last layer is the linear embedding head, then L2 normalisation.
 
     Shape: (B, 3, H, W) to float32 (B, D).
-
-    Attributes:
-        norms_Q: Lengths of the last embeddings before they were made unit, float32 (B,).
     """
-
-    norms_Q: Tensor
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -48,9 +43,7 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images; the normalisation is done in float32 whatever the autocast type."""
-        outputs = self.backbone(images).float()
-        self.norms_Q = outputs.detach().norm(dim=1)
-        return F.normalize(outputs, dim=1)
+        return F.normalize(self.backbone(images).float(), dim=1)
 
 
 def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:

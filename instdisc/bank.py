@@ -60,8 +60,8 @@ def check_room(
     if not supported:
         raise ConfigError(f"{device.type} cannot compute with a bank of {name}: use --bank.dtype float32")
     needed = num_rows * dim * (dtype.itemsize + 4 * copies)
-    if device.type == "cpu" and dtype != torch.float32:
-        needed += num_rows * dim * 4  # the first rows are drawn in float32
+    if device.type == "cpu":
+        needed *= 2  # a snapshot is written from a copy
     room = available_bytes(device) // sharing
     if needed > room:
         raise ConfigError(
@@ -77,13 +77,15 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
+    cgroup = Path("/sys/fs/cgroup")
     try:
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current")
-        )
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or one without a limit
         return free
-    return min(free, limit - used)
+    # Files that were read count as used until the memory is wanted.
+    files = int(statistics["inactive_file"]) + int(statistics["active_file"])
+    return min(free, limit - used + files)
 
 
 class Bank:

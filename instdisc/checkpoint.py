@@ -8,6 +8,8 @@ none of their state is kept, and neither is that of the loader.
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from cluster.errors import SnapshotError
 from cluster.snapshot_writer import SnapshotReport, SnapshotWriter
 from cluster.snapshots import Snapshot, newest_step, open_snapshot, step_folder
+from cluster.storage import Storage
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
 from instdisc.run_directory import NETWORK
 from instdisc.trainer import Trainer
 from pipelines.manifest import Manifest
 
+logger = logging.getLogger(__name__)
+
 _OPTIMIZER = "optimizer.safetensors"
-_CLOSING_WAIT_S = 600.0
+_POLL_S = 0.2
 
 
 @dataclass
@@ -60,8 +66,9 @@ class Checkpoints:
         rank = trainer.worker.rank
         bits = int.from_bytes(np.random.default_rng().bytes(7)) if rank == 0 else 0
         attempt = int(trainer.exchange.sum(torch.tensor(bits, device=trainer.worker.device)))
-        keep = config.snapshots.keep
-        self._writer = SnapshotWriter(url, trainer.partition, rank, f"attempt-{attempt:x}", keep=keep)
+        self._writer = SnapshotWriter(
+            url, trainer.partition, rank, f"attempt-{attempt:x}", keep=config.snapshots.keep
+        )
         start, stop = trainer.bank.start, trainer.bank.stop
         self._images: dict[str, Any] = {
             "labels": np.asarray(manifest.labels[start:stop], dtype=np.int32),
@@ -69,7 +76,7 @@ class Checkpoints:
                 [manifest.keys[row] for row in range(start, stop)], dtype=np.dtypes.StringDType()
             ),
         }
-        self.last_step = -1
+        self.committed_step = 0
 
     def restore(self) -> Progress | None:
         """Put the trainer where the newest snapshot stands; None if there is none.
@@ -85,8 +92,16 @@ class Checkpoints:
         step = int(trainer.exchange.sum(torch.tensor(newest, device=trainer.worker.device)))
         if not step:
             return None
-        snapshot = open_snapshot(f"{self._url}/{step_folder(step)}")
-        noted = snapshot.attributes
+        try:
+            return self._restore(open_snapshot(Storage.at(self._url).below(step_folder(step)).url))
+        except SnapshotError as error:
+            raise SnapshotError(
+                f"{error}. To go on from the snapshot before it, move {step_folder(step)} away and run the same "
+                "command again"
+            ) from error
+
+    def _restore(self, snapshot: Snapshot) -> Progress:
+        trainer, noted = self._trainer, snapshot.attributes
         self._check(noted)
         start, stop = trainer.bank.start, trainer.bank.stop
         for name, rows in {"embeddings": trainer.bank.rows, **trainer.objective.tables()}.items():
@@ -97,7 +112,7 @@ class Checkpoints:
         trainer.embedder.backbone.load_state_dict(network)
         _restore_optimizer(trainer.optimizer, _load(snapshot, _OPTIMIZER))
         trainer.objective.load_state_dict(noted["objective"])
-        trainer.steps = self.last_step = snapshot.step
+        trainer.steps = self.committed_step = snapshot.step
         return Progress(noted["train_seconds"], noted["means"])
 
     def _check(self, noted: dict[str, Any]) -> None:
@@ -124,9 +139,15 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Copy this rank's part and start writing it; returns while it is being written.
 
-        Collectives: one all-reduce; every rank must call.
+        Where the last one is still being written on some rank, this one is left out.
+
+        Collectives: two all-reduces; every rank must call.
         """
         trainer, config = self._trainer, self._config
+        if self._busy():
+            if trainer.worker.is_first:
+                logger.warning("no snapshot of step %d: the last one is still being written", trainer.steps)
+            return
         statistics = trainer.buffers()
         averaged = trainer.averaged_buffers()
         files = {_statistics(trainer.worker.rank): save(statistics)}
@@ -149,16 +170,30 @@ class Checkpoints:
         }
         tables = {"embeddings": trainer.bank.rows, **self._images, **trainer.objective.tables()}
         self._writer.save(trainer.steps, tables, files, attributes)
-        self.last_step = trainer.steps
+
+    def _busy(self) -> bool:
+        """Whether some rank is still writing.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        busy = torch.tensor(float(self._writer.busy), device=self._trainer.worker.device)
+        return bool(self._trainer.exchange.sum(busy) > 0)
 
     def poll(self) -> list[SnapshotReport]:
         """How the snapshots that ended since the last call ended."""
-        return self._writer.poll()
+        reports = self._writer.poll()
+        self.committed_step = max([self.committed_step, *(each.step for each in reports if not each.error)])
+        return reports
 
-    def close(self) -> list[SnapshotReport]:
-        """Wait for what is being written; how it ended."""
-        self._writer.close(_CLOSING_WAIT_S)
-        return self._writer.poll()
+    def wait(self) -> list[SnapshotReport]:
+        """Wait for what is being written; how it ended.
+
+        Collectives: all-reduces until all ranks are done, so that no time limit of a collective is reached; every rank
+        must call.
+        """
+        while self._busy():
+            time.sleep(_POLL_S)
+        return self.poll()
 
     def abandon(self) -> None:
         """Wait for nobody any more; a snapshot that is being written may stay without its commit."""

@@ -149,7 +149,10 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: not how and where the run is carried out or where its images are."""
         practical = ("data", "probe", "snapshots", "loader", "launch", "metrics", "run_dir", "overwrite")
-        return {name: value for name, value in self.settings().items() if name not in practical}
+        settings = self.settings()
+        for name in ("log_every", "compile"):
+            del settings["training"][name]
+        return {name: value for name, value in settings.items() if name not in practical}
 
 
 def _jsonable(value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
 from pipelines.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
@@ -73,11 +76,6 @@ class RunDirectory:
         Raises:
             ConfigError: Another run holds it, or it cannot be written to.
         """
-        with self._locked():
-            yield
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
@@ -123,6 +121,10 @@ class RunDirectory:
         except ValueError as error:
             raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
         ours = config.identity()
+        theirs["snapshots"] = theirs["snapshots"]["url"]
+        ours["snapshots"] = config.snapshots.url
+        for name in theirs["training"].keys() - ours["training"].keys():
+            del theirs["training"][name]
         differing = _differences({name: theirs.get(name) for name in ours}, ours)
         if images.fingerprint != train.fingerprint:
             differing.append(
@@ -195,11 +197,18 @@ class RunDirectory:
 
     def baselines(self) -> dict[str, float | None]:
         """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
-        for line in self.metrics.read_text().splitlines():
-            row = json.loads(line)
+        for row in _rows(self.metrics):
             if row["kind"] == "baselines":
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
+
+    def has_accuracy(self, epoch: int) -> bool:
+        """Whether the accuracy after this epoch is in the metrics file."""
+        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in _rows(self.metrics))
+
+    def count_restarts(self) -> int:
+        """How often the run went on after an interruption."""
+        return sum(row["kind"] == "status" and row.get("restart", False) for row in _rows(self.metrics))
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
@@ -241,9 +250,7 @@ class RunDirectory:
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
-        if not self.corrupt_images.exists():
-            return 0
-        return len({json.loads(line)["name"] for line in self.corrupt_images.read_text().splitlines()})
+        return len({row["name"] for row in _rows(self.corrupt_images)})
 
 
 def _step_of(line: str, steps_per_epoch: int) -> float:
@@ -258,9 +265,21 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system at once."""
-    with path.open("a") as file:
-        file.write(json.dumps(values) + "\n")
+    """Append one JSON line and hand it to the operating system at once; a full disk costs the line and nothing more."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        logger.warning("a line of %s is lost: %s", path, error)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file but such as were cut short; none if there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

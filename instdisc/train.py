@@ -17,6 +17,7 @@ import tyro
 from cluster.errors import ClusterError
 from cluster.launch import launch
 from cluster.partition import Partition
+from cluster.snapshots import newest_step
 from cluster.stopping import RunStopped
 from instdisc.backbone import check_backbone
 from instdisc.config import RunConfig
@@ -99,6 +100,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         )
     except ValueError as error:  # of the options without a group, which tyro does not catch
         raise ConfigError(str(error)) from error
+    url = config.snapshots.url
+    if url is not None and "://" not in url:
+        # Workers, and whoever evaluates the run, may stand elsewhere.
+        snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
+        config = dataclasses.replace(config, snapshots=snapshots)
     own, theirs = config.data, recipe.config.data
     if own.path != theirs.path and own.test_path == theirs.test_path:
         # A recipe's test images are for its own training images.
@@ -146,6 +152,12 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             summary: dict[str, Any] = json.loads(run.summary.read_text())
             return summary
     else:
+        url = config.snapshots.url
+        if url is not None and not config.overwrite and newest_step(url) is not None:
+            raise ConfigError(
+                f"--snapshots.url {url} holds snapshots, but {run.path} is a new run: give the --run-dir that they "
+                "belong to, another URL, or --overwrite, which removes them"
+            )
         test_images = None if config.data.test_path is None else _open_images(config, "test_path")
         run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"

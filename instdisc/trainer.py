@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,19 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "weights"))
         embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
+        self.embedder.backbone.register_forward_hook(self._note_norms)
         self._network = _wrap(self.embedder, config, worker)
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = OBJECTIVES[type(config.objective)], getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim
         sharing = worker.local_world_size if worker.device.type == "cpu" else 1
+        if objective.within_batch and config.training.accumulation > 1:
+            raise ConfigError(
+                f"{type(config.objective).__name__} tells the images of a batch apart, which "
+                f"{config.training.accumulation} parts would make smaller: leave --training.accumulation at 1"
+            )
         check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed)
         self.bank = Bank(rows.to(worker.device, dtype), start)
         self.objective = objective(config.objective, num_instances, self.bank)
@@ -166,7 +173,7 @@ class Trainer:
                     result, ids_G = evaluate(
                         self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
                     )
-                result.sums["embedding_norm"] = self.embedder.norms_Q.double() @ (ids_Q >= 0).double()
+                result.sums["embedding_norm"] = self._norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
@@ -180,6 +187,10 @@ class Trainer:
         ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
         owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
         self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
+
+    def _note_norms(self, backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        """Keep the lengths (Q,) of the embeddings before they are made unit."""
+        self._norms_Q = outputs.detach().float().norm(dim=1)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class _Run:
         self.metrics = metrics
         # A run that has begun has moved its configuration, last of all its files.
         self.is_new = run.next.config.exists()
-        prepared = run.next if self.is_new else run
+        prepared = run.next if run.next.manifest.exists() else run
         self.manifest = Manifest.load(prepared.manifest)
         test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
         self.trainer = Trainer(worker, config, len(self.manifest))
@@ -94,8 +94,9 @@ class _Run:
             bank_rows=len(rows),
             bank_bytes=rows.numel() * rows.element_size(),
             bank_element_bytes=rows.element_size(),
-            snapshot_timestamp_seconds=time.time(),
         )
+        if worker.is_first:
+            metrics.set(snapshot_timestamp_seconds=time.time())
 
     def complete(self) -> dict[str, Any] | Stopped:
         """Start or go on, train, last measurements, last snapshot."""
@@ -119,36 +120,35 @@ class _Run:
             reason = self._train()
         except NonFiniteError as error:
             self.metrics.set(loss=math.nan)
-            self._save_last()
+            self._save_now()
             raise NonFiniteError(
                 f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
                 "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start anew with --overwrite"
             ) from None
+        self._save_now()
         if reason is not None:
-            self._save_last()
             return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
-        accuracies = self._measure(self.config.training.epochs)
-        self._save_last()
-        return self._summarise(accuracies)
+        return self._summarise(self._measure(self.config.training.epochs))
 
     def _announce(self, *, resumed: bool) -> None:
         """Say where training starts, and measure the baselines if that is the beginning."""
         if self.worker.is_first and not self.is_new:
-            self.metrics.add("restarts_total")
             self.run.rewind_metrics(self.trainer.steps, self.order.steps_per_epoch)
             where = (
                 f"from the snapshot of step {self.trainer.steps}"
                 if resumed
                 else "from the beginning: no snapshot"
             )
-            self._say(f"going on {where}, {self.worker.world_size} worker(s)")
+            self._say(f"going on {where}, {self.worker.world_size} worker(s)", restart=True)
+            self.metrics.add("restarts_total", self.run.count_restarts())
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
         if self.config.probe.baselines and self.probe.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
             values = self.probe.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
-            if self.worker.is_first:
+            if self.worker.is_first and not self.run.baselines():
                 append_line(self.run.metrics, {"kind": "baselines", **values})
+        self._measure_if_due()  # where the run ended between a snapshot and the measurement that followed
 
     def _train(self) -> str | None:
         """All epochs that are left; returns why it ended early, if it did."""
@@ -178,35 +178,35 @@ class _Run:
                 self._record(seconds, rate)
                 if done % training.log_every == 0 or done in (1, self.total_steps):
                     self._log(rate)
-                if done % steps_per_epoch == 0 and done < self.total_steps:
-                    self._measure_if_due(done // steps_per_epoch)
+                self._report(self.checkpoints.poll())
                 if self.trainer.stop_agreed and done < self.total_steps:
                     return reason or "another rank"
                 if done % self.config.snapshots.every_steps == 0 and done < self.total_steps:
                     self.checkpoints.save(self._progress())
-                self._report(self.checkpoints.poll())
+                self._measure_if_due()
         return None
 
     def _progress(self) -> Progress:
         return Progress(self.clock.train_seconds, self.means)
 
-    def _save_last(self) -> None:
-        """Save where training stands and wait until it is written.
+    def _save_now(self) -> None:
+        """Save where training stands and wait until it is committed.
 
-        Collectives: one all-reduce and a barrier; every rank must call.
+        Collectives: all-reduces; every rank must call.
 
         Raises:
-            SnapshotError: It could not be written; what is there already is named.
+            SnapshotError: On the first rank, if it could not be written.
         """
-        if self.checkpoints.last_step != self.trainer.steps:
-            self.checkpoints.save(self._progress())
-        reports = self.checkpoints.close()
+        self._report(self.checkpoints.wait())
+        if self.checkpoints.committed_step == self.trainer.steps:
+            return
+        self.checkpoints.save(self._progress())
+        reports = self.checkpoints.wait()
         self._report(reports)
-        self.trainer.exchange.barrier()
-        if reports and reports[-1].error:
+        if self.worker.is_first and reports[-1].error:
             raise SnapshotError(
                 f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
-                f"in {self.url} and run the same command again, which goes on from the last one that was"
+                f"in {self.url} and run the same command again, which goes on from the one before"
             )
 
     def _report(self, reports: list[SnapshotReport]) -> None:
@@ -220,11 +220,14 @@ class _Run:
                 )
                 continue
             self.metrics.observe("snapshot_seconds", report.seconds)
-            self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
+            if self.worker.is_first:  # others only know of their own part
+                self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
 
-    def _measure_if_due(self, epoch: int) -> None:
+    def _measure_if_due(self) -> None:
+        """Measure after an epoch that is to be measured, unless it was, or is the last one."""
+        epoch, step = divmod(self.trainer.steps, self.order.steps_per_epoch)
         every = self.config.probe.every
-        if every and epoch % every == 0:
+        if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
             self._measure(epoch)
 
     def _measure(self, epoch: int) -> dict[str, float | None]:
@@ -236,7 +239,7 @@ class _Run:
         self.metrics.set(
             knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
         )
-        if self.worker.is_first:
+        if self.worker.is_first and not self.run.has_accuracy(epoch):
             values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
             append_line(self.run.metrics, {"kind": "knn", "epoch": epoch, **values})
         return accuracies
@@ -311,10 +314,10 @@ class _Run:
             write_json(self.run.summary, summary)
         return summary
 
-    def _say(self, message: str) -> None:
+    def _say(self, message: str, *, restart: bool = False) -> None:
         """Tell the user, through the metrics file that the progress bar follows."""
         if self.worker.is_first:
-            append_line(self.run.metrics, {"kind": "status", "message": message})
+            append_line(self.run.metrics, {"kind": "status", "message": message, "restart": restart})
 
     def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
         path = manifest.root / name

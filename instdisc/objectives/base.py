@@ -60,6 +60,8 @@ class Objective(ABC):
 
     views = 1
     """V, how many views of every image the objective compares."""
+    within_batch = False
+    """Whether images are told apart from those of the same batch, which may then not be cut into parts."""
     tables_beside_bank = 0
     """Float32 tables of the bank's shape that the objective keeps."""
 

@@ -54,6 +54,7 @@ class Spreading(Objective):
     """
 
     views = 2
+    within_batch = True
 
     def __init__(self, config: SpreadingConfig, num_instances: int, bank: Bank) -> None:
         self.config = config

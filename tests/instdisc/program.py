@@ -51,6 +51,26 @@ def bank_of(run_dir: Path) -> NDArray[Any]:
     return RunDirectory(run_dir).open_snapshot().read("embeddings")
 
 
+def snapshot_content(run: RunDirectory) -> dict[str, Any]:
+    """All that the newest snapshot holds but the time it took."""
+    snapshot = run.open_snapshot()
+    tables = {name: snapshot.read(name).tolist() for name in snapshot.tables}
+    files = {name: snapshot.read_file(name) for name in snapshot.files}
+    noted = {name: value for name, value in snapshot.attributes.items() if name != "train_seconds"}
+    return tables | files | noted
+
+
+def measured(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of the metrics file without times and messages."""
+    timings = ("images_per_second", "loader_wait_fraction")
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if name not in timings}
+        for row in rows
+        if row["kind"] != "status"
+    ]
+
+
 def solid(folder: Path, classes: dict[str, tuple[int, int, int]], count: int) -> Path:
     """Images whose class is their colour, up to a little noise."""
     for name, colour in classes.items():

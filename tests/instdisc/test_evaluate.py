@@ -15,10 +15,10 @@ import zarr
 
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
+from cluster.snapshots import open_snapshot
 from instdisc.evaluate import main
 from instdisc.evaluation.knn import knn_accuracies
 from instdisc.knn import ranks_of
-from instdisc.run_directory import RunDirectory
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference
@@ -37,12 +37,12 @@ def train_small(folder: Path, test: Path | None) -> Path:
 
 
 def add_snapshot(run_dir: Path, step: int, **attributes: Any) -> Path:
-    """One more snapshot of the run, the newest copied."""
-    newest = RunDirectory(run_dir).open_snapshot()
-    noted = {**newest.attributes, **attributes}
-    writer = SnapshotWriter(run_dir / "snapshots", Partition(newest.num_rows, 1), 0, "test", keep=9)
-    tables = {name: newest.read(name) for name in newest.tables}
-    files = {name: newest.read_file(name) for name in newest.files}
+    """One more snapshot of the run: the first one with other attributes."""
+    first = open_snapshot(min((run_dir / "snapshots").iterdir()))
+    noted = {**first.attributes, **attributes}
+    writer = SnapshotWriter(run_dir / "snapshots", Partition(first.num_rows, 1), 0, "test", keep=9)
+    tables = {name: first.read(name) for name in first.tables}
+    files = {name: first.read_file(name) for name in first.files}
     writer.save(step, tables, files, noted)
     writer.wait()
     assert [report.error for report in writer.poll()] == [None]

@@ -111,5 +111,5 @@ def test_onnx(trained: Any, name: str, image_size: int) -> None:
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing"), "--format", "onnx"]) == 2
-    assert "holds no trained network" in capsys.readouterr().err
+    assert "holds no run" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()

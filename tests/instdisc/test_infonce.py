@@ -19,7 +19,8 @@ def drawn_by(rank: int, config: InfoNCEConfig, bank: Bank, num_instances: int, d
     queries = Queries(embeddings, ids, 1, slice(0, 0))
     objective = InfoNCE(config, num_instances, bank)
     negatives = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
-    weight = objective.due / (len(negatives) if config.shared_negatives else objective.count)
+    drawn = negatives.shape[-1]  # of shared ones some were left out
+    weight = objective.due / max(drawn, 1)
     return negatives.expand(len(ids), -1) + bank.start, weight
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from instdisc.bank import random_unit_rows
+from instdisc.bank import Bank, random_unit_rows
 from instdisc.objectives import NCE, NCEConfig
 from instdisc.objectives.nce import gpu_kernel
 
@@ -40,7 +40,7 @@ def assert_agreement(device: str, shape: Shape, dtype: torch.dtype, temperature:
     generator = torch.Generator().manual_seed(3)
     negatives = torch.randint(num_rows, (num_queries, num_negatives), generator=generator)
     negatives[:, -1] = 0  # as near as rows come
-    objective = NCE(NCEConfig(temperature=temperature, num_negatives=1000), 5000, dim)
+    objective = NCE(NCEConfig(temperature=temperature, num_negatives=1000), 5000, Bank(rows))
     terms = negative_terms(
         queries.to(device),
         negatives.to(device),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster.launch import Worker
-from cluster.snapshots import Snapshot, newest_step
+from cluster.snapshots import newest_step
 from cluster.stopping import Stopped
 from instdisc.checkpoint import Checkpoints
 from instdisc.config import RunConfig
@@ -27,11 +27,10 @@ from instdisc.worker import train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.manifest import Manifest
-from tests.instdisc.program import Run, refused, write_pictures
+from tests.instdisc.program import Run, measured, refused, snapshot_content, write_pictures
 from tests.processes import run_ranks
 from tests.ray_cluster import CHECKOUT, wait_until
 
-TIMINGS = ("images_per_second", "loader_wait_fraction")
 # 3 steps of 12 images in an epoch of 40.
 OPTIONS = ["--training.epochs", "3", "--training.batch-size", "12", "--training.log-every", "1"]
 OPTIONS += ["--backbone.embedding-dim", "16", "--probe.every", "1", "--probe.neighbours", "5"]
@@ -82,23 +81,6 @@ def train(rank: int, world_size: int, recipe: str, images: Path, run_dir: Path, 
     return train_on_worker(worker_of(rank, world_size, stop_after), job)
 
 
-def content(snapshot: Snapshot) -> dict[str, Any]:
-    tables = {name: snapshot.read(name).tolist() for name in snapshot.tables}
-    files = {name: snapshot.read_file(name) for name in snapshot.files}
-    noted = {name: value for name, value in snapshot.attributes.items() if name != "train_seconds"}
-    return tables | files | noted
-
-
-def lines(run: RunDirectory) -> list[dict[str, Any]]:
-    """What was measured, without times and messages."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name not in TIMINGS}
-        for row in rows
-        if row["kind"] != "status"
-    ]
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, recipe: str, world_size: int) -> None:
@@ -110,8 +92,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, recipe: str
         assert first == Stopped("the test", f"step {done} of 9")
     summary, *_ = run_ranks(world_size, train, recipe, images, parts.path, 1 << 30)
     assert summary["steps"] == 9
-    assert content(parts.open_snapshot()) == content(whole.open_snapshot())
-    assert lines(parts) == lines(whole)
+    assert snapshot_content(parts) == snapshot_content(whole)
+    assert measured(parts) == measured(whole)
     assert summary["knn_top1_raw_pixels"] is not None
 
 
@@ -139,7 +121,7 @@ def test_a_run_moves_to_another_number_of_ranks(tmp_path: Path, recipe: str) -> 
             np.testing.assert_array_equal(rows.numpy(), snapshot.read(name))
     (summary,) = run_ranks(1, train, recipe, images, run.path, 1 << 30)
     assert (summary["steps"], summary["world_size"]) == (9, 1)
-    steps = [row["step"] for row in lines(run) if row["kind"] == "train"]
+    steps = [row["step"] for row in measured(run) if row["kind"] == "train"]
     assert steps == list(range(1, 10))
 
 
@@ -183,11 +165,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     wait_until(lambda: f'"step": {step + 3},' in run.metrics.read_text(), timeout_s=120)
     os.kill(program.pid, signal.SIGKILL)
     program.communicate()
-    messages = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert {
-        "kind": "status",
-        "message": f"going on from the snapshot of step {step}, 1 worker(s)",
-    } in messages
+    messages = [json.loads(line).get("message") for line in run.metrics.read_text().splitlines()]
+    assert f"going on from the snapshot of step {step}, 1 worker(s)" in messages
 
 
 def test_snapshots_of_another_run_are_refused(run: Run, tmp_path: Path) -> None:
@@ -220,3 +199,81 @@ def test_a_checkpoint_that_is_a_pickle_is_never_unpickled(run: Run, tmp_path: Pa
     there.summary.unlink()
     refused(run(tmp_path / "images"), "network.safetensors")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_bank_goes_on_bit_for_bit(run: Run, tmp_path: Path, dtype: str) -> None:
+    images = write_pictures(tmp_path / "images", 40)
+    half = ["--bank.dtype", dtype, "--snapshots.every-steps", "2", "--snapshots.keep", "9"]
+    assert run(images, *half)[0] == 0
+    whole = snapshot_content(RunDirectory(tmp_path / "out"))
+    for newest in sorted((tmp_path / "out" / "snapshots").iterdir())[1:]:
+        newest.rename(tmp_path / newest.name)
+    (tmp_path / "out" / "summary.json").unlink()
+    status, said, out = run(images, *half)
+    assert status == 0, said
+    assert snapshot_content(RunDirectory(out)) == whole
+
+
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(run: Run, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "images", 40)
+    _, _, out = run(images, "--snapshots.every-steps", "2")
+    (out / "summary.json").unlink()
+    newest = max((out / "snapshots").iterdir())
+    chunk = next(newest.glob("*/tables.zarr/embeddings/c.0.0"))
+    data = bytearray(chunk.read_bytes())
+    data[9] ^= 1
+    chunk.write_bytes(data)
+    status, said, _ = run(images)
+    assert status == 1
+    for text in ("tables.zarr/embeddings/c.0.0", "checksum", f"move {newest.name} away"):
+        assert text in said
+    newest.rename(tmp_path / "moved")
+    status, said, _ = run(images)
+    assert status == 0, said
+    assert newest_step(out / "snapshots") == int(newest.name.removeprefix("step-"))
+
+
+def test_training_survives_snapshots_that_fail(run: Run, tmp_path: Path) -> None:
+    """The place of the second snapshot is taken by a file; the end needs that of the last one."""
+    images = write_pictures(tmp_path / "images", 40)
+    options = [
+        "--training.epochs",
+        "1",
+        "--snapshots.every-steps",
+        "2",
+        "--snapshots.url",
+        str(tmp_path / "there"),
+    ]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "step-000000002").write_text("in the way")
+    status, said, out = run(images, *options)
+    assert status == 0, said
+    assert "no snapshot" in said
+    assert RunDirectory(out).open_snapshot().step == 5
+    assert not (out / "snapshots").exists()
+
+
+def test_another_place_for_snapshots(run: Run, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "images", 40)
+    there = ["--snapshots.url", "there/"]
+    assert run(images, *there)[0] == 0
+    assert newest_step(tmp_path / "there") == 10
+    refused(run(images), "snapshots is", "there", "None here")
+    (tmp_path / "out").rename(tmp_path / "away")
+    refused(run(images, *there), "holds snapshots", "new run", "--overwrite")
+    assert run(images, *there, "--overwrite", "--training.epochs", "1")[0] == 0
+    assert newest_step(tmp_path / "there") == 5
+
+
+def test_a_run_that_lacks_only_its_summary_is_completed(run: Run, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "images", 40, classes=4)
+    _, _, out = run(images)
+    before, lines = json.loads((out / "summary.json").read_text()), measured(RunDirectory(out))
+    (out / "summary.json").unlink()
+    status, said, _ = run(images)
+    assert status == 0, said
+    after = json.loads((out / "summary.json").read_text())
+    for name in ("knn_top1", "knn_top1_bank", "knn_top1_raw_pixels", "knn_top1_untrained", "loss", "steps"):
+        assert after[name] == before[name]
+    assert measured(RunDirectory(out)) == lines

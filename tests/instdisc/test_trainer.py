@@ -15,7 +15,7 @@ from instdisc import backbone
 from instdisc.backbone import BackboneConfig
 from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
 from instdisc.errors import ConfigError, NonFiniteError
-from instdisc.objectives import NCEConfig
+from instdisc.objectives import NCEConfig, SpreadingConfig
 from instdisc.optim import OptimizerConfig
 from instdisc.trainer import Trainer
 from pipelines.augment import Augmentation
@@ -214,9 +214,17 @@ def test_a_bank_that_does_not_fit_is_refused_before_it_is_made() -> None:
     worker = Worker(0, 1, 0, 2, 0, torch.device("cpu"))
     config = RunConfig(data=DataConfig(path="unused"), backbone=BackboneConfig(name="resnet8"))
     with pytest.raises(
-        ConfigError, match=r"1,000,000,000 rows of a rank.*need 512.0 GB and .* are free.*rows fit here"
+        ConfigError, match=r"1,000,000,000 rows of a rank.*need 1024.0 GB and .* are free.*rows fit here"
     ):
         Trainer(worker, config, 10**9)
+
+
+def test_a_batch_that_is_told_apart_is_not_cut_into_parts() -> None:
+    worker = Worker(0, 1, 0, 1, 0, torch.device("cpu"))
+    training = TrainingConfig(batch_size=12, accumulation=2)
+    config = RunConfig(data=DataConfig(path="unused"), objective=SpreadingConfig(), training=training)
+    with pytest.raises(ConfigError, match=r"SpreadingConfig.*2 parts.*accumulation at 1"):
+        Trainer(worker, config, 61)
 
 
 def test_the_loader_must_give_as_many_views_as_the_objective_compares() -> None:
