@@ -65,7 +65,8 @@ class LaunchConfig:
     """Seconds after which a collective that a worker never joins fails."""
     max_restarts: int = 0
     """How often to start again after a worker or node was lost. Where `num_workers` is None the new group is as large
-    as the cluster allows by then. Errors of the program itself are never retried; a drained node does not count."""
+    as the cluster and the batch size allow by then. Errors of the program itself are never retried; a drained node does
+    not count."""
     stop_grace_s: float = 60.0
     """Seconds that the workers have to save and stop after Ctrl-C or SIGTERM. 0: they are ended at once."""
 
@@ -154,7 +155,7 @@ def launch(
         config: Where the workers run.
         name: Name of the run.
         storage: Directory that all nodes share; Ray Train's own state goes to `storage/.ray/name`.
-        is_allowed: Whether an elastic group may have this number of workers.
+        is_allowed: Whether a group whose size is not fixed may have this number of workers.
 
     Raises:
         ClusterError: If the cluster has no room for the workers or cannot be reached.

@@ -15,6 +15,7 @@ import torchvision
 import tyro
 from torch import Tensor, nn
 
+from cluster.errors import ClusterError
 from instdisc.backbone import CIFAR_RESNETS, Embedder
 from instdisc.errors import ConfigError
 from instdisc.run_directory import RunDirectory
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         print(export(config))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, ClusterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

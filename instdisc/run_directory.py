@@ -115,8 +115,8 @@ class RunDirectory:
             ConfigError: The run here has other settings or images; names both.
         """
         remedy = "choose another --run-dir, or replace the run there with --overwrite"
+        theirs = self.settings()
         try:
-            theirs = json.loads(self.config.read_text())
             images = Manifest.load(self.manifest)
         except ValueError as error:
             raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
@@ -224,6 +224,10 @@ class RunDirectory:
             settings: dict[str, Any] = json.loads(self.config.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} holds no run: {error}") from error
+        if "snapshots" not in settings:
+            raise ConfigError(
+                f"{self.config} is no run's, or of an earlier version: train again with --overwrite"
+            )
         return settings
 
     def open_snapshot(self) -> Snapshot:
@@ -235,17 +239,21 @@ class RunDirectory:
         """
         return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
 
-    def load_network(self) -> Embedder:
+    def load_network(self, snapshot: Snapshot | None = None) -> Embedder:
         """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
+
+        Args:
+            snapshot: One of this run; the newest by default.
 
         Raises:
             ConfigError: There is no run.
             SnapshotError: It has no snapshot, or that is damaged.
         """
+        snapshot = snapshot or self.open_snapshot()
         settings = self.settings()
         backbone = BackboneConfig(**settings["backbone"])
         embedder = build_embedder(backbone, settings["augmentation"]["image_size"])
-        embedder.backbone.load_state_dict(load(self.open_snapshot().read_file(NETWORK)))
+        embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
         return embedder.eval()
 
     def count_corrupt_images(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,8 +111,7 @@ class Evaluation:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The run's configuration: `config.json`."""
-        settings: dict[str, Any] = json.loads(self.run.config.read_text())
-        return settings
+        return self.run.settings()
 
     @cached_property
     def snapshot(self) -> Snapshot:
@@ -121,9 +119,8 @@ class Evaluation:
         source: Path | str = self.config.source
         if "://" not in self.config.source:
             source = Path(source).expanduser().absolute()  # actors may work elsewhere
-        if self.has_run and source == self.run.path:
-            source = self.run.path / "snapshots"
-        snapshot = open_snapshot(source)
+        is_run = self.has_run and source == self.run.path
+        snapshot = self.run.open_snapshot() if is_run else open_snapshot(source)
         backbone = snapshot.attributes.get("backbone")
         if self.has_run and backbone not in (None, self.settings["backbone"]["name"]):
             raise ConfigError(
@@ -149,7 +146,7 @@ class Evaluation:
     @cached_property
     def network(self) -> Embedder:
         """The trained network on the CPU, in evaluation mode."""
-        return self.run.load_network()
+        return self.run.load_network(self.snapshot)
 
     @cached_property
     def augmentation(self) -> Augmentation:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from safetensors.torch import load
 
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
 from cluster.snapshots import open_snapshot
 from instdisc.evaluate import main
+from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.knn import knn_accuracies
 from instdisc.knn import ranks_of
+from instdisc.run_directory import NETWORK, RunDirectory
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference
@@ -143,6 +146,27 @@ def test_without_test_images_every_row_is_classified_by_the_others(
         right += votes.argmax() == label
     assert result(tmp_path)["accuracies"]["k5"]["top1"] == pytest.approx(right / 30)
     refused(evaluate(moved, "--recompute"), "give the run directory")
+
+
+def test_a_named_snapshot_brings_its_own_network(tmp_path: Path) -> None:
+    images = solid(tmp_path / "images", CLASSES, 10)
+    kept = [
+        "--snapshots.every-steps",
+        "2",
+        "--snapshots.keep",
+        "9",
+        "--snapshots.url",
+        str(tmp_path / "elsewhere"),
+    ]
+    arguments = ["sample", *SMALL, *kept, "--data.path", str(images), "--data.test-path", "None"]
+    assert train([*arguments, "--run-dir", str(tmp_path / "run")]) == 0
+    run = RunDirectory(tmp_path / "run")
+    names = [run.path, *(tmp_path / "elsewhere").iterdir()]
+    for step, source in ((6, run.path), *((int(each.name[5:]), each) for each in names[1:])):
+        snapshot = Evaluation(EvaluationConfig(source=str(source))).snapshot
+        assert snapshot.step == step
+        for name, value in load(snapshot.read_file(NETWORK)).items():
+            assert torch.equal(run.load_network(snapshot).backbone.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("kind", ["npy", "zarr"])
