@@ -93,6 +93,10 @@ class PlanConfig:
         for name in ("embedding_dim", "batch_size", "num_negatives", "memory_gigabytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be above 0")
+        for name in ("gather_bytes_per_second", "flops_per_second", "link_bytes_per_second"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"{name} is {rate}, it must be above 0")
         if not all(number > 0 for number in self.instances + self.world_size):
             raise ValueError("instances and world_size must be 1 or more")
 

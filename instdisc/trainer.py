@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -60,7 +61,9 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "weights"))
         embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
-        self.embedder.backbone.register_forward_hook(self._note_norms)
+        # Not a method of this object: a cycle would keep the process group's threads until the interpreter ends.
+        self._norms: list[Tensor] = []
+        self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
         self._network = _wrap(self.embedder, config, worker)
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = OBJECTIVES[type(config.objective)], getattr(torch, config.bank.dtype)
@@ -173,7 +176,7 @@ class Trainer:
                     result, ids_G = evaluate(
                         self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
                     )
-                result.sums["embedding_norm"] = self._norms_Q.double() @ (ids_Q >= 0).double()
+                result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
@@ -187,10 +190,6 @@ class Trainer:
         ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
         owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
         self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
-
-    def _note_norms(self, backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
-        """Keep the lengths (Q,) of the embeddings before they are made unit."""
-        self._norms_Q = outputs.detach().float().norm(dim=1)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -282,6 +281,11 @@ def evaluate(
     result = objective.merge(exchange.to_askers(terms_GC), instance_ids_Q)
     result.sums["negative_similarity"] = _similarity_to_others(queries)
     return result, ids_G
+
+
+def _note_norms(norms: list[Tensor], backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
+    """Keep in `norms` the lengths (Q,) of the embeddings before they are made unit."""
+    norms[:] = [outputs.detach().float().norm(dim=1)]
 
 
 def _similarity_to_others(queries: Queries) -> Tensor:

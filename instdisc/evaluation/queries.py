@@ -189,20 +189,28 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
             f"{path} has {vectors.shape[1]} dimensions and the bank {evaluation.embedding_dim}: they are not "
             "embeddings of one network"
         )
-    labels = classes.read(0, len(vectors)).astype(np.int64)
+    labels = classes.read(0, len(vectors))
+    if labels.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{labels_path} holds {labels.dtype}, expected whole numbers: the bank's class numbers"
+        )
+    labels = labels.astype(np.int64)
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
         raise ConfigError(f"no entry of {labels_path} is a class (0 or above)")
     embeddings = vectors.read(0, len(vectors))[rows].astype(np.float32)
     if not np.isfinite(embeddings).all():
         raise ConfigError(f"{path} holds numbers that are not finite: embed the queries anew")
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ConfigError(f"{path} holds rows of zeros, which have no direction: embed the queries anew")
     if not np.isin(labels[rows], evaluation.bank_labels).any():
         raise ConfigError(
             f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"
         )
     return Queries(
         kind="array",
-        embeddings=np.ascontiguousarray(embeddings),
+        embeddings=np.ascontiguousarray(embeddings / lengths),
         labels=labels[rows],
         rows=rows,
         excluded=None,

@@ -20,6 +20,7 @@ from cluster.snapshots import open_snapshot
 from instdisc.evaluate import main
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.knn import knn_accuracies
+from instdisc.evaluation.queries import QueryConfig
 from instdisc.knn import ranks_of
 from instdisc.run_directory import NETWORK, RunDirectory
 from instdisc.train import main as train
@@ -174,13 +175,37 @@ def test_queries_from_an_array(evaluate: Evaluate, trained: Path, tmp_path: Path
     rows = np.asarray(bank_of(trained))
     labels = np.asarray(Manifest.load(trained / "manifest").labels).copy()
     paths = [str(tmp_path / f"{name}.{kind}") for name in ("vectors", "labels")]
-    for path, array in zip(paths, (rows, labels), strict=True):
+    for path, array in zip(paths, (100 * rows, labels), strict=True):  # of any length
         np.save(path, array) if kind == "npy" else zarr.save_array(path, array)
     status, said = evaluate(trained, "--queries.path", paths[0], "--queries.labels", paths[1])
     assert status == 0, said
     found = result(tmp_path)
     assert (found["query_kind"], found["queries"]) == ("array", int((labels >= 0).sum()))
     assert found["accuracies"]["k1"]["top1"] == 1.0  # every row finds itself
+    queries = QueryConfig(path=paths[0], labels=paths[1])
+    asked = Evaluation(EvaluationConfig(source=str(trained), queries=queries)).queries.embeddings
+    np.testing.assert_allclose(np.linalg.norm(asked, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "labels", "text"),
+    [
+        (np.zeros((4, 16)), [0, 1, 2, 0], "rows of zeros"),
+        (np.ones((4, 16)), [0.0, 1.0, 2.0, np.nan], "whole numbers"),
+    ],
+)
+def test_arrays_that_are_no_queries(
+    evaluate: Evaluate, trained: Path, tmp_path: Path, vectors: Any, labels: Any, text: str
+) -> None:
+    np.save(tmp_path / "vectors.npy", vectors)
+    np.save(tmp_path / "labels.npy", np.array(labels))
+    given = [
+        "--queries.path",
+        str(tmp_path / "vectors.npy"),
+        "--queries.labels",
+        str(tmp_path / "labels.npy"),
+    ]
+    refused(evaluate(trained, *given), text)
 
 
 def test_array_queries_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
