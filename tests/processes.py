@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -40,5 +41,6 @@ def _rank(
     try:
         result = function(rank, world_size, *arguments)
     finally:
+        gc.collect()  # what still holds the group, such as a network in a caught traceback, would abort at exit
         dist.destroy_process_group()
     (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
