@@ -144,7 +144,10 @@ def measure(repeats: int) -> Iterator[Row]:
         for _ in range(repeats):
             with ExitStack() as stack:
                 cluster = stack.enter_context(ray_head(num_cpus=0))
-                nodes = [stack.enter_context(ray_node(cluster, number + 2)) for number in range(num_nodes)]
+                nodes = [
+                    stack.enter_context(ray_node(cluster, f"127.0.0.{number + 2}"))
+                    for number in range(num_nodes)
+                ]
                 seconds.append(case(Stage(cluster, {node.ip: node for node in nodes})))
         yield Row(fault, workers, until, statistics.median(seconds), max(seconds), target)
 

@@ -2,10 +2,10 @@
 
     python benchmarks/knn.py [--cases small,large] [--actors 0,1,2,4] [--json FILE]
 
-k = 200 of unit rows with 128 entries: 10,000 queries in 50,000 rows, and 1,000 in 1,281,167. The actors share the cores
-that faiss has to itself (0: no actors, the search in this process); starting them is reported apart. The best of the
-repeats counts, as other work on the machine only ever slows one down. Memory is the peak of the largest actor, with
-what it shares with others (libraries, queries in Ray's store).
+k = 200 of unit rows with 128 entries, read from a snapshot: 10,000 queries in 50,000 rows, and 1,000 in 1,281,167. The
+actors share the cores that faiss has to itself (0: no actors, the search in this process); starting them is reported
+apart. The best of the repeats counts, as other work on the machine only ever slows one down. Memory is the peak of the
+largest actor, with what it shares with others (libraries, queries in Ray's store).
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.actors import ActorsConfig, available_threads, connect
+from cluster.partition import Partition
+from cluster.snapshot_writer import SnapshotWriter
+from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
 from cluster.topk import TopK
 
 DIM, K, REPEATS = 128, 200, 5
@@ -51,17 +54,24 @@ class Row:
     ids_identical: bool
 
 
-class FileRows:
-    """Rows of a raw float32 file; notes who reads it in the folder beside it."""
+class NotedRows(SnapshotRows):
+    """Rows of a snapshot; notes who reads them in a folder."""
 
-    def __init__(self, path: Path, num_rows: int) -> None:
-        self.path, self.num_rows = path, num_rows
+    def __init__(self, snapshot: Snapshot, notes: Path) -> None:
+        super().__init__(snapshot, "embeddings")
+        self._notes = notes
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows start … stop - 1."""
-        (self.path.parent / f"{os.getpid()}.pid").touch()
-        rows = np.fromfile(self.path, np.float32, (stop - start) * DIM, offset=start * DIM * 4)
-        return rows.reshape(-1, DIM)
+        (self._notes / f"{os.getpid()}.pid").touch()
+        return super().read(start, stop)
+
+
+def write_snapshot(folder: Path, rows: npt.NDArray[np.float32]) -> Snapshot:
+    writer = SnapshotWriter(folder / "snapshots", Partition(len(rows), 1), 0, "benchmark")
+    writer.save(1, {"embeddings": rows})
+    writer.close()
+    return open_snapshot(folder / "snapshots")
 
 
 def unit_rows(count: int, seed: int) -> npt.NDArray[np.float32]:
@@ -97,7 +107,7 @@ def agree(ours: tuple[Any, Any], peers: tuple[Any, Any]) -> bool:
 
 def measure(folder: Path, num_queries: int, num_rows: int, actors: list[int]) -> list[Row]:
     rows, queries = unit_rows(num_rows, seed=1), unit_rows(num_queries, seed=2)
-    rows.tofile(folder / "rows")
+    source = NotedRows(write_snapshot(folder, rows), folder)
     index = faiss.IndexFlatIP(DIM)
     index.add(rows)
     del rows
@@ -107,7 +117,7 @@ def measure(folder: Path, num_queries: int, num_rows: int, actors: list[int]) ->
             note.unlink()
         cpus = available_threads() / max(number, 1)
         config = ActorsConfig(num_actors=number, cpus_per_actor=cpus if cpus < 1 else math.floor(cpus))
-        start_seconds, top_k = timed(lambda config=config: TopK(FileRows(folder / "rows", num_rows), config))
+        start_seconds, top_k = timed(lambda config=config: TopK(source, config))
         with top_k:
             best, peer_best = math.inf, math.inf
             for _ in range(REPEATS):

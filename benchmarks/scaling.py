@@ -4,7 +4,8 @@
 
 Each rank is a process of its own with as many threads as its share of the cores; the batch is that of all ranks
 together. Images are random: loading is measured elsewhere. The world sizes take turns. `exchange` includes waiting for
-slower ranks. Below the table stands what recording a step's metrics costs.
+slower ranks. Below the table stand what recording a step's metrics costs, and what a cluster would need by the cost
+model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cluster.exchange import Exchange
 from cluster.launch import Worker
 from cluster.metrics import TRAINING, Metrics
 from cluster.phases import Phases
+from instdisc.plan import PlanConfig, report
 from instdisc.recipes import RECIPES
 from instdisc.trainer import Trainer
 
@@ -191,6 +193,7 @@ def main() -> None:
         f"recording metrics: {1e6 * recording:.0f} us a step, "
         f"{100 * recording / min(row.step_seconds for row in rows):.2f}% of the shortest"
     )
+    print(f"\nThe cost model of `python -m instdisc.plan`:\n\n{report(PlanConfig())}")
     if arguments.json:
         values = {"rows": [dataclasses.asdict(row) for row in rows], "recording_seconds": recording}
         arguments.json.write_text(json.dumps(values, indent=1) + "\n")

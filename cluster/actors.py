@@ -1,13 +1,14 @@
-"""How many actors of which size, and the Ray they run on."""
+"""How many actors of which size, the Ray they run on, and work that is shared out to them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, WorkerLostError
 from cluster.placement import WorkerGroup, choose_group, describe
 
 
@@ -70,6 +71,58 @@ def choose_actors(config: ActorsConfig) -> WorkerGroup:
             f"{group.room(nodes)}: {describe(nodes)}; lower --num-actors, --cpus-per-actor or --gpus-per-actor"
         )
     return group
+
+
+def share_out(
+    function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any], config: ActorsConfig
+) -> Iterator[Any]:
+    """Call a function for every item, in as many processes at a time as there would be actors.
+
+    Args:
+        function: Importable by name.
+        shared: Its first argument, sent to each node once.
+        items: Its second argument.
+        config: What a process gets; with `num_actors=0` the calls are made here.
+
+    Yields:
+        The results, in the order of the items.
+
+    Raises:
+        ClusterError: The cluster has no room.
+        WorkerLostError: A process died again and again.
+        Exception: What the function raised.
+    """
+    if config.num_actors == 0:
+        for item in items:
+            yield function(shared, item)
+        return
+    import ray
+
+    with connect(config):
+        group = choose_actors(config)
+        stored = ray.put(shared)
+        remote = ray.remote(num_cpus=group.cpus, num_gpus=group.gpus, max_retries=2)(function)
+        for reference in [remote.remote(stored, item) for item in items]:
+            yield get([reference])[0]
+
+
+def get(references: Sequence[Any]) -> list[Any]:
+    """What calls in other processes returned; errors as they were raised there.
+
+    Raises:
+        WorkerLostError: A process died again and again.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        values: list[Any] = ray.get(list(references))
+        return values
+    except RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, Exception) else error) from None
+    except RayError as error:
+        raise WorkerLostError(f"an actor died and could not be started again: {error}") from error
 
 
 def available_threads() -> int:

@@ -15,20 +15,30 @@ class StoredArray:
     """An array in a file.
 
     Args:
+        path: Where it is.
         array: Anything sliced by rows.
         attributes: JSON values kept with it.
     """
 
-    def __init__(self, array: Any, attributes: dict[str, Any]) -> None:
-        self._array, self.attributes = array, attributes
+    def __init__(self, path: str, array: Any, attributes: dict[str, Any]) -> None:
+        self._path, self._array, self.attributes = path, array, attributes
         self.shape: tuple[int, ...] = tuple(array.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows start … stop - 1."""
-        return np.asarray(self._array[start:stop])
+        """Rows start … stop - 1.
+
+        Raises:
+            ClusterError: They cannot be read, or are damaged.
+        """
+        try:
+            return np.asarray(self._array[start:stop])
+        except Exception as error:  # every store and codec of Zarr has errors of its own
+            raise ClusterError(
+                f"rows {start} to {stop} of {self._path} cannot be read ({error}): write the array anew"
+            ) from error
 
 
 def is_array(path: str) -> bool:
@@ -46,11 +56,11 @@ def open_array(path: str) -> StoredArray:
     place = Path(path).expanduser()
     try:
         if place.suffix == ".npy":
-            return StoredArray(np.load(place, mmap_mode="r"), {})
+            return StoredArray(path, np.load(place, mmap_mode="r"), {})
         import zarr
 
         array = zarr.open_array(str(place), mode="r")
-        return StoredArray(array, dict(array.attrs))
+        return StoredArray(path, array, dict(array.attrs))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"{path} is no array that can be read ({error}): give a .npy file or a Zarr array"

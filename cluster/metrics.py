@@ -12,12 +12,13 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
@@ -31,6 +32,7 @@ LABELS = ("run", "rank")
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _SNAPSHOT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _PORTS_TRIED = 16
+_LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,7 @@ TRAINING = (
 
 EVALUATION = (
     Metric("evaluation_queries_total", "counter", "Queries answered."),
-    Metric(
-        "evaluation_search_seconds", "histogram", "Search of one block of queries over all shards of rows."
-    ),
+    Metric("evaluation_search_seconds", "histogram", "Answering one block of queries by all shards of rows."),
     Metric("evaluation_actor_restarts_total", "counter", "Actors that were lost and started again."),
     Metric("evaluation_actors", "gauge", "Actors that hold rows."),
     Metric("evaluation_rows", "gauge", "Rows that are searched."),
@@ -191,10 +191,58 @@ class Metrics:
                 age.set_function(functools.partial(_seconds_since, value))
 
 
+class Endpoint:
+    """Where the metrics of a process are served; notes when they were asked for.
+
+    Args:
+        server: Serves them.
+    """
+
+    def __init__(self, server: WSGIServer) -> None:
+        self._server, self._served = server, threading.Condition()
+        self._asked: list[float] = []  # when each of the last answers was begun
+        application: Any = server.get_app()
+
+        def noting(environ: Any, start_response: Any) -> Any:
+            begun = time.monotonic()
+            answer = application(environ, start_response)
+            with self._served:
+                self._asked = [*self._asked[-1:], begun]
+                self._served.notify_all()
+            return answer
+
+        server.set_app(noting)
+
+    @property
+    def address(self) -> str:
+        """`host:port`."""
+        host, port = self._server.server_address[:2]
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def wait_until_read(self) -> None:
+        """Return when the values that stand now have been asked for; at once if nobody asks.
+
+        For values that are set at the very end of a process. Waits for twice the time between the last two questions,
+        at most a minute.
+        """
+        now = time.monotonic()
+        with self._served:
+            if len(self._asked) < 2:
+                return
+            longest = min(2 * (self._asked[1] - self._asked[0]), _LONGEST_WAIT_S)
+            if now - self._asked[1] < longest:
+                self._served.wait_for(lambda: self._asked[1] > now, longest)
+
+    def close(self) -> None:
+        """Serve no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
 @contextmanager
 def exported(
     metrics: Metrics, config: MetricsConfig, *, local_rank: int, world_size: int, directory: Path
-) -> Iterator[str | None]:
+) -> Iterator[Endpoint | None]:
     """Serve the metrics over HTTP and list the endpoint in `directory` as long as the context lasts.
 
     Listens on the address by which Ray knows this node, and on the loopback interface without Ray.
@@ -207,22 +255,20 @@ def exported(
         directory: Of the target files, shared by all nodes; `directory/*.json` belongs into `file_sd_configs`.
 
     Yields:
-        `host:port`, or None if nothing is served.
+        Where they are served, or None if they are not.
     """
     server = _listen(metrics, config, local_rank)
     if server is None:
         yield None
         return
-    host, port = server.server_address[:2]
-    address = f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
-    target = _Target(metrics, address, directory)
+    endpoint = Endpoint(server)
+    target = _Target(metrics, endpoint.address, directory)
     try:
         target.write(world_size)
-        yield address
+        yield endpoint
     finally:
         target.remove()
-        server.shutdown()
-        server.server_close()
+        endpoint.close()
 
 
 def _seconds_since(timestamp: float) -> float:

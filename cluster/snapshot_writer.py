@@ -283,6 +283,7 @@ class SnapshotWriter:
         return {
             "schema_version": SCHEMA_VERSION,
             "step": save.step,
+            "time": time.time(),
             "attempt": self._attempt,
             "num_rows": num_rows,
             "attributes": save.attributes,

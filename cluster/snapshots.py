@@ -37,6 +37,7 @@ from cluster.storage import Storage
 __all__ = [
     "Snapshot",
     "SnapshotError",
+    "SnapshotRows",
     "committed_steps",
     "newest_step",
     "open_snapshot",
@@ -111,6 +112,11 @@ class Snapshot:
     def step(self) -> int:
         """The step after which it was taken."""
         return int(self.document["step"])
+
+    @property
+    def time(self) -> float:
+        """Unix time at which it was committed."""
+        return float(self.document["time"])
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -215,6 +221,31 @@ class Snapshot:
     def _pieces(self) -> dict[str, tuple[int, int]]:
         pieces: dict[str, tuple[int, int]] = self.document["pieces"]
         return pieces
+
+
+class SnapshotRows:
+    """One table of a snapshot as a source of rows; picklable, a source for `cluster.topk`.
+
+    Args:
+        snapshot: The snapshot.
+        table: One of its tables.
+    """
+
+    def __init__(self, snapshot: Snapshot, table: str) -> None:
+        self._snapshot, self._table = snapshot, table
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return self._snapshot.num_rows
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start … stop - 1.
+
+        Raises:
+            SnapshotError: A piece is missing or damaged.
+        """
+        return self._snapshot.read(self._table, start, stop)
 
 
 def snapshot_steps(url: str | Path) -> list[int]:

@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.actors import ActorsConfig, available_threads, choose_actors, connect
-from cluster.errors import ClusterError, WorkerLostError
+from cluster.actors import ActorsConfig, available_threads, choose_actors, connect, get, share_out
+from cluster.errors import ClusterError
 from cluster.kernels import BLOCK_ROWS, FaissKernel, Kernel, TorchKernel, from_keys
+
+if TYPE_CHECKING:
+    from cluster.metrics import Metrics
 
 _LOADED_AT_A_TIME = 64 * BLOCK_ROWS
 _QUERIES_AT_A_TIME = 4096
@@ -90,6 +95,7 @@ class Shard:
     """
 
     def __init__(self, source: RowSource, start: int, stop: int, threads: int, use_gpu: bool) -> None:
+        self._identity = uuid.uuid4().hex
         self._error: Exception | None = None
         try:
             rows = _load(source, start, stop)
@@ -99,15 +105,21 @@ class Shard:
         except Exception as error:  # Ray passes on the error of a call, but of a constructor only its text
             self._error = error
 
-    def ready(self) -> None:
-        """Return when the rows are loaded, and raise what went wrong with them."""
+    def ready(self) -> str:
+        """Return when the rows are loaded, with a name that a restarted actor has another of.
+
+        Raises:
+            Exception: What went wrong with the rows.
+        """
         if self._error is not None:
             raise self._error
+        return self._identity
 
-    def search(self, queries: Floats, excluded: Ids, first: int, last: int, k: int) -> npt.NDArray[np.uint64]:
-        """`Kernel.search` for queries first … last - 1."""
-        self.ready()
-        return self._kernel.search(queries[first:last], k, excluded[first:last])
+    def search(
+        self, queries: Floats, excluded: Ids, first: int, last: int, k: int
+    ) -> tuple[str, npt.NDArray[np.uint64]]:
+        """`ready`, and `Kernel.search` for queries first … last - 1."""
+        return self.ready(), self._kernel.search(queries[first:last], k, excluded[first:last])
 
 
 def _load(source: RowSource, start: int, stop: int) -> Floats:
@@ -133,15 +145,17 @@ class TopK:
     Args:
         source: The rows; fewer than 2³².
         config: Where the actors run. There are never more than blocks of `BLOCK_ROWS` rows.
+        metrics: Of the table `cluster.metrics.EVALUATION`, told of rows, actors and searches.
 
     Raises:
         ClusterError: The cluster has no room for the actors.
         Exception: What reading the source raised.
     """
 
-    def __init__(self, source: RowSource, config: ActorsConfig) -> None:
+    def __init__(self, source: RowSource, config: ActorsConfig, metrics: Metrics | None = None) -> None:
         assert source.num_rows < _MOST_ROWS, source.num_rows
-        self.num_rows = source.num_rows
+        self.num_rows, self._metrics = source.num_rows, metrics
+        self._known: set[str] = set()
         self._local: Shard | None = None
         self._actors: list[Any] = []
         self._stored: _StoredSource | None = None
@@ -149,6 +163,7 @@ class TopK:
         if config.num_actors == 0:
             self._local = Shard(source, 0, self.num_rows, available_threads(), _has_gpu())
             self._local.ready()
+            self._tell_size()
             return
         self._session.enter_context(connect(config))
         try:
@@ -156,6 +171,11 @@ class TopK:
         except BaseException:
             self.close()
             raise
+        self._tell_size()
+
+    def _tell_size(self) -> None:
+        if self._metrics is not None:
+            self._metrics.set(evaluation_rows=self.num_rows, evaluation_actors=len(self._actors))
 
     def _start(self, source: RowSource, config: ActorsConfig) -> None:
         import ray
@@ -173,7 +193,7 @@ class TopK:
             actor_class.remote(stored, start, stop, max(1, int(group.cpus)), group.gpus > 0)
             for start, stop in cut(self.num_rows, group.num_workers)
         ]
-        _get([actor.ready.remote() for actor in self._actors])
+        self._known = set(get([actor.ready.remote() for actor in self._actors]))
 
     def __enter__(self) -> Self:
         return self
@@ -216,8 +236,14 @@ class TopK:
             answers = self._search_here(queries, excluded, k)
         else:
             answers = self._search_actors(queries, excluded, k)
+        asked = time.perf_counter()
         for first, keys in answers:
             scores[first : first + len(keys)], rows[first : first + len(keys)] = from_keys(keys)
+            if self._metrics is not None:
+                answered = time.perf_counter()
+                self._metrics.observe("evaluation_search_seconds", answered - asked)
+                self._metrics.add("evaluation_queries_total", len(keys))
+                asked = answered
         return scores, rows
 
     def _search_here(
@@ -225,7 +251,8 @@ class TopK:
     ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
         assert self._local is not None
         for first in range(0, len(queries), _QUERIES_AT_A_TIME):
-            yield first, self._local.search(queries, excluded, first, first + _QUERIES_AT_A_TIME, k)
+            _, keys = self._local.search(queries, excluded, first, first + _QUERIES_AT_A_TIME, k)
+            yield first, keys
 
     def _search_actors(
         self, queries: Floats, excluded: Ids, k: int
@@ -244,12 +271,18 @@ class TopK:
         under_way = deque(submit(first) for first in itertools.islice(firsts, _IN_FLIGHT))
         while under_way:
             first, references = under_way.popleft()
-            parts = _get(references)
+            identities, parts = zip(*get(references), strict=True)
+            self._count_restarts(set(identities))
             under_way.extend(submit(following) for following in itertools.islice(firsts, 1))
             keys = np.concatenate(parts, axis=1)
             if len(parts) > 1:
                 keys.sort(axis=1)
             yield first, keys[:, :k]
+
+    def _count_restarts(self, identities: set[str]) -> None:
+        if self._metrics is not None:
+            self._metrics.add("evaluation_actor_restarts_total", len(identities - self._known))
+        self._known |= identities
 
 
 def read_rows(source: RowSource, config: ActorsConfig) -> npt.NDArray[Any]:
@@ -265,21 +298,14 @@ def read_rows(source: RowSource, config: ActorsConfig) -> npt.NDArray[Any]:
     """
     if config.num_actors == 0:
         return source.read(0, source.num_rows)
-    import ray
-
     with connect(config):
-        group = choose_actors(config)
-        stored = ray.put(source)
-        read = ray.remote(num_cpus=group.cpus, num_gpus=group.gpus, max_retries=2)(_read)
-        shares = np.linspace(0, source.num_rows, group.num_workers + 1).astype(int).tolist()
-        parts = [
-            read.remote(stored, start, stop) for start, stop in itertools.pairwise(shares) if start < stop
-        ]
-        return np.concatenate(_get(parts))
+        shares = np.linspace(0, source.num_rows, choose_actors(config).num_workers + 1).astype(int).tolist()
+        pieces = [piece for piece in itertools.pairwise(shares) if piece[0] < piece[1]]
+        return np.concatenate(list(share_out(_read, source, pieces, config)))
 
 
-def _read(source: RowSource, start: int, stop: int) -> npt.NDArray[Any]:
-    return source.read(start, stop)
+def _read(source: RowSource, piece: tuple[int, int]) -> npt.NDArray[Any]:
+    return source.read(*piece)
 
 
 def cut(num_rows: int, num_actors: int) -> list[tuple[int, int]]:
@@ -288,25 +314,6 @@ def cut(num_rows: int, num_actors: int) -> list[tuple[int, int]]:
     parts = min(num_actors, blocks)
     bounds = [min(num_rows, blocks * part // parts * BLOCK_ROWS) for part in range(parts + 1)]
     return list(itertools.pairwise(bounds))
-
-
-def _get(references: list[Any]) -> list[Any]:
-    """The values; errors of the actors as they were raised there."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        values: list[Any] = ray.get(references)
-        return values
-    except RayTaskError as error:
-        _raise_cause(error)
-    except RayError as error:
-        raise WorkerLostError(f"an actor died and could not be started again: {error}") from error
-
-
-def _raise_cause(error: Any) -> NoReturn:
-    cause = error.cause
-    raise cause if isinstance(cause, Exception) else error
 
 
 def _has_gpu() -> bool:

@@ -26,7 +26,7 @@ from cluster.snapshots import Snapshot, newest_step, open_snapshot, step_folder
 from cluster.storage import Storage
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError
-from instdisc.run_directory import NETWORK
+from instdisc.run_directory import NETWORK, NETWORK_SETTINGS
 from instdisc.trainer import Trainer
 from pipelines.manifest import Manifest
 
@@ -76,7 +76,7 @@ class Checkpoints:
                 [manifest.keys[row] for row in range(start, stop)], dtype=np.dtypes.StringDType()
             ),
         }
-        self.committed_step = 0
+        self.committed_step, self.committed_time = 0, time.time()
 
     def restore(self) -> Progress | None:
         """Put the trainer where the newest snapshot stands; None if there is none.
@@ -113,6 +113,7 @@ class Checkpoints:
         _restore_optimizer(trainer.optimizer, _load(snapshot, _OPTIMIZER))
         trainer.objective.load_state_dict(noted["objective"])
         trainer.steps = self.committed_step = snapshot.step
+        self.committed_time = snapshot.time
         return Progress(noted["train_seconds"], noted["means"])
 
     def _check(self, noted: dict[str, Any]) -> None:
@@ -154,13 +155,14 @@ class Checkpoints:
         if trainer.worker.is_first:
             files[NETWORK] = save(_on_cpu(trainer.embedder.backbone.state_dict()) | averaged)
             files[_OPTIMIZER] = save(_optimizer_tensors(trainer.optimizer))
+        settings = config.settings()
         epoch = trainer.steps / max(len(self._manifest) // config.training.batch_size, 1)
         attributes = {
             **self._identity(),
             "step": trainer.steps,
             "epoch": epoch,
             "temperature": config.objective.temperature,
-            "image_size": config.augmentation.image_size,
+            "settings": {name: settings[name] for name in NETWORK_SETTINGS},
             "class_names": list(self._manifest.class_names),
             "world_size": trainer.worker.world_size,
             "seed": config.training.seed,

@@ -29,6 +29,9 @@ class DataConfig:
     test_path: str | None = None
     """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it, labelled training images
     are classified by the others (leave one out). A recipe's test images are only used with its training images."""
+    classes: str | None = None
+    """Train on images of these classes only: first-half, second-half, or a file that names one class per line; for
+    retrieval among classes that were not trained on. kNN accuracy is of these classes too."""
     root: Path = Path("data")
     """Where data sets with a name are kept, in torchvision's own files or as the tar files made of them once."""
     download: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster.errors import ClusterError
 from instdisc.backbone import CIFAR_RESNETS, Embedder
 from instdisc.errors import ConfigError
-from instdisc.run_directory import RunDirectory
+from instdisc.run_directory import RunDirectory, load_network, network_settings
 
 Format = Literal["torchvision", "safetensors", "onnx"]
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -68,8 +68,8 @@ def export(config: ExportConfig) -> str:
         OSError: The file cannot be written.
     """
     run = RunDirectory(config.run.expanduser())
-    network = run.load_network()
-    settings = json.loads(run.config.read_text())
+    snapshot = run.open_snapshot()
+    network, settings = load_network(snapshot), network_settings(snapshot)
     facts = {
         "backbone": settings["backbone"]["name"],
         "embedding_dim": settings["backbone"]["embedding_dim"],

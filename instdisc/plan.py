@@ -14,10 +14,20 @@ from typing import Literal
 import tyro
 
 from cluster.partition import Partition
+from instdisc.objectives import NCE, InfoNCE, Objective, ParametricSoftmax, Softmax, Spreading
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOAT32_BYTES = 4
 _ID_BYTES = 8
+# Per query, of what the owners agree on: a float32 log-sum-exp, or two float64 sums.
+_SUM_BYTES = {"nce": 0, "softmax": 4, "infonce": 4, "parametric": 4, "spreading": 16}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "nce": NCE,
+    "softmax": Softmax,
+    "infonce": InfoNCE,
+    "parametric": ParametricSoftmax,
+    "spreading": Spreading,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +37,7 @@ class Rates:
     Attributes:
         source: Where the numbers come from.
         gather_bytes_per_second: Sampled rows of the bank, read and turned into loss and gradient.
-        flops_per_second: The softmax over all rows, forward and gradient together.
+        flops_per_second: Products of queries and rows, forward and gradient together.
         link_bytes_per_second: What a rank can send.
         collective_seconds: What a collective costs however little it carries.
     """
@@ -49,8 +59,8 @@ RATES = {
     ),
     "cpu": Rates(
         source="two cores of an AMD EPYC, float32, measured 2026-11-22 (benchmarks/results); 10 Gbit/s assumed",
-        gather_bytes_per_second=7.9e9,
-        flops_per_second=119e9,
+        gather_bytes_per_second=7.6e9,
+        flops_per_second=154e9,
         link_bytes_per_second=1.25e9,
         collective_seconds=200e-6,
     ),
@@ -69,10 +79,11 @@ class PlanConfig:
     """D, entries of an embedding."""
     batch_size: int = 4096
     """Images per step over all workers."""
-    objective: Literal["nce", "softmax"] = "nce"
-    """nce compares with a sample of the rows, softmax with all of them."""
-    num_negatives: int = 4096
-    """m of nce."""
+    objective: Literal["nce", "softmax", "infonce", "parametric", "spreading"] = "nce"
+    """nce and infonce compare with a sample of the rows, softmax with all of them, parametric with as many weights,
+    spreading with the batch."""
+    num_negatives: int | None = None
+    """m of nce and infonce; 4,096 for nce and 65,536 for infonce by default."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Type of the bank's rows."""
     memory_gigabytes: float = 80.0
@@ -82,7 +93,8 @@ class PlanConfig:
     gather_bytes_per_second: float | None = None
     """Speed of nce on a rank: bytes of sampled rows per second; `benchmarks/objectives.py` measures it."""
     flops_per_second: float | None = None
-    """Speed of softmax on a rank: floating-point operations per second, four for every entry of every row and query."""
+    """Speed of the others on a rank: floating-point operations per second, four for every entry of every row and query;
+    ten for parametric, whose weights are trained."""
     link_bytes_per_second: float | None = None
     """What a rank can send to others."""
     collective_seconds: float | None = None
@@ -91,7 +103,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that nothing can have."""
         for name in ("embedding_dim", "batch_size", "num_negatives", "memory_gigabytes"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be above 0")
         for name in ("gather_bytes_per_second", "flops_per_second", "link_bytes_per_second"):
             rate = getattr(self, name)
@@ -99,6 +111,16 @@ class PlanConfig:
                 raise ValueError(f"{name} is {rate}, it must be above 0")
         if not all(number > 0 for number in self.instances + self.world_size):
             raise ValueError("instances and world_size must be 1 or more")
+
+    @property
+    def negatives(self) -> int:
+        """The m that counts."""
+        return self.num_negatives or (65_536 if self.objective == "infonce" else 4096)
+
+    @property
+    def views(self) -> int:
+        """Queries for every image."""
+        return OBJECTIVES[self.objective].views
 
     @property
     def rates(self) -> Rates:
@@ -114,13 +136,13 @@ class Cost:
     """What one rank bears.
 
     Attributes:
-        bank_bytes: Memory of the largest shard.
+        memory_bytes: Of the largest shard: the bank, and tables that the objective keeps beside it.
         sent_bytes: Bytes sent per step, DDP's gradients apart.
         exchange_seconds: Time for them.
         objective_seconds: Time per step for loss and gradient.
     """
 
-    bank_bytes: int
+    memory_bytes: int
     sent_bytes: int
     exchange_seconds: float
     objective_seconds: float
@@ -134,38 +156,49 @@ def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
     """
     if config.batch_size % world_size:
         raise ValueError(f"a batch of {config.batch_size:,} images cannot be shared by {world_size} ranks")
-    partition, rates = Partition(num_instances, world_size), config.rates
-    row_bytes = config.embedding_dim * _ELEMENT_BYTES[config.dtype]
+    partition = Partition(num_instances, world_size)
     shard = max(partition.stop(rank) - partition.start(rank) for rank in range(world_size))
-    if config.objective == "nce":
-        # Every owner reads its share of each query's negatives, and one of them at least.
-        drawn = max(1.0, config.num_negatives * shard / num_instances)
-        objective_seconds = config.batch_size * drawn * row_bytes / rates.gather_bytes_per_second
-    else:
-        objective_seconds = 4 * config.batch_size * shard * config.embedding_dim / rates.flops_per_second
+    dim, tables = config.embedding_dim, OBJECTIVES[config.objective].tables_beside_bank
     sent = sent_bytes(config, world_size)
-    collectives = 0 if world_size == 1 else 4 + (config.objective == "softmax")
+    # Queries, log-sum-exps where there are any, terms, ids and rows.
+    collectives = 0 if world_size == 1 else 4 + (config.objective != "nce")
     return Cost(
-        bank_bytes=shard * row_bytes,
+        memory_bytes=shard * dim * (_ELEMENT_BYTES[config.dtype] + tables * _FLOAT32_BYTES),
         sent_bytes=sent,
-        exchange_seconds=sent / rates.link_bytes_per_second + collectives * rates.collective_seconds,
-        objective_seconds=objective_seconds,
+        exchange_seconds=sent / config.rates.link_bytes_per_second
+        + collectives * config.rates.collective_seconds,
+        objective_seconds=_objective_seconds(config, shard / num_instances, shard),
     )
+
+
+def _objective_seconds(config: PlanConfig, share: float, shard: int) -> float:
+    rates, queries = config.rates, config.batch_size * config.views
+    row_bytes = config.embedding_dim * _ELEMENT_BYTES[config.dtype]
+    # Every owner reads its share of the negatives, and one of them at least.
+    drawn = max(1.0, config.negatives * share)
+    if config.objective == "nce":  # of each query
+        return queries * drawn * row_bytes / rates.gather_bytes_per_second
+    rows = {"infonce": drawn, "spreading": queries * share}.get(config.objective, shard)
+    operations = 10 if config.objective == "parametric" else 4
+    seconds = operations * queries * rows * config.embedding_dim / rates.flops_per_second
+    gathered = drawn * row_bytes if config.objective == "infonce" else 0
+    return seconds + gathered / rates.gather_bytes_per_second
 
 
 def sent_bytes(config: PlanConfig, world_size: int) -> int:
     """Bytes that a rank sends per step on average: see `cluster.exchange`.
 
     Queries with their ids to all owners, gradient and a few numbers per query back, each new embedding to its owner;
-    for the softmax, the logarithm of each owner's sum to all. Nothing depends on the number of rows or negatives.
+    but for nce, the logarithm of each owner's sum to all. Nothing depends on the number of rows or negatives.
     """
     dim, others = config.embedding_dim, world_size - 1
     local_batch = config.batch_size / world_size
-    queries = local_batch * (dim * _ELEMENT_BYTES[config.dtype] + _ID_BYTES) * others
-    terms = local_batch * (dim + 3) * _FLOAT32_BYTES * others
+    local_queries = local_batch * config.views
+    queries = local_queries * (dim * _ELEMENT_BYTES[config.dtype] + _ID_BYTES) * others
+    terms = local_queries * (dim + 3) * _FLOAT32_BYTES * others
     rows = local_batch * dim * _FLOAT32_BYTES * others / world_size
-    log_sums = config.batch_size * _FLOAT32_BYTES * others if config.objective == "softmax" else 0
-    return round(queries + terms + rows + log_sums)
+    sums = config.batch_size * config.views * _SUM_BYTES[config.objective] * others
+    return round(queries + terms + rows + sums)
 
 
 def report(config: PlanConfig) -> str:
@@ -173,13 +206,10 @@ def report(config: PlanConfig) -> str:
     rates = config.rates
     lines = [
         f"per rank and step of {config.batch_size:,} images, D = {config.embedding_dim}, {config.dtype} rows, "
-        + (
-            f"nce with {config.num_negatives:,} negatives"
-            if config.objective == "nce"
-            else "softmax over all rows"
-        ),
+        + config.objective
+        + (f" with {config.negatives:,} negatives" if config.objective in ("nce", "infonce") else ""),
         "",
-        f"{'instances':>14} {'ranks':>6} {'bank':>10} {'sent':>10} {'exchange':>10} {'objective':>10}",
+        f"{'instances':>14} {'ranks':>6} {'memory':>10} {'sent':>10} {'exchange':>10} {'objective':>10}",
     ]
     crowded = False
     for num_instances in config.instances:
@@ -189,20 +219,20 @@ def report(config: PlanConfig) -> str:
             except ValueError as error:
                 lines.append(f"{num_instances:>14,} {world_size:>6} {error}")
                 continue
-            full = each.bank_bytes > config.memory_gigabytes * 1e9 / 2
+            full = each.memory_bytes > config.memory_gigabytes * 1e9 / 2
             crowded |= full
             lines.append(
-                f"{num_instances:>14,} {world_size:>6} {_bytes(each.bank_bytes):>10} {_bytes(each.sent_bytes):>10} "
+                f"{num_instances:>14,} {world_size:>6} {_bytes(each.memory_bytes):>10} {_bytes(each.sent_bytes):>10} "
                 f"{_milliseconds(each.exchange_seconds):>10} {_milliseconds(each.objective_seconds):>10}"
                 + (" *" if full else "")
             )
     if crowded:
-        lines += ["", f"* the bank takes more than half of a rank's {config.memory_gigabytes:g} GB"]
+        lines += ["", f"* bank and tables take more than half of a rank's {config.memory_gigabytes:g} GB"]
     lines += [
         "",
         f"assumed ({config.device}; {rates.source}):",
         f"  sampled rows are read at {rates.gather_bytes_per_second:.3g} bytes/s (nce), products done at "
-        f"{rates.flops_per_second:.3g} operations/s (softmax)",
+        f"{rates.flops_per_second:.3g} operations/s (others)",
         f"  a rank sends {rates.link_bytes_per_second:.3g} bytes/s, each collective takes at least "
         f"{rates.collective_seconds:.3g} s, nothing overlaps",
         "  not counted: the network itself, its gradients (twice its size per step), evaluation, snapshots",

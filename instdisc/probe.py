@@ -16,6 +16,7 @@ from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.config import ProbeConfig
 from instdisc.errors import ConfigError
+from instdisc.evaluation.queries import match_classes
 from instdisc.knn import shard_top_k, weighted_votes
 from instdisc.trainer import Trainer
 from pipelines.loader import Batch, open_loader
@@ -146,28 +147,12 @@ class Probe:
 
 
 def _test_labels(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
-    """The labels of the test images in the numbers of the training classes, matched by name.
-
-    Classes that the training images lack get numbers of their own above theirs: no vote can name them.
-
-    Raises:
-        ConfigError: They have no class in common.
-    """
-    missing = sorted(set(test.class_names) - set(train.class_names))
-    if len(missing) == len(test.class_names):
-        raise ConfigError(
-            f"the test images have none of the classes of the training images: {', '.join(test.class_names[:3])}, … "
-            f"are not among {', '.join(train.class_names[:3])}, …; classes are matched by name"
-        )
+    """The labels of the test images in the numbers of the training classes; see `match_classes`."""
+    numbers, missing = match_classes(test.class_names, train.class_names)
     if missing:
         logger.warning("%d classes of the test images are not in training, e.g. %s", len(missing), missing[0])
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    translated = np.array(
-        [numbers.get(name, len(numbers) + number) for number, name in enumerate(test.class_names)],
-        dtype=np.int64,
-    )
     labels = np.asarray(test.labels, dtype=np.int64)
-    return np.where(labels >= 0, translated[np.maximum(labels, 0)], -1)
+    return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
 
 
 @torch.no_grad()

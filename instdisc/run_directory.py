@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 
+from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.config import RunConfig
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
+NETWORK_SETTINGS = ("backbone", "augmentation")
+"""The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
 
 
 class RunDirectory:
@@ -191,24 +195,22 @@ class RunDirectory:
             for line in self.metrics.read_text().splitlines(keepends=True)
             if _step_of(line, steps_per_epoch) <= step
         ]
-        temporary = self.metrics.with_name(self.metrics.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.metrics)
+        write_text(self.metrics, "".join(kept))
 
     def baselines(self) -> dict[str, float | None]:
         """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
-        for row in _rows(self.metrics):
+        for row in read_lines(self.metrics):
             if row["kind"] == "baselines":
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
 
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
-        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in _rows(self.metrics))
+        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.metrics))
 
     def count_restarts(self) -> int:
         """How often the run went on after an interruption."""
-        return sum(row["kind"] == "status" and row.get("restart", False) for row in _rows(self.metrics))
+        return sum(row["kind"] == "status" and row.get("restart", False) for row in read_lines(self.metrics))
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
@@ -239,26 +241,51 @@ class RunDirectory:
         """
         return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
 
-    def load_network(self, snapshot: Snapshot | None = None) -> Embedder:
-        """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
-
-        Args:
-            snapshot: One of this run; the newest by default.
+    def load_network(self) -> Embedder:
+        """The network of the newest snapshot, as `load_network` gives it.
 
         Raises:
             ConfigError: There is no run.
             SnapshotError: It has no snapshot, or that is damaged.
         """
-        snapshot = snapshot or self.open_snapshot()
-        settings = self.settings()
-        backbone = BackboneConfig(**settings["backbone"])
-        embedder = build_embedder(backbone, settings["augmentation"]["image_size"])
-        embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
-        return embedder.eval()
+        return load_network(self.open_snapshot())
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
-        return len({row["name"] for row in _rows(self.corrupt_images)})
+        return len({row["name"] for row in read_lines(self.corrupt_images)})
+
+
+def network_settings(snapshot: Snapshot) -> dict[str, Any]:
+    """The settings that a network was built and its images prepared with: those of `NETWORK_SETTINGS`.
+
+    Raises:
+        SnapshotError: It holds no network of this program.
+    """
+    settings: dict[str, Any] = snapshot.attributes.get("settings", {})
+    if NETWORK not in snapshot.files or not all(name in settings for name in NETWORK_SETTINGS):
+        raise SnapshotError(
+            f"{snapshot.url} holds no network with its settings: give a snapshot that instdisc.train of this version "
+            "wrote"
+        )
+    return settings
+
+
+def load_network(snapshot: Snapshot) -> Embedder:
+    """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
+
+    Raises:
+        SnapshotError: There is none in the snapshot, or it is damaged.
+    """
+    settings = network_settings(snapshot)
+    backbone = BackboneConfig(**settings["backbone"])
+    embedder = build_embedder(backbone, settings["augmentation"]["image_size"])
+    try:
+        embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
+    except (SafetensorError, RuntimeError) as error:
+        raise SnapshotError(
+            f"{snapshot.url}: {NETWORK} does not hold the weights of a {backbone.name} ({error}): use another snapshot"
+        ) from error
+    return embedder.eval()
 
 
 def _step_of(line: str, steps_per_epoch: int) -> float:
@@ -281,7 +308,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
         logger.warning("a line of %s is lost: %s", path, error)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file but such as were cut short; none if there is no file."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -292,8 +319,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file that is either whole or not there."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

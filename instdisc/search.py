@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
+from cluster.metrics import MetricsConfig
 from cluster.snapshots import SnapshotError
 from instdisc.errors import ConfigError
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
@@ -34,7 +35,7 @@ class SearchConfig:
     """What is searched for, and where."""
 
     source: tyro.conf.Positional[str]
-    """A run directory, or one of the snapshots in it."""
+    """A run directory, or a snapshot, here or at a URL."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Images to search for; labels are not needed."""
     k: int = 10
@@ -90,14 +91,17 @@ def search(config: SearchConfig) -> str:
     """Embed the images as training did, draw their nearest rows, and return them as text.
 
     Raises:
-        ConfigError: The run has no network, or fewer than k rows.
+        ConfigError: There are fewer than k rows.
         DataError: An image cannot be read or decoded.
         SnapshotError: There is no whole snapshot.
     """
     manifest = open_images(config.images)
     evaluation = Evaluation(
         EvaluationConfig(
-            source=config.source, actors=ActorsConfig(num_actors=config.num_actors), loader=config.loader
+            source=config.source,
+            actors=ActorsConfig(num_actors=config.num_actors),
+            loader=config.loader,
+            metrics=MetricsConfig(port=None),
         )
     )
     with evaluation:
@@ -106,25 +110,32 @@ def search(config: SearchConfig) -> str:
         if len(broken):
             raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")
         scores, rows = evaluation.search(embeddings, config.k)
-        train = evaluation.train
+        labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
         found = [
             [
-                Neighbour(
-                    row,
-                    float(score),
-                    train.class_names[train.labels[row]] if train.labels[row] >= 0 else "-",
-                    train.name(row),
-                )
+                Neighbour(row, float(score), *labels[row])
                 for row, score in zip(rows[query].tolist(), scores[query], strict=True)
             ]
             for query in range(len(manifest))
         ]
-    output = config.output.expanduser()
-    draw(manifest, train, found).save(output, "PNG")
+        train = evaluation.train if evaluation.has_run else None
     lines = []
     for query, neighbours in enumerate(found):
         lines += [manifest.name(query), *_table(neighbours), ""]
+    if train is None:
+        return "\n".join([*lines, "not drawn: a snapshot has no images; give its run directory to see them"])
+    output = config.output.expanduser()
+    draw(manifest, train, found).save(output, "PNG")
     return "\n".join([*lines, f"drawn in {output}"])
+
+
+def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
+    """Name of the row's class, `-` for none, and of its image."""
+    if evaluation.has_run:
+        label, name = int(evaluation.train.labels[row]), evaluation.train.name(row)
+    else:
+        label, name = (evaluation.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys"))
+    return evaluation.class_names[label] if label >= 0 else "-", name
 
 
 def open_images(paths: Sequence[Path]) -> Manifest:

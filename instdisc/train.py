@@ -22,6 +22,7 @@ from cluster.stopping import RunStopped
 from instdisc.backbone import check_backbone
 from instdisc.config import RunConfig
 from instdisc.errors import ConfigError, NonFiniteError
+from instdisc.evaluation.splits import choose_classes
 from instdisc.progress import ProgressBar
 from instdisc.recipes import RECIPES
 from instdisc.run_directory import RunDirectory
@@ -186,6 +187,13 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
         manifest = build_manifest(found)
         if config.data.verify:
             manifest = verify(manifest)
+        if config.data.classes is not None and option == "path":
+            if not manifest.has_labels:
+                raise ConfigError(
+                    f"--data.classes chooses images by their class, but those of {config.data.path} have no labels"
+                )
+            names = choose_classes(manifest.class_names, config.data.classes)
+            manifest = manifest.of_classes(names)
     except DataError as error:
         raise DataError(f"--data.{option.replace('_', '-')}: {error}") from error
     for image in manifest.rejected[:_MOST_NAMED]:

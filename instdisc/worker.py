@@ -13,7 +13,7 @@ import torch
 
 from cluster.errors import SnapshotError
 from cluster.launch import Worker
-from cluster.metrics import TRAINING, Metrics, exported
+from cluster.metrics import TRAINING, Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import remove_snapshots
 from cluster.stopping import Stopped
@@ -57,8 +57,20 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
         local_rank=worker.local_rank,
         world_size=worker.world_size,
         directory=run.targets,
-    ):
-        return _Run(worker, recipe, config, run, metrics).complete()
+    ) as endpoint:
+        try:
+            result = _Run(worker, recipe, config, run, metrics).complete()
+        except NonFiniteError:
+            _let_read(endpoint)
+            raise
+        if not isinstance(result, Stopped):
+            _let_read(endpoint)
+        return result
+
+
+def _let_read(endpoint: Endpoint | None) -> None:
+    if endpoint is not None:
+        endpoint.wait_until_read()
 
 
 class _Run:
@@ -74,6 +86,8 @@ class _Run:
         prepared = run.next if run.next.manifest.exists() else run
         self.manifest = Manifest.load(prepared.manifest)
         test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
+        if test is not None and config.data.classes is not None:
+            test = test.of_classes(self.manifest.class_names)
         self.trainer = Trainer(worker, config, len(self.manifest))
         self.probe = Probe(self.trainer, self.manifest, test, self._on_corrupt)
         self.order = Order(
@@ -95,8 +109,6 @@ class _Run:
             bank_bytes=rows.numel() * rows.element_size(),
             bank_element_bytes=rows.element_size(),
         )
-        if worker.is_first:
-            metrics.set(snapshot_timestamp_seconds=time.time())
 
     def complete(self) -> dict[str, Any] | Stopped:
         """Start or go on, train, last measurements, last snapshot."""
@@ -115,6 +127,8 @@ class _Run:
         progress = self.checkpoints.restore()
         self.clock = Clock(progress.train_seconds if progress else 0.0)
         self.means = progress.means if progress else {}
+        if self.worker.is_first:
+            self.metrics.set(snapshot_timestamp_seconds=self.checkpoints.committed_time)
         self._announce(resumed=progress is not None)
         try:
             reason = self._train()

@@ -106,6 +106,22 @@ class Manifest:
         columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
         return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
 
+    def of_classes(self, names: Sequence[str]) -> Self:
+        """Return a manifest of the images of some classes, which are numbered anew in the order of `names`.
+
+        Args:
+            names: The classes; those that this manifest lacks have no images.
+        """
+        numbers = np.full(len(self.class_names) + 1, -1)  # the last one is that of label -1
+        for number, name in enumerate(names):
+            if name in self.class_names:
+                numbers[self.class_names.index(name)] = number
+        labels = numbers[np.asarray(self.labels)]
+        rows = np.flatnonzero(labels >= 0)
+        return replace(
+            self.select(rows), labels=labels[rows].astype(self.labels.dtype), class_names=tuple(names)
+        )
+
     def save(self, directory: Path | str) -> None:
         """Write the manifest into `directory` (made if missing, replaced if it holds one).
 

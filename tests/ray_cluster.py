@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,35 +42,47 @@ class RayCluster:
 
         The job runs in a copy of the checkout: give it absolute paths for all that it shall read or write.
         """
+        with self.submitting(*command) as job:
+            said, _ = job.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(command, job.returncode, said)
+
+    def submitting(self, *command: str) -> subprocess.Popen[str]:
+        """As `submit`, without waiting for the end."""
         submit = ("job", "submit", "--address", self.dashboard, "--working-dir", str(CHECKOUT), "--")
-        return subprocess.run(
+        return subprocess.Popen(
             [str(_BIN / "ray"), *submit, *command],
             cwd=CHECKOUT,
             env=os.environ | self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout_s,
-            check=False,
         )
 
 
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[RayCluster]:
-    """Start a head node with a dashboard, and end it with all it started."""
+def ray_head(num_cpus: int, *, ip: str = "127.0.0.1", inside: Sequence[str] = ()) -> Iterator[RayCluster]:
+    """Start a head node with a dashboard, and end it with all it started.
+
+    Args:
+        num_cpus: Of the node; 0 for one that only manages the others.
+        ip: Its address.
+        inside: What its command line has to begin with, for a network namespace.
+    """
     # Not pytest's directory: Ray puts sockets below it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
         gcs_port, dashboard_port = free_port(), free_port()
         # Workers get the driver's working directory to import from, but not its sys.path.
-        environment = {"PATH": f"{_BIN}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)}
+        environment = {"GLOO_SOCKET_IFNAME": "eth0"} if inside else {}
+        environment |= {"PATH": f"{_BIN}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)}
         command = [
-            *(str(_BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(*inside, str(_BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(f"--node-ip-address={ip}", f"--dashboard-host={ip}"),
             *(f"--port={gcs_port}", f"--num-cpus={num_cpus}", f"--temp-dir={directory}"),
             *(f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
             f"--ray-client-server-port={free_port()}",
         ]
         log = Path(directory, "start.log")
-        dashboard = f"http://127.0.0.1:{dashboard_port}"
+        dashboard = f"http://{ip}:{dashboard_port}"
         with log.open("w") as output, processes_of_this_block(environment):
             # Killed with the rest: on SIGTERM it waits for Ray Train's detached actors, which never end.
             head = subprocess.Popen(
@@ -78,7 +90,7 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
             )
             wait_until(lambda: head.poll() is not None or _answers(f"{dashboard}/api/jobs/"), timeout_s=120)
             assert head.poll() is None, log.read_text()
-            yield RayCluster(f"127.0.0.1:{gcs_port}", dashboard, environment)
+            yield RayCluster(f"{ip}:{gcs_port}", dashboard, environment)
         head.wait()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from cluster.actors import ActorsConfig, connect
-from cluster.snapshots import Snapshot, open_snapshot
+from cluster.actors import ActorsConfig, connect, share_out
+from cluster.metrics import EVALUATION, Endpoint, Metrics, MetricsConfig, exported
+from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.backbone import Embedder
 from instdisc.errors import ConfigError
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import Queries, QueryConfig, leave_one_out, open_queries
-from instdisc.run_directory import RunDirectory, write_json
+from instdisc.run_directory import RunDirectory, load_network, network_settings, write_json
 from pipelines.augment import Augmentation
 from pipelines.loader import LoaderConfig
 from pipelines.manifest import Manifest
@@ -42,20 +43,9 @@ class EvaluationConfig:
     """Compare with fresh embeddings of the training images instead of those stored while training."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: Path | None = None
     """Where the results go; RUN/evaluation/step-… by default."""
-
-
-class TableRows:
-    """One table of a snapshot as a source of rows; picklable."""
-
-    def __init__(self, snapshot: Snapshot, table: str) -> None:
-        self._snapshot, self._table = snapshot, table
-        self.num_rows = snapshot.num_rows
-
-    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows start … stop - 1."""
-        return self._snapshot.read(self._table, start, stop)
 
 
 class Evaluation:
@@ -70,18 +60,33 @@ class Evaluation:
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
         self._open = contextlib.ExitStack()
+        self._endpoint: Endpoint | None = None
         self._top_k: TopK | None = None
         self._neighbours: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
 
     def __enter__(self) -> Self:
         self._open.enter_context(connect(self.config.actors))
         self._open.callback(self._release)
+        if self.has_run:
+            place = self.run.targets
+            self._endpoint = self._open.enter_context(
+                exported(self.metrics, self.config.metrics, local_rank=0, world_size=1, directory=place)
+            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._release()
+        if self._endpoint is not None and error is None:
+            self._endpoint.wait_until_read()
         self._open.close()
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What this job tells Prometheus, under the name of the run."""
+        name = self.run.path.name if self.has_run else self.config.source.rstrip("/").rpartition("/")[2]
+        return Metrics(EVALUATION, run=name, rank=0)
 
     @cached_property
     def has_run(self) -> bool:
@@ -93,8 +98,8 @@ class Evaluation:
         """The run directory; raises ConfigError where only a snapshot is at hand."""
         if self._run is None:
             raise ConfigError(
-                f"{self.config.source} is a snapshot outside of its run: this needs the network and the list of "
-                "images, so give the run directory"
+                f"{self.config.source} is a snapshot outside of its run: this needs the run's list of images, so give "
+                "the run directory"
             )
         return self._run
 
@@ -104,14 +109,15 @@ class Evaluation:
             return None
         path = Path(self.config.source).expanduser().absolute()
         for place in (path, path.parent, path.parent.parent):
-            if (place / "config.json").exists():
-                return RunDirectory(place)
+            run = RunDirectory(place)
+            if run.config.exists() and run.manifest.exists():
+                return run
         return None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The run's configuration: `config.json`."""
-        return self.run.settings()
+        """What the network was built with: see `instdisc.run_directory.network_settings`."""
+        return network_settings(self.snapshot)
 
     @cached_property
     def snapshot(self) -> Snapshot:
@@ -120,14 +126,7 @@ class Evaluation:
         if "://" not in self.config.source:
             source = Path(source).expanduser().absolute()  # actors may work elsewhere
         is_run = self.has_run and source == self.run.path
-        snapshot = self.run.open_snapshot() if is_run else open_snapshot(source)
-        backbone = snapshot.attributes.get("backbone")
-        if self.has_run and backbone not in (None, self.settings["backbone"]["name"]):
-            raise ConfigError(
-                f"the snapshot was made with backbone {backbone}, the run around it has "
-                f"{self.settings['backbone']['name']}: name a snapshot of this run, or move it out"
-            )
-        return snapshot
+        return self.run.open_snapshot() if is_run else open_snapshot(source)
 
     @cached_property
     def output(self) -> Path:
@@ -146,7 +145,7 @@ class Evaluation:
     @cached_property
     def network(self) -> Embedder:
         """The trained network on the CPU, in evaluation mode."""
-        return self.run.load_network(self.snapshot)
+        return load_network(self.snapshot)
 
     @cached_property
     def augmentation(self) -> Augmentation:
@@ -194,7 +193,7 @@ class Evaluation:
         """The rows that queries are compared with, stored or re-computed; read in the actors, never whole here."""
         if self.config.recompute:
             return self.image_rows(self.train, embed)
-        return TableRows(self.snapshot, "embeddings")
+        return SnapshotRows(self.snapshot, "embeddings")
 
     @property
     def embedding_dim(self) -> int:
@@ -242,7 +241,7 @@ class Evaluation:
                 "embeddings of this network"
             )
         if self._top_k is None:
-            self._top_k = TopK(self.bank, self.config.actors)
+            self._top_k = TopK(self.bank, self.config.actors, self.metrics)
         return self._top_k.search(queries, k, excluded=excluded)
 
     def _release(self) -> None:
@@ -280,6 +279,13 @@ class Evaluation:
         self._release()
         chosen = manifest if rows is None else manifest.select(rows)
         return read_rows(self.image_rows(chosen, function), self.config.actors)
+
+    def share_out(
+        self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]
+    ) -> Iterator[Any]:
+        """`cluster.actors.share_out` to processes of the size of the actors, which are ended first."""
+        self._release()
+        return share_out(function, shared, items, self.config.actors)
 
     def write(self, name: str, values: dict[str, Any]) -> Path:
         """Write `output/NAME.json`, whole or not at all."""

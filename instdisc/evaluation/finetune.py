@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from instdisc.backbone import BackboneConfig, build_embedder
+from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.errors import ConfigError
+from instdisc.evaluation.images import compute_device
 from instdisc.evaluation.linear import top_k_accuracy
 from instdisc.evaluation.splits import class_balanced_rows
 from instdisc.optim import OptimizerConfig, build_optimizer, learning_rate
 from instdisc.seeding import derive_seed
-from pipelines.loader import open_loader
+from pipelines.augment import Augmentation
+from pipelines.loader import LoaderConfig, open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order, Request
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
+
+_BATCH = 256
 
 logger = logging.getLogger(__name__)
 
@@ -70,26 +75,35 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
             f"fine-tuning is tested on labelled images that were not trained on, the queries are of kind "
             f"{queries.kind}: name test images with --queries.path"
         )
-    num_classes = len(evaluation.class_names)
+    job = _Job(
+        network=evaluation.network,
+        backbone=BackboneConfig(**evaluation.settings["backbone"]),
+        augmentation=evaluation.augmentation,
+        loader=evaluation.config.loader,
+        train=evaluation.train,
+        train_labels=labels,
+        test=queries.manifest.select(queries.rows),
+        num_classes=len(evaluation.class_names),
+        config=config,
+    )
     test_labels = torch.from_numpy(queries.labels)
-    found = []
-    for fraction in config.fractions:
-        rows = class_balanced_rows(labels, fraction, seed=config.seed)
-        chosen = evaluation.train.select(rows)
-        values: dict[str, Any] = {"fraction": fraction, "images": len(rows)}
-        for start in ("trained", "scratch"):
-            network = classifier(evaluation, num_classes, trained=start == "trained", seed=config.seed)
-            train_classifier(evaluation, network, chosen, labels[rows], config)
-            scores = classify(evaluation, network, queries.manifest, queries.rows)
-            values[start] = {f"top{k}": top_k_accuracy(scores, test_labels, k) for k in (1, 5)}
-            logger.info(
-                "fine-tuning, %g%% of the labels (%d images), %s: top-1 %.1f%%",
-                100 * fraction,
-                len(rows),
-                start,
-                100 * values[start]["top1"],
-            )
-        found.append(values)
+    cases = [(fraction, start) for fraction in config.fractions for start in ("trained", "scratch")]
+    found: list[dict[str, Any]] = []
+    for (fraction, start), (images, scores) in zip(
+        cases, evaluation.share_out(_finetune, job, cases), strict=True
+    ):
+        if start == "trained":
+            found.append({"fraction": fraction, "images": images})
+        found[-1][start] = {
+            f"top{k}": top_k_accuracy(torch.from_numpy(scores), test_labels, k) for k in (1, 5)
+        }
+        logger.info(
+            "fine-tuning, %g%% of the labels (%d images), %s: top-1 %.1f%%",
+            100 * fraction,
+            images,
+            start,
+            100 * found[-1][start]["top1"],
+        )
     return {
         "summary": {
             f"{100 * each['fraction']:g}% of the labels, {name}, top-1": each[start]["top1"]
@@ -102,48 +116,87 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def classifier(evaluation: Evaluation, num_classes: int, *, trained: bool, seed: int) -> nn.Module:
-    """The run's network with a new head for classes, or the same network with random weights throughout.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """What all fine-tunings need.
+
+    Attributes:
+        network: The run's.
+        backbone: What it was built with.
+        augmentation: That of the run's training.
+        loader: Its loader.
+        train: The run's training images.
+        train_labels: int64 (N,), their classes, -1 for none.
+        test: The images to classify.
+        num_classes: C.
+        config: Settings.
+    """
+
+    network: Embedder
+    backbone: BackboneConfig
+    augmentation: Augmentation
+    loader: LoaderConfig
+    train: Manifest
+    train_labels: npt.NDArray[np.int64]
+    test: Manifest
+    num_classes: int
+    config: FinetuneConfig
+
+
+def _finetune(job: _Job, case: tuple[float, str]) -> tuple[int, npt.NDArray[np.float32]]:
+    """Fine-tune with one share of the labels from one start.
+
+    Returns:
+        Number of labelled images, and scores float32 (Q, C) of the test images.
+    """
+    fraction, start = case
+    rows = class_balanced_rows(job.train_labels, fraction, seed=job.config.seed)
+    side = job.augmentation.image_size
+    network = new_classifier(
+        job.network, job.backbone, side, job.num_classes, trained=start == "trained", seed=job.config.seed
+    )
+    network.to(compute_device())
+    _train(job, network, job.train.select(rows), job.train_labels[rows])
+    return len(rows), _classify(job, network)
+
+
+def new_classifier(
+    trained_network: Embedder,
+    backbone: BackboneConfig,
+    image_size: int,
+    num_classes: int,
+    *,
+    trained: bool,
+    seed: int,
+) -> nn.Module:
+    """A trained network with a new head for classes, or the same network with random weights throughout.
 
     Args:
-        evaluation: Gives network and settings.
+        trained_network: The network; not changed.
+        backbone: What it was built with.
+        image_size: Side of the images in pixels.
         num_classes: Outputs of the new head.
-        trained: Whether all but the head starts from the run's weights.
+        trained: Whether all but the head starts from its weights.
         seed: Of the random weights.
     """
     torch.manual_seed(derive_seed(seed, "fine-tuning"))
-    if trained:
-        backbone = copy.deepcopy(evaluation.network.backbone)
-        name, head = list(backbone.named_modules())[-1]
-        assert isinstance(head, nn.Linear)
-        backbone.set_submodule(name, nn.Linear(head.in_features, num_classes))
-    else:
-        settings = evaluation.settings["backbone"] | {"embedding_dim": num_classes}
-        backbone = build_embedder(BackboneConfig(**settings), evaluation.augmentation.image_size).backbone
-    return backbone.to(_device())
+    if not trained:
+        return build_embedder(dataclasses.replace(backbone, embedding_dim=num_classes), image_size).backbone
+    network = copy.deepcopy(trained_network.backbone)
+    name, head = list(network.named_modules())[-1]
+    assert isinstance(head, nn.Linear)
+    network.set_submodule(name, nn.Linear(head.in_features, num_classes))
+    return network
 
 
-def train_classifier(
-    evaluation: Evaluation,
-    network: nn.Module,
-    manifest: Manifest,
-    labels: npt.NDArray[np.int64],
-    config: FinetuneConfig,
-) -> None:
-    """Train with cross-entropy on random views, as the run's own training varies them.
-
-    Args:
-        evaluation: Gives augmentation and loader.
-        network: Trained in place.
-        manifest: The labelled images.
-        labels: int64 (N,), 0 or above.
-        config: Settings.
-    """
+def _train(job: _Job, network: nn.Module, manifest: Manifest, labels: npt.NDArray[np.int64]) -> None:
+    """Train the network in place with cross-entropy on random views, as the run's own training varies them."""
+    config, device = job.config, compute_device()
     optimizer_config = OptimizerConfig(
         learning_rate=config.rate, schedule="cosine", weight_decay=config.weight_decay
     )
     optimizer = build_optimizer(optimizer_config, network.parameters())
-    device, targets = _device(), torch.from_numpy(labels).to(_device())
+    targets = torch.from_numpy(labels).to(device)
     order = Order(
         num_instances=len(manifest), global_batch=min(config.batch_size, len(manifest)), seed=config.seed
     )
@@ -152,12 +205,12 @@ def train_classifier(
     with open_loader(
         manifest,
         order.requests(num_epochs=epochs),
-        augmentation=evaluation.augmentation,
+        augmentation=job.augmentation,
         training=True,
         views=1,
         seed=config.seed,
         device=device,
-        config=evaluation.config.loader,
+        config=job.loader,
     ) as loader:
         for step, batch in enumerate(loader):
             decoded = batch.instance_ids >= 0
@@ -173,23 +226,17 @@ def train_classifier(
 
 
 @torch.no_grad()
-def classify(
-    evaluation: Evaluation, network: nn.Module, manifest: Manifest, rows: npt.NDArray[np.int64]
-) -> Tensor:
-    """Scores float32 (R, C) of images, on the CPU."""
-    batch = 256
+def _classify(job: _Job, network: nn.Module) -> npt.NDArray[np.float32]:
+    """Scores float32 (Q, C) of the test images."""
+    rows = np.arange(len(job.test))
     with open_loader(
-        manifest,
-        (Request(0, rows[first : first + batch]) for first in range(0, len(rows), batch)),
-        augmentation=evaluation.augmentation,
+        job.test,
+        (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
+        augmentation=job.augmentation,
         training=False,
         views=1,
         seed=0,
-        device=_device(),
-        config=evaluation.config.loader,
+        device=compute_device(),
+        config=job.loader,
     ) as loader:
-        return torch.cat([network(batch.images[0]).float().cpu() for batch in loader])
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.cat([network(batch.images[0]).float().cpu() for batch in loader]).numpy()

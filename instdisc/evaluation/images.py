@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 ImageFunction = Callable[[Embedder, Tensor], Tensor]
 """Importable by name: the network in evaluation mode and normalised images (B, 3, H, W) to rows (B, F)."""
+
+
+def compute_device() -> torch.device:
+    """The GPU of this process, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def embed(network: Embedder, images: Tensor) -> Tensor:
@@ -64,8 +70,8 @@ class ImageRows:
         Raises:
             DataError: The storage of the images fails, or none of a batch of images can be decoded.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = self.network.to(device).eval()
+        device = compute_device()
+        network = copy.deepcopy(self.network).to(device).eval()
         chosen = np.arange(start, stop)
         parts = []
         with open_loader(

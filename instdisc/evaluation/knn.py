@@ -47,6 +47,10 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         )
         for k in sorted({1, config.k})
     }
+    evaluation.metrics.set(
+        evaluation_knn_top1_ratio=accuracies[f"k{config.k}"]["top1"],
+        evaluation_knn_top5_ratio=accuracies[f"k{config.k}"]["top5"],
+    )
     return {
         "summary": {
             f"kNN k={k}, {top.replace('top', 'top-')}": accuracies[f"k{k}"][top]

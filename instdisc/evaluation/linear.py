@@ -6,7 +6,9 @@ images, its regularisation chosen on a part of them held out, its accuracy measu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +21,13 @@ from torch.nn import functional as F
 
 from instdisc.errors import ConfigError
 from instdisc.evaluation.features import stage_features, stage_names
+from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.splits import class_balanced_rows
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,15 +74,20 @@ def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
         )
     fraction = min(1.0, config.max_images / int((labels >= 0).sum()))
     rows = class_balanced_rows(labels, fraction, seed=config.seed)
+    job = _Job(
+        train=evaluation.image_rows(evaluation.train.select(rows), embed),
+        train_labels=labels[rows],
+        test=evaluation.image_rows(queries.manifest.select(queries.rows), embed),
+        test_labels=queries.labels,
+        num_classes=len(evaluation.class_names),
+        config=config,
+    )
+    names = stage_names(evaluation.network.backbone)
     stages: dict[str, Any] = {}
-    for stage in stage_names(evaluation.network.backbone):
-        function = functools.partial(stage_features, stage=stage, max_dims=config.max_dims)
-        train = _split(evaluation.compute(evaluation.train, function, rows), labels[rows])
-        test = _split(evaluation.compute(queries.manifest, function, queries.rows), queries.labels)
-        stages[stage] = {"dims": train.features.shape[1]}
-        for name, loss in CLASSIFIERS.items():
-            result = linear_accuracy(train, test, len(evaluation.class_names), loss=loss, config=config)
-            stages[stage][name] = result._asdict()
+    for stage, result in zip(names, evaluation.share_out(_classify_stage, job, names), strict=True):
+        stages[stage] = result
+        figures = ", ".join(f"{name} {100 * result[name]['top1']:.1f}%" for name in CLASSIFIERS)
+        logger.info("linear classifiers on %s: %s", stage, figures)
     return {
         "summary": {
             f"{name} of {stage}, top-1": values[name]["top1"]
@@ -90,9 +100,35 @@ def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """What all stages need."""
+
+    train: ImageRows
+    train_labels: npt.NDArray[np.int64]
+    test: ImageRows
+    test_labels: npt.NDArray[np.int64]
+    num_classes: int
+    config: LinearConfig
+
+
+def _classify_stage(job: _Job, stage: str) -> dict[str, Any]:
+    """Both classifiers on one stage's features."""
+    function = functools.partial(stage_features, stage=stage, max_dims=job.config.max_dims)
+    train, test = (
+        _split(dataclasses.replace(images, function=function).read(0, images.num_rows), labels)
+        for images, labels in ((job.train, job.train_labels), (job.test, job.test_labels))
+    )
+    found: dict[str, Any] = {"dims": train.features.shape[1]}
+    for name, loss in CLASSIFIERS.items():
+        result = linear_accuracy(train, test, job.num_classes, loss=loss, config=job.config)
+        found[name] = result._asdict()
+    return found
+
+
 def _split(features: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Split:
     """On the GPU if there is one; images that could not be decoded lose their label."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     decoded = np.isfinite(features[:, 0])
     return Split(
         torch.from_numpy(features).to(device), torch.from_numpy(np.where(decoded, labels, -1)).to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from instdisc.evaluation.gallery import Example, best_and_worst
 from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
+from instdisc.run_directory import read_lines, write_text
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
@@ -82,7 +83,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         ConfigError: Only a snapshot is at hand, which has neither images nor curves.
     """
     results = _read_results(evaluation)
-    metrics, summary = _read_metrics(evaluation), _read_json(evaluation.run.summary)
+    metrics, summary = read_lines(evaluation.run.metrics), _read_json(evaluation.run.summary)
     galleries: list[tuple[str, Sequence[Example]]] = []
     if (evaluation.train.labels >= 0).any() and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
@@ -93,7 +94,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
             temperature=config.temperature,
         )
         galleries = [("Nearest rows of the best queries", best), ("Nearest rows of the worst queries", worst)]
-    settings = evaluation.settings
+    settings = evaluation.run.settings()
     html = render(
         Page(
             title=evaluation.run.path.name,
@@ -109,9 +110,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         )
     )
     path = evaluation.output / "index.html"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, html)
     pictures = sum(1 + len(example.neighbours) for _, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
 
@@ -274,9 +273,3 @@ def _read_results(evaluation: Evaluation) -> dict[str, Any]:
 def _read_json(path: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return values
-
-
-def _read_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
-    path = evaluation.run.metrics
-    lines: Iterable[str] = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be under way

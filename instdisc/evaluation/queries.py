@@ -118,7 +118,13 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
     if config.labels is not None:
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
-    manifest = Manifest.load(evaluation.run.test_manifest) if own else _find_images(config)
+    manifest = (
+        Manifest.load(evaluation.run.test_manifest)
+        if own
+        else open_labelled(config.path or "", config, "--queries.path")
+    )
+    if own and evaluation.run.settings()["data"]["classes"] is not None:
+        manifest = manifest.of_classes(evaluation.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
         raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")
@@ -143,16 +149,20 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
     )
 
 
-def _find_images(config: QueryConfig) -> Manifest:
-    assert config.path is not None
+def open_labelled(path: str, config: QueryConfig, option: str) -> Manifest:
+    """The images that the user named with an option, all of which must be readable.
+
+    Raises:
+        DataError: There are none, or some cannot be read.
+    """
     try:
-        manifest = build_manifest(resolve(config.path, root=config.root, download=config.download))
+        manifest = build_manifest(resolve(path, root=config.root, download=config.download))
     except DataError as error:
-        raise DataError(f"--queries.path: {error}") from error
+        raise DataError(f"{option}: {error}") from error
     if manifest.rejected:
         name, reason = manifest.rejected[0]
         raise DataError(
-            f"--queries.path: {len(manifest.rejected)} images cannot be read, e.g. {manifest.root / name}: {reason}; "
+            f"{option}: {len(manifest.rejected)} images cannot be read, e.g. {manifest.root / name}: {reason}; "
             "replace or remove them"
         )
     return manifest
@@ -189,7 +199,10 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
             f"{path} has {vectors.shape[1]} dimensions and the bank {evaluation.embedding_dim}: they are not "
             "embeddings of one network"
         )
-    labels = classes.read(0, len(vectors))
+    try:
+        labels, embeddings = classes.read(0, len(classes)), vectors.read(0, len(vectors))
+    except ClusterError as error:
+        raise ConfigError(f"--queries: {error}") from error
     if labels.dtype.kind not in "iu":
         raise ConfigError(
             f"{labels_path} holds {labels.dtype}, expected whole numbers: the bank's class numbers"
@@ -198,7 +211,7 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
         raise ConfigError(f"no entry of {labels_path} is a class (0 or above)")
-    embeddings = vectors.read(0, len(vectors))[rows].astype(np.float32)
+    embeddings = embeddings[rows].astype(np.float32)
     if not np.isfinite(embeddings).all():
         raise ConfigError(f"{path} holds numbers that are not finite: embed the queries anew")
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -233,8 +246,8 @@ def match_classes(names: Sequence[str], bank_names: Sequence[str]) -> tuple[npt.
     unknown = [name for name in names if name not in numbers]
     if len(unknown) == len(names):
         raise ConfigError(
-            f"the queries have none of the bank's classes: {', '.join(names[:3])}, … are not among "
-            f"{', '.join(bank_names[:3])}, …; classes are matched by name"
+            f"the images to classify have none of the training images' classes: {', '.join(names[:3])}, … are not "
+            f"among {', '.join(bank_names[:3])}, …; classes are matched by name"
         )
     numbers |= {name: len(bank_names) + number for number, name in enumerate(unknown)}
     return np.array([numbers[name] for name in names], np.int64), unknown

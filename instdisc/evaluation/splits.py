@@ -1,4 +1,4 @@
-"""Choices among labelled rows: a balanced share of every class, and classes kept for retrieval."""
+"""Choices among labelled rows: a balanced share of every class, and some of the classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from instdisc.errors import ConfigError
 from instdisc.seeding import derive_seed
 
-FIRST_HALF = "first-half"
+HALVES = ("all", "first-half", "second-half")
 
 
 def class_balanced_rows(
@@ -37,34 +37,31 @@ def class_balanced_rows(
     return np.sort(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)])).astype(np.int64)
 
 
-def held_out_classes(class_names: Sequence[str], split: str) -> list[str]:
-    """The classes that retrieval is tested on.
+def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
+    """Some of the classes of a set of images.
 
     Args:
         class_names: All classes, in the order of their numbers.
-        split: "first-half": training has the first half of the classes, the other half is held out (Ye et al. 2019);
-            else the path of a file with the name of one held-out class per line.
+        which: "all", "first-half" or "second-half" of them (Ye et al. 2019 train on one half and retrieve among the
+            other), or the path of a file with the name of one class per line.
 
     Raises:
-        ConfigError: The file cannot be read or names an unknown class, or less than two classes are held out.
+        ConfigError: The file cannot be read, names an unknown class or none at all.
     """
-    if split == FIRST_HALF:
-        held_out = list(class_names[len(class_names) // 2 :])
-    else:
-        try:
-            lines = Path(split).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read the class split {split}: {error}; expected {FIRST_HALF!r} or a file with a class per line"
-            ) from error
-        held_out = [line.strip() for line in lines if line.strip()]
-        unknown = sorted(set(held_out) - set(class_names))
-        if unknown:
-            raise ConfigError(
-                f"{split} names {unknown[0]!r}, which is no class of the images: {', '.join(class_names[:5])}, …"
-            )
-    if len(held_out) < 2:
-        raise ConfigError(
-            f"{split} holds out {len(held_out)} classes: retrieval among them needs two or more"
+    half = len(class_names) // 2
+    if which in HALVES:
+        return list(
+            {"all": class_names, "first-half": class_names[:half], "second-half": class_names[half:]}[which]
         )
-    return held_out
+    try:
+        lines = Path(which).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the classes in {which}: {error}; expected {', '.join(HALVES)} or a file with a class per line"
+        ) from error
+    chosen = [line.strip() for line in lines if line.strip()]
+    unknown = sorted(set(chosen) - set(class_names))
+    if unknown or not chosen:
+        wrong = f"names {unknown[0]!r}, which is no class of the images" if unknown else "names no class"
+        raise ConfigError(f"{which} {wrong}: {', '.join(class_names[:5])}, …")
+    return chosen

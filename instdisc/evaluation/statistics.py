@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from instdisc.evaluation.images import compute_device
 from pipelines.loader import open_loader
 from pipelines.order import Request
 
@@ -82,8 +84,8 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 @torch.no_grad()
 def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int) -> tuple[Tensor, Tensor]:
     """Embeddings of two random views of each training image, float32 (R, D) each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = evaluation.network.to(device).eval()
+    device = compute_device()
+    network = copy.deepcopy(evaluation.network).to(device).eval()
     parts = []
     with open_loader(
         evaluation.train,

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import torch
 
 from instdisc.errors import ConfigError
-from instdisc.evaluation.splits import held_out_classes
+from instdisc.evaluation.queries import open_labelled
+from instdisc.evaluation.splits import choose_classes
 from instdisc.knn import shard_top_k
-from pipelines.build import build_manifest
-from pipelines.datasets import resolve
 from pipelines.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ class UnseenConfig:
 
     path: str | None = None
     """Labelled images in any form that training takes; the run's test images by default."""
-    split: str = "first-half"
-    """Which classes to retrieve among: the second half, training having had the first, or a file that names one class
-    per line. What the training images have of them is reported."""
+    classes: str | None = None
+    """Which classes to retrieve among: all, first-half, second-half, or a file that names one class per line; those
+    that training had are reported. By default all that training had no image of (`--data.classes` of training)."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 10, 100)
     """K of Recall@K."""
     clusterings: int = 10
@@ -56,15 +55,17 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
         ConfigError: The split does not fit the images, or too few images are left.
     """
     manifest = _images(evaluation, config)
-    held_out = held_out_classes(manifest.class_names, config.split)
-    labels = np.asarray(manifest.labels, dtype=np.int64)
-    rows = np.flatnonzero(np.isin(labels, [manifest.class_names.index(name) for name in held_out]))
-    embeddings = evaluation.compute(manifest, rows=rows)
-    decoded = np.isfinite(embeddings[:, 0])
-    embeddings, labels = embeddings[decoded], labels[rows[decoded]]
     present = {
         evaluation.train.class_names[label] for label in np.unique(evaluation.train.labels) if label >= 0
     }
+    held_out = _held_out(manifest, config, present)
+    labels = np.asarray(manifest.labels, dtype=np.int64)
+    rows = np.flatnonzero(np.isin(labels, [manifest.class_names.index(name) for name in held_out]))
+    if not len(rows):
+        raise ConfigError(f"{manifest.root} has no image of the {len(held_out)} classes to retrieve among")
+    embeddings = evaluation.compute(manifest, rows=rows)
+    decoded = np.isfinite(embeddings[:, 0])
+    embeddings, labels = embeddings[decoded], labels[rows[decoded]]
     seen = [name for name in held_out if name in present]
     if seen:
         logger.warning(
@@ -85,11 +86,26 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     }
 
 
+def _held_out(manifest: Manifest, config: UnseenConfig, trained: set[str]) -> list[str]:
+    """Names of the classes to retrieve among."""
+    if config.classes is not None:
+        held_out = choose_classes(manifest.class_names, config.classes)
+        remedy = "name more in --unseen.classes"
+    else:
+        held_out = [name for name in manifest.class_names if name not in trained]
+        remedy = "train with --data.classes first-half, or choose classes with --unseen.classes"
+    if len(held_out) < 2:
+        raise ConfigError(
+            f"{len(held_out)} of the {len(manifest.class_names)} classes of {manifest.root} are left to retrieve "
+            f"among, two or more are needed: {remedy}"
+        )
+    return held_out
+
+
 def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
     """The labelled images; unlike the queries of kNN they need not have a class in common with the bank."""
-    queries = evaluation.config.queries
     if config.path is not None:
-        manifest = build_manifest(resolve(config.path, root=queries.root, download=queries.download))
+        manifest = open_labelled(config.path, evaluation.config.queries, "--unseen.path")
     elif evaluation.run.test_manifest.exists():
         manifest = Manifest.load(evaluation.run.test_manifest)
     else:

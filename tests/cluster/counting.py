@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,15 +119,29 @@ class RayNode:
 
 
 @contextmanager
-def ray_node(cluster: RayCluster, number: int, num_cpus: int = 1) -> Iterator[RayNode]:
-    """Start a node at 127.0.0.`number`, and end it with all it started."""
-    ip = f"127.0.0.{number}"
+def ray_node(
+    cluster: RayCluster, ip: str, num_cpus: int = 1, *, inside: Sequence[str] = ()
+) -> Iterator[RayNode]:
+    """Start a node at an address, and end it with all it started; `inside` as in `ray_head`.
+
+    It has a temporary directory of its own: in a common one the nodes remove each other's copies of a job's directory.
+    """
     environment = cluster.environment | {"INSTDISC_TEST_NODE": ip}
     command = [
-        *(str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={cluster.address}"),
+        *(
+            *inside,
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--block",
+            f"--address={cluster.address}",
+        ),
         *(f"--node-ip-address={ip}", f"--num-cpus={num_cpus}", "--disable-usage-stats"),
     ]
-    with processes_of_this_block(environment) as alive:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory,
+        processes_of_this_block(environment) as alive,
+    ):
+        command.append(f"--temp-dir={directory}")
         node = subprocess.Popen(
             command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -137,8 +152,13 @@ def ray_node(cluster: RayCluster, number: int, num_cpus: int = 1) -> Iterator[Ra
             if "Ray runtime started" in line:
                 break
         assert node.poll() is None, "".join(said)
-        yield RayNode(ip, alive)
-    node.wait()
+        try:
+            yield RayNode(ip, alive)
+        finally:
+            for pid in alive():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            node.wait()
 
 
 @contextmanager

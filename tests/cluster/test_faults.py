@@ -40,12 +40,12 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
     config = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1, "max_restarts": 1}
     with ExitStack() as stack:
         cluster = stack.enter_context(ray_head(num_cpus=0))
-        second, third = (stack.enter_context(ray_node(cluster, number)) for number in (2, 3))
+        second, third = (stack.enter_context(ray_node(cluster, f"127.0.0.{number}")) for number in (2, 3))
         program = stack.enter_context(counting_program(job, config, on(cluster)))
         job.wait_for_group(0)
         third.kill()
         job.wait_for_group(1)
-        fourth = stack.enter_context(ray_node(cluster, 4))
+        fourth = stack.enter_context(ray_node(cluster, "127.0.0.4"))
         group = job.wait_for_group(2)
         (drained,) = (worker["node_id"] for worker in group["workers"] if worker["node"] == second.ip)
         drain = [RAY, "drain-node", f"--address={cluster.address}", f"--node-id={drained}"]
@@ -77,7 +77,7 @@ def test_strictly_spread_group_grows_to_other_nodes_only(monkeypatch: pytest.Mon
             ray.get(running.ready())
             assert can_grow(WorkerGroup(2, 1, 0, "PACK"), 1)
             assert not can_grow(WorkerGroup(2, 1, 0, "STRICT_SPREAD"), 1)
-            with ray_node(cluster, 2):
+            with ray_node(cluster, "127.0.0.2"):
                 assert can_grow(WorkerGroup(2, 1, 0, "STRICT_SPREAD"), 1)
                 assert not can_grow(WorkerGroup(3, 1, 0, "STRICT_SPREAD"), 2)
 

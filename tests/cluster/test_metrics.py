@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -41,12 +43,12 @@ def test_recorded_values_are_served_and_the_file_is_there_meanwhile(tmp_path: Pa
     metrics.add("images_total", 256)
     metrics.set(loss=5.5, knn_accuracy_ratio=None)
     config = MetricsConfig(port=free_port())
-    with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path / "targets") as address:
-        assert address is not None
-        samples = scrape(address)
+    with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path / "targets") as endpoint:
+        assert endpoint is not None
+        samples = scrape(endpoint.address)
         (file,) = (tmp_path / "targets").iterdir()
         assert json.loads(file.read_text()) == [
-            {"targets": [address], "labels": {"run": "blue", "rank": "3"}}
+            {"targets": [endpoint.address], "labels": {"run": "blue", "rank": "3"}}
         ]
     assert samples["instdisc_step_seconds_count"] == 2
     assert samples["instdisc_step_seconds_sum"] == pytest.approx(0.1)
@@ -58,7 +60,7 @@ def test_recorded_values_are_served_and_the_file_is_there_meanwhile(tmp_path: Pa
     assert not any(name.endswith("_created") for name in samples)
     assert list((tmp_path / "targets").iterdir()) == []
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://{address}/metrics", timeout=10)
+        urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=10)
 
 
 def test_age_counts_from_its_timestamp() -> None:
@@ -98,10 +100,10 @@ def test_taken_ports_are_passed_over(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", port)):
         metrics = Metrics(TRAINING, run="blue", rank=3)
         config = MetricsConfig(port=port)
-        with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path) as address:
-            assert address is not None
-            assert port < int(address.rpartition(":")[2]) < port + 16
-            assert scrape(address)
+        with exported(metrics, config, local_rank=0, world_size=4, directory=tmp_path) as endpoint:
+            assert endpoint is not None
+            assert port < int(endpoint.address.rpartition(":")[2]) < port + 16
+            assert scrape(endpoint.address)
 
 
 def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -113,9 +115,9 @@ def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptur
         config = MetricsConfig(port=65_000)
         with (
             caplog.at_level(logging.WARNING),
-            exported(metrics, config, local_rank=535, world_size=536, directory=tmp_path) as address,
+            exported(metrics, config, local_rank=535, world_size=536, directory=tmp_path) as endpoint,
         ):
-            assert address is None
+            assert endpoint is None
             metrics.add("images_total", 8)
     (record,) = caplog.records
     assert "rank 535 serves no metrics: cannot listen on ports 65535 to 65535" in record.message
@@ -130,8 +132,8 @@ def test_without_a_port_nothing_is_served_or_said(
     metrics = Metrics(TRAINING, run="blue", rank=0)
     with exported(
         metrics, MetricsConfig(port=port), local_rank=0, world_size=1, directory=tmp_path
-    ) as address:
-        assert address is None
+    ) as endpoint:
+        assert endpoint is None
     assert caplog.records == []
     assert list(tmp_path.iterdir()) == []
 
@@ -153,9 +155,9 @@ def test_directory_that_cannot_be_written_costs_one_warning(
         local_rank=0,
         world_size=4,
         directory=tmp_path / "file" / "targets",
-    ) as address:
-        assert address is not None
-        assert scrape(address)
+    ) as endpoint:
+        assert endpoint is not None
+        assert scrape(endpoint.address)
     (record,) = caplog.records
     assert "Prometheus will not find" in record.message
 
@@ -191,9 +193,10 @@ def test_a_killed_worker_leaves_its_file_and_its_successor_renews_it(tmp_path: P
     metrics = Metrics(TRAINING, run="blue", rank=0)
     with exported(
         metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=1, directory=tmp_path
-    ) as address:
+    ) as endpoint:
+        assert endpoint is not None
         assert file.read_text() != left
-        assert json.loads(file.read_text())[0]["targets"] == [address]
+        assert json.loads(file.read_text())[0]["targets"] == [endpoint.address]
     assert not file.exists()
 
 
@@ -203,3 +206,22 @@ def test_two_runs_in_one_process_do_not_mix() -> None:
     value = second.registry.get_sample_value("instdisc_images_total", {"run": "blue", "rank": "1"})
     assert value == 0
     assert "instdisc" not in prometheus_client.generate_latest().decode()
+
+
+def test_the_last_values_are_read_before_the_end_where_somebody_reads(tmp_path: Path) -> None:
+    metrics = Metrics(TRAINING, run="blue", rank=3)
+    config, seen = MetricsConfig(port=free_port()), []
+    with exported(metrics, config, local_rank=0, world_size=1, directory=tmp_path) as endpoint:
+        assert endpoint is not None
+        endpoint.wait_until_read()  # nobody did yet
+        for _ in range(2):
+            seen.append(scrape(endpoint.address))
+            time.sleep(0.3)
+        metrics.set(loss=float("nan"))
+        reader = threading.Timer(0.2, lambda: seen.append(scrape(endpoint.address)))
+        reader.start()
+        endpoint.wait_until_read()
+        assert len(seen) == 3 or reader.is_alive()  # the answer may be under way to the reader
+        reader.join()
+        assert math.isnan(seen[2]["instdisc_loss"])
+        endpoint.wait_until_read()  # returns although nobody reads any more

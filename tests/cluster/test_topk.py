@@ -14,6 +14,7 @@ import pytest
 from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
 from cluster.kernels import FaissKernel, Kernel, TorchKernel, from_keys, to_keys
+from cluster.metrics import EVALUATION, Metrics
 from cluster.topk import ArrayRows, TopK, cut, read_rows
 from tests.ray_cluster import RayCluster
 
@@ -178,7 +179,9 @@ def test_a_killed_actor_comes_back_unseen(
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     monkeypatch.setattr("cluster.topk._QUERIES_AT_A_TIME", 256)
     queries = unit_rows(3000, 64, seed=1)
-    with TopK(PidRows(table, tmp_path), ActorsConfig(num_actors=2, cpus_per_actor=1)) as top_k:
+    metrics = Metrics(EVALUATION, run="test", rank=0)
+    config = ActorsConfig(num_actors=2, cpus_per_actor=1)
+    with TopK(PidRows(table, tmp_path), config, metrics) as top_k:
         expected = top_k.search(queries, 50)
         victim = int((tmp_path / "0").read_text())
         answers = top_k._search_actors(queries, np.full(len(queries), -1), 50)
@@ -189,6 +192,18 @@ def test_a_killed_actor_comes_back_unseen(
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     assert len(set((tmp_path / "0").read_text().split())) == 2
+    labels = {"run": "test", "rank": "0"}
+    values = {
+        name: metrics.registry.get_sample_value(f"instdisc_evaluation_{name}", labels)
+        for name in ("actors", "rows", "queries_total", "actor_restarts_total", "search_seconds_count")
+    }
+    assert values == {
+        "actors": 2,
+        "rows": len(table),
+        "queries_total": 3000,
+        "actor_restarts_total": 1,
+        "search_seconds_count": 12,
+    }
 
 
 class BrokenRows(ArrayRows):

@@ -34,11 +34,18 @@ class Prometheus:
 
     url: str
 
-    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """Labels and value of every series that the expression gives now."""
-        answer = self._get("query", query=expression)
+    def query(self, expression: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of every series that the expression gives at a Unix time, now by default."""
+        moment = {} if at is None else {"time": str(at)}
+        answer = self._get("query", query=expression, **moment)
         assert answer["resultType"] == "vector", answer
         return [(each["metric"], float(each["value"][1])) for each in answer["result"]]
+
+    def query_range(self, expression: str, start: float, stop: float, step: float) -> list[dict[str, Any]]:
+        """Labels (`metric`) and `values`, pairs of Unix time and text, of every series between two times."""
+        window = {"start": str(start), "end": str(stop), "step": str(step)}
+        series: list[dict[str, Any]] = self._get("query_range", query=expression, **window)["result"]
+        return series
 
     def targets(self) -> list[str]:
         """Addresses that are scraped."""

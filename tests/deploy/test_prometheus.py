@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import yaml
 
 from cluster.metrics import EVALUATION, PREFIX, TRAINING, Metrics, MetricsConfig, exported
+from tests.deploy.live import watched_run
 from tests.deploy.manifests import DEPLOY
 from tests.deploy.prometheus import Prometheus, program, prometheus
 from tests.ray_cluster import free_port, wait_until
@@ -88,93 +87,59 @@ def test_the_dashboard_shows_every_metric_and_stands_in_rows() -> None:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
 
 
-@contextmanager
-def worker(directory: Path, rank: int, *, kind: str = "training") -> Iterator[str]:
-    """A worker that exports what it does, a step every 50 ms; the address it serves."""
-    table = EVALUATION if kind == "evaluation" else TRAINING
-    metrics = Metrics(table, run="live", rank=rank)
-    done = threading.Event()
-
-    def work() -> None:
-        while not done.wait(0.05):
-            for metric in table:
-                if metric.kind == "histogram":
-                    metrics.observe(metric.name, 0.02)
-                elif metric.kind == "counter":
-                    metrics.add(metric.name, 2)
-                elif metric.name == "world_size":
-                    metrics.set(world_size=2)
-                elif metric.name == "snapshot_timestamp_seconds":
-                    metrics.set(snapshot_timestamp_seconds=time.time() - 10)
-                elif metric.since is None:
-                    metrics.set(**{metric.name: 0.5})
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        with exported(
-            metrics,
-            MetricsConfig(port=free_port()),
-            local_rank=0,
-            world_size=1 if table is EVALUATION else 2,
-            directory=directory,
-        ) as address:
-            assert address is not None
-            yield address
-    finally:
-        done.set()
-        thread.join()
-
-
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A server that scrapes two training workers and an evaluation."""
-    run, scratch = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("prometheus")
-    with ExitStack() as stack:
-        addresses = [
-            stack.enter_context(worker(run / ".metrics", 0)),
-            stack.enter_context(worker(run / ".metrics", 1)),
-            stack.enter_context(worker(run / ".metrics", 0, kind="evaluation")),
-        ]
-        server = stack.enter_context(prometheus(run, scratch))
-        wait_until(lambda: server.targets() == sorted(addresses), timeout_s=60)
-        yield server
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prometheus, float]]:
+    """A server that watches a run of two workers, and the time at which it had seen an evaluation too."""
+    with watched_run(tmp_path_factory.mktemp("live")) as watched:
+        yield watched.server, watched.evaluate()
 
 
-def has_data(server: Prometheus, expression: str) -> bool:
-    return any(value == value for _, value in server.query(expression))  # NaN is none
+def has_data(live: tuple[Prometheus, float], expression: str) -> bool:
+    server, moment = live
+    return any(value == value for _, value in server.query(expression, moment))  # NaN is none
 
 
 @pytest.mark.parametrize("panel", CHARTS, ids=[panel["title"] for panel in CHARTS])
-def test_every_chart_has_data(live: Prometheus, panel: dict[str, Any]) -> None:
+def test_every_chart_has_data(live: tuple[Prometheus, float], panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         expression = target["expr"].replace("$__rate_interval", "30s")
         expression = expression.replace("$run", "live").replace("$rank", ".*")
         assert "$" not in expression
-        wait_until(lambda expression=expression: has_data(live, expression), timeout_s=60)
+        assert has_data(live, expression), expression
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.get("record", rule.get("alert")) for rule in RULES])
-def test_every_rule_has_data(live: Prometheus, rule: dict[str, Any]) -> None:
+def test_every_rule_has_data(live: tuple[Prometheus, float], rule: dict[str, Any]) -> None:
     if "record" in rule:
-        wait_until(lambda: has_data(live, rule["record"]), timeout_s=60)
+        assert has_data(live, rule["record"])
         return
     # An alert gives data when it fires only; what it looks at is always there.
     names = re.findall(r"(?:run:)?instdisc_\w+(?::\w+)?|\bup\{[^}]*\}", rule["expr"])
     assert names
     for name in names:
-        wait_until(lambda name=name: has_data(live, name), timeout_s=60)
+        assert has_data(live, name), name
 
 
-def test_targets_bear_run_and_rank_and_are_up(live: Prometheus) -> None:
-    wait_until(lambda: len(live.query("up == 1")) == 3, timeout_s=60)
-    labels = [labels for labels, _ in live.query("up")]
+def test_targets_bear_run_and_rank_and_are_up(live: tuple[Prometheus, float]) -> None:
+    server, moment = live
+    labels = [labels for labels, _ in server.query("up == 1", moment)]
     assert sorted((each["job"], each["run"], each["rank"]) for each in labels) == [
         ("instdisc", "live", "0"),
         ("instdisc", "live", "0"),
         ("instdisc", "live", "1"),
     ]
-    assert not live.query('{exported_run!=""}')
+    assert not server.query('{exported_run!=""}', moment)
+
+
+@contextmanager
+def worker(directory: Path, rank: int) -> Iterator[str]:
+    """The address at which a worker serves its metrics."""
+    config = MetricsConfig(port=free_port())
+    with exported(
+        Metrics(TRAINING, run="live", rank=rank), config, local_rank=0, world_size=2, directory=directory
+    ) as endpoint:
+        assert endpoint is not None
+        yield endpoint.address
 
 
 def test_the_list_of_targets_follows_workers_that_end_and_start_again(tmp_path: Path) -> None:

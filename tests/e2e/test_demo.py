@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,16 @@ def test_make_demo_runs_the_sample_recipe() -> None:
 
 def test_the_demo_learns_more_than_the_pixels_tell(tmp_path: Path) -> None:
     program = subprocess.run(
-        [sys.executable, "-m", "instdisc.train", "sample", "--run-dir", "runs/demo"],
+        [
+            sys.executable,
+            "-m",
+            "instdisc.train",
+            "sample",
+            "--training.epochs",
+            "12",
+            "--run-dir",
+            "runs/demo",
+        ],
         cwd=tmp_path,
         env=os.environ | {"RAY_ADDRESS": "local"},
         capture_output=True,
@@ -36,11 +46,48 @@ def test_the_demo_learns_more_than_the_pixels_tell(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["world_size"], summary["num_instances"]) == (2, 5000)
     assert 0.32 < summary["knn_top1_raw_pixels"] < 0.38
-    assert summary["knn_top1"] >= 0.50
+    assert summary["knn_top1"] >= 0.42  # after a quarter of the demo's epochs
     assert summary["knn_top1"] > summary["knn_top1_untrained"]
     bank = RunDirectory(run).open_snapshot().read("embeddings")
     assert bank.shape == (5000, 128)
     np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-5)
-    for text in ("raw pixels", "untrained network", "runs/demo", "next:", "epoch 20: kNN top-1"):
+    for text in ("raw pixels", "untrained network", "runs/demo", "next:", "epoch 10: kNN top-1"):
         assert text in said
     assert "Traceback" not in said
+    evaluate_with_two_actors(tmp_path, summary)
+
+
+def evaluate_with_two_actors(folder: Path, summary: dict[str, Any]) -> None:
+    """Every protocol on the demo's run, cut down to what takes a minute."""
+    small = ["--linear.max-images", "1000", "--linear.max-dims", "128", "--linear.iterations", "20"]
+    small += ["--finetune.fractions", "0.1", "--finetune.epochs", "1", "--finetune.min-steps", "60"]
+    small += [
+        "--unseen.classes",
+        "second-half",
+        "--unseen.clusterings",
+        "2",
+        "--statistics.max-images",
+        "500",
+    ]
+    small += ["--protocols", "knn,linear,finetune,unseen,statistics,page"]
+    where = ["runs/demo", "--num-actors", "2", "--output", "numbers"]
+    program = subprocess.run(
+        [sys.executable, "-m", "instdisc.evaluate", *where, *small],
+        cwd=folder,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert program.returncode == 0, program.stdout + program.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "numbers").glob("*.json")}
+    assert sorted(found) == ["finetune", "knn", "linear", "page", "statistics", "unseen"]
+    assert abs(found["knn"]["accuracies"]["k200"]["top1"] - summary["knn_top1_bank"]) < 0.002
+    stages = found["linear"]["stages"]
+    assert stages["features"]["probe"]["top1"] > 0.3
+    assert found["finetune"]["fractions"][0]["trained"]["top1"] > 0.3
+    recall = found["unseen"]["recall"]
+    assert 0.2 < recall["1"] < recall["2"] < recall["8"] < recall["100"] <= 1
+    assert 0 < found["unseen"]["nmi"] < 1
+    assert found["statistics"]["alignment"] > 0
+    assert (folder / "numbers" / "index.html").stat().st_size > 100_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ import torch
 import zarr
 from safetensors.torch import load
 
+from cluster.actors import ActorsConfig
+from cluster.metrics import MetricsConfig
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
 from cluster.snapshots import open_snapshot
 from instdisc.evaluate import main
+from instdisc.evaluation import knn
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.knn import knn_accuracies
 from instdisc.evaluation.queries import QueryConfig
 from instdisc.knn import ranks_of
-from instdisc.run_directory import NETWORK, RunDirectory
+from instdisc.run_directory import NETWORK, RunDirectory, load_network
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference
@@ -167,7 +171,68 @@ def test_a_named_snapshot_brings_its_own_network(tmp_path: Path) -> None:
         snapshot = Evaluation(EvaluationConfig(source=str(source))).snapshot
         assert snapshot.step == step
         for name, value in load(snapshot.read_file(NETWORK)).items():
-            assert torch.equal(run.load_network(snapshot).backbone.state_dict()[name], value)
+            assert torch.equal(load_network(snapshot).backbone.state_dict()[name], value)
+
+
+def test_a_snapshot_away_from_its_run_classifies_images(
+    evaluate: Evaluate, trained: Path, tmp_path: Path
+) -> None:
+    """With it alone: the network, what it was given, and the names of the classes are in the snapshot."""
+    assert evaluate(trained)[0] == 0
+    expected = result(tmp_path)["accuracies"]
+    away = tmp_path / "away"
+    shutil.copytree(trained / "snapshots", away)
+    status, said = evaluate(away, "--queries.path", str(trained.parent / "test"))
+    assert status == 0, said
+    assert result(tmp_path)["accuracies"] == expected
+    refused(evaluate(away, "--recompute"), "give the run directory")
+    refused(evaluate(away, "--protocols", "page"), "give the run directory")
+
+
+def test_what_prometheus_is_told(trained: Path, tmp_path: Path) -> None:
+    config = EvaluationConfig(
+        source=str(trained),
+        actors=ActorsConfig(num_actors=0),
+        output=tmp_path,
+        metrics=MetricsConfig(port=9700),
+    )
+    with Evaluation(config) as evaluation:
+        accuracies = knn.run(evaluation, knn.KnnConfig(k=5))["accuracies"]["k5"]
+        ((target,),) = (
+            each["targets"] for each in json.loads((trained / ".metrics/evaluation-0.json").read_text())
+        )
+        with urllib.request.urlopen(f"http://{target}/metrics") as answer:
+            served = answer.read().decode()
+    labels = f'{{rank="0",run="{trained.name}"}}'
+    for name, value in {
+        "queries_total": 12.0,
+        "actors": 0.0,
+        "rows": float(len(bank_of(trained))),
+        "knn_top1_ratio": accuracies["top1"],
+        "knn_top5_ratio": accuracies["top5"],
+    }.items():
+        assert f"instdisc_evaluation_{name}{labels} {value}\n" in served
+    assert not (trained / ".metrics/evaluation-0.json").exists()
+
+
+def test_training_on_some_classes_and_retrieval_among_the_others(evaluate: Evaluate, tmp_path: Path) -> None:
+    colours = {**CLASSES, "white": (250, 250, 250)}
+    images, test = solid(tmp_path / "train", colours, 10), solid(tmp_path / "test", colours, 3)
+    arguments = ["sample", *SMALL, "--data.path", str(images), "--data.test-path", str(test)]
+    arguments += ["--data.classes", "first-half", "--run-dir", str(tmp_path / "run")]
+    assert train(arguments) == 0
+    assert summary_of(tmp_path / "run")["num_instances"] == 20
+    status, said = evaluate(tmp_path / "run", "--protocols", "knn,unseen", "--unseen.ranks", "1")
+    assert status == 0, said
+    first, second = sorted(colours)[:2], sorted(colours)[2:]
+    assert (result(tmp_path)["queries"], result(tmp_path)["unknown_classes"]) == (6, {})
+    found = result(tmp_path, "unseen")
+    assert (found["classes"], found["classes_seen_in_training"], found["images"]) == (second, [], 6)
+    manifest = Manifest.load(tmp_path / "run" / "manifest")
+    assert list(manifest.class_names) == first
+    plain = write_pictures(tmp_path / "plain", 30)
+    arguments = ["sample", *SMALL, "--data.path", str(plain), "--data.classes", "first-half"]
+    assert train([*arguments, "--run-dir", str(tmp_path / "other")]) == 2
 
 
 @pytest.mark.parametrize("kind", ["npy", "zarr"])
@@ -234,7 +299,12 @@ def test_query_images_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_pat
     plain = write_pictures(tmp_path / "plain", 4)
     refused(evaluate(trained, "--queries.path", str(plain)), "has a label")
     strange = solid(tmp_path / "strange", {"cat": RED, "dog": BLUE}, 2)
-    refused(evaluate(trained, "--queries.path", str(strange)), "none of the bank's classes", "cat", "red")
+    refused(
+        evaluate(trained, "--queries.path", str(strange)),
+        "none of the training images' classes",
+        "cat",
+        "red",
+    )
     broken = solid(tmp_path / "broken", CLASSES, 4)
     whole = (broken / "red" / "1.png").read_bytes()
     (broken / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -273,7 +343,7 @@ def test_snapshots_that_cannot_be_used(evaluate: Evaluate, trained: Path, tmp_pa
     refused(evaluate(later), "checksum", "embeddings")
     (later / "COMMIT.json").unlink()
     refused(evaluate(later), "never finished")
-    refused(evaluate(add_snapshot(run, step=1001, backbone="resnet50")), "resnet50", "resnet8")
+    refused(evaluate(add_snapshot(run, step=1001, settings={})), "holds no network with its settings")
     refused(evaluate(add_snapshot(run, step=1002, manifest_fingerprint="other")), "images listed in")
 
 

@@ -35,12 +35,12 @@ def trained(tmp_path: Path) -> Any:
         network = build_embedder(config, image_size).eval()
         writer = SnapshotWriter(tmp_path / "snapshots", Partition(1, 1), 0, "test")
         files = {NETWORK: save(network.backbone.state_dict())}
-        writer.save(1, {"embeddings": torch.ones(1, 16)}, files)
+        augmentation = {"image_size": image_size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+        noted = {"backbone": dataclasses.asdict(config), "augmentation": augmentation}
+        writer.save(1, {"embeddings": torch.ones(1, 16)}, files, {"settings": noted})
         writer.close()
         assert [report.error for report in writer.poll()] == [None]
-        augmentation = {"image_size": image_size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-        settings = RECIPES["sample"].config.settings()
-        settings |= {"backbone": dataclasses.asdict(config), "augmentation": augmentation}
+        settings = RECIPES["sample"].config.settings() | noted
         (tmp_path / "config.json").write_text(json.dumps(settings))
         return tmp_path, network
 

@@ -1,4 +1,4 @@
-"""The plan beside what the exchange really sends and the bank really holds."""
+"""The plan beside what the exchange really sends and a rank really holds."""
 
 from __future__ import annotations
 
@@ -11,34 +11,59 @@ from cluster.launch import Worker
 from instdisc import plan
 from instdisc.backbone import BackboneConfig
 from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
-from instdisc.objectives import NCEConfig, SoftmaxConfig
+from instdisc.objectives import (
+    InfoNCEConfig,
+    NCEConfig,
+    ParametricSoftmaxConfig,
+    SoftmaxConfig,
+    SpreadingConfig,
+)
 from instdisc.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
 
+CONFIGS = {
+    "nce": NCEConfig(num_negatives=50),
+    "softmax": SoftmaxConfig(),
+    "infonce": InfoNCEConfig(num_negatives=50),
+    "parametric": ParametricSoftmaxConfig(),
+    "spreading": SpreadingConfig(),
+}
 ROWS, DIM, BATCH = 3000, 64, 96
 
 
 def step(rank: int, world_size: int, objective: str, dtype: Any) -> tuple[int, int]:
-    """One step of training: bytes sent, and bytes of this rank's rows."""
+    """One step of training: bytes sent, and bytes of this rank's rows and the objective's tables."""
     config = RunConfig(
         data=DataConfig(path="unused"),
         augmentation=Augmentation(image_size=32),
         backbone=BackboneConfig(name="resnet8", embedding_dim=DIM),
         bank=BankConfig(dtype=dtype),
-        objective=NCEConfig(num_negatives=50) if objective == "nce" else SoftmaxConfig(),
+        objective=CONFIGS[objective],
         training=TrainingConfig(batch_size=BATCH),
     )
     worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
     trainer = Trainer(worker, config, ROWS)
     local = BATCH // world_size
     ids = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[rank * local :][:local]
-    trainer.step(torch.randn(1, local, 3, 32, 32), ids, 0.01)
-    return trainer.exchange.sent_bytes, trainer.bank.rows.numel() * trainer.bank.rows.element_size()
+    views = trainer.objective.views
+    trainer.step(torch.randn(views, local, 3, 32, 32), ids, 0.01)
+    rows = trainer.bank.rows
+    held = rows.numel() * (rows.element_size() + 4 * trainer.objective.tables_beside_bank)
+    return trainer.exchange.sent_bytes, held
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(("objective", "dtype"), [("nce", "float32"), ("softmax", "bfloat16")])
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [
+        ("nce", "float32"),
+        ("softmax", "bfloat16"),
+        ("infonce", "float32"),
+        ("parametric", "float32"),
+        ("spreading", "float32"),
+    ],
+)
 def test_bytes_are_those_of_a_real_step(objective: str, dtype: str, world_size: int) -> None:
     config = plan.PlanConfig(
         objective=objective,  # type: ignore[arg-type]
@@ -50,7 +75,7 @@ def test_bytes_are_those_of_a_real_step(objective: str, dtype: str, world_size: 
     cost = plan.cost(config, ROWS, world_size)
     sent, held = zip(*run_ranks(world_size, step, objective, dtype), strict=True)
     assert cost.sent_bytes == pytest.approx(sum(sent) / world_size, rel=0.02)
-    assert cost.bank_bytes == max(held)
+    assert cost.memory_bytes == max(held)
 
 
 def test_times_follow_from_the_rates() -> None:
@@ -59,6 +84,14 @@ def test_times_follow_from_the_rates() -> None:
     assert nce.objective_seconds == pytest.approx(256 * 4096 * 128 * 4 / 1e9)
     assert (nce.sent_bytes, nce.exchange_seconds) == (0, 0)
     softmax = plan.PlanConfig(objective="softmax", batch_size=256, flops_per_second=1e12)
+    infonce = plan.PlanConfig(objective="infonce", dtype="float32", batch_size=256, device="cpu")
+    assert plan.cost(infonce, 1_281_167, 1).objective_seconds == pytest.approx(
+        4 * 256 * 65_536 * 128 / 154e9 + 65_536 * 512 / 7.6e9
+    )
+    spreading = plan.PlanConfig(objective="spreading", batch_size=256, flops_per_second=1e12)
+    assert plan.cost(spreading, 1_280_000, 2).objective_seconds == pytest.approx(
+        4 * 512 * 256 * 128 / 1e12, rel=0.1
+    )
     assert plan.cost(softmax, 1_281_167, 1).objective_seconds == pytest.approx(
         4 * 256 * 1_281_167 * 128 / 1e12
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,21 @@ def test_a_snapshot_of_the_run_can_be_named(search: Search, trained: Path) -> No
     (snapshot,) = (trained / "snapshots").glob("step-*")
     status, said = search(trained.parent / "train" / "red" / "0.png", "--k", "1", source=snapshot)
     assert status == 0, said
+
+
+def test_a_snapshot_away_from_its_run_is_searched_but_not_drawn(
+    search: Search, trained: Path, tmp_path: Path
+) -> None:
+    query = trained.parent / "train" / "red" / "3.png"
+    _, within = search(query, "--k", "3")
+    shutil.copytree(trained / "snapshots", tmp_path / "away")
+    (tmp_path / "drawn.png").unlink()
+    status, said = search(query, "--k", "3", source=tmp_path / "away")
+    assert status == 0, said
+    lines = [[line for line in each.splitlines() if "(row" in line] for each in (within, said)]
+    assert lines[0] == lines[1]
+    assert "not drawn" in said
+    assert not (tmp_path / "drawn.png").exists()
 
 
 @pytest.mark.parametrize(

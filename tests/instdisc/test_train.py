@@ -114,7 +114,9 @@ def test_classes_are_matched_by_name(run: Run, tmp_path: Path) -> None:
 def test_no_class_in_common(run: Run, tmp_path: Path) -> None:
     train = solid(tmp_path / "train", {"a": RED, "b": GREEN}, 5)
     refused(
-        run(train, test=solid(tmp_path / "test", {"0": RED, "1": GREEN}, 2)), "none of the classes", "by name"
+        run(train, test=solid(tmp_path / "test", {"0": RED, "1": GREEN}, 2)),
+        "none of the training images' classes",
+        "by name",
     )
 
 

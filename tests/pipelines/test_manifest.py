@@ -116,6 +116,15 @@ def test_select_renumbers_and_remembers_what_was_rejected() -> None:
     assert selected.rejected == (*make_manifest().rejected, Rejected("x", "broken"))
 
 
+def test_images_of_some_classes() -> None:
+    manifest = make_manifest()
+    assert (manifest.class_names, manifest.labels.tolist()) == (("cat", "dög"), [0, 1, -1])
+    chosen = manifest.of_classes(["eel", "dög"])
+    assert (chosen.class_names, chosen.labels.tolist()) == (("eel", "dög"), [1])
+    assert chosen.name(0) == manifest.name(1)
+    assert len(manifest.of_classes(["eel"])) == 0
+
+
 def remove_meta(folder: Path) -> None:
     (folder / "meta.json").unlink()
 

@@ -40,7 +40,9 @@ window.addEventListener("load", () => {
 def made(evaluation: Evaluation) -> Path:
     """The page of a small run after three protocols."""
     evaluation.write("knn", knn.run(evaluation, knn.KnnConfig(k=5)))
-    evaluation.write("unseen", unseen.run(evaluation, unseen.UnseenConfig(ranks=(1, 2))))
+    evaluation.write(
+        "unseen", unseen.run(evaluation, unseen.UnseenConfig(classes="second-half", ranks=(1, 2)))
+    )
     evaluation.write("statistics", statistics.run(evaluation, statistics.StatisticsConfig()))
     result = page.run(evaluation, page.PageConfig(examples=3, neighbours=4))
     assert result["summary"] == {"pictures": 30}

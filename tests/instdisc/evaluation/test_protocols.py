@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from instdisc.backbone import BackboneConfig
 from instdisc.errors import ConfigError
 from instdisc.evaluation import finetune, linear, statistics, unseen
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
@@ -53,8 +54,11 @@ def test_fine_tuning_learns_colours(evaluation: Evaluation) -> None:
 
 
 def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
-    trained = finetune.classifier(evaluation, 3, trained=True, seed=0).state_dict()
-    scratch = finetune.classifier(evaluation, 3, trained=False, seed=0).state_dict()
+    backbone = BackboneConfig(**evaluation.settings["backbone"])
+    trained, scratch = (
+        finetune.new_classifier(evaluation.network, backbone, 32, 3, trained=start, seed=0).state_dict()
+        for start in (True, False)
+    )
     run = evaluation.network.backbone.state_dict()
     assert trained["fc.weight"].shape == scratch["fc.weight"].shape == (3, 64)
     for name in run:
@@ -64,7 +68,7 @@ def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
 
 
 def test_retrieval_among_held_out_classes(evaluation: Evaluation, caplog: pytest.LogCaptureFixture) -> None:
-    result = unseen.run(evaluation, unseen.UnseenConfig(ranks=(1, 2, 4)))
+    result = unseen.run(evaluation, unseen.UnseenConfig(classes="second-half", ranks=(1, 2, 4)))
     assert result["classes"] == ["grey", "red"]
     assert result["classes_seen_in_training"] == ["red"]
     assert "1 of the 2 held-out classes are among the training images, e.g. red" in caplog.text
@@ -76,11 +80,18 @@ def test_retrieval_among_held_out_classes(evaluation: Evaluation, caplog: pytest
 def test_retrieval_among_images_of_other_classes(evaluation: Evaluation, tmp_path: Path) -> None:
     """Images with no class of the bank, which kNN could not use."""
     solid(tmp_path / "other", {"plum": RED, "rose": BLUE}, 4)
-    config = unseen.UnseenConfig(path=str(tmp_path / "other"), split=str(tmp_path / "split"), ranks=(1,))
-    (tmp_path / "split").write_text("plum\nrose\n")
-    result = unseen.run(evaluation, config)
+    result = unseen.run(evaluation, unseen.UnseenConfig(path=str(tmp_path / "other"), ranks=(1,)))
     assert (result["images"], result["classes_seen_in_training"]) == (8, [])
     assert result["recall"]["1"] == 1
+
+
+def test_nothing_left_to_retrieve_among(evaluation: Evaluation, tmp_path: Path) -> None:
+    """By default only what training had no image of, which is grey alone."""
+    with pytest.raises(ConfigError, match=r"1 of the 4 classes .* --data\.classes first-half"):
+        unseen.run(evaluation, unseen.UnseenConfig())
+    (tmp_path / "one").write_text("red\n")
+    with pytest.raises(ConfigError, match=r"1 of the 4 classes .* --unseen\.classes"):
+        unseen.run(evaluation, unseen.UnseenConfig(classes=str(tmp_path / "one")))
 
 
 def test_statistics_of_a_run(evaluation: Evaluation) -> None:

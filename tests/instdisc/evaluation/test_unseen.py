@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from instdisc.bank import random_unit_rows
 from instdisc.errors import ConfigError
-from instdisc.evaluation.splits import class_balanced_rows, held_out_classes
+from instdisc.evaluation.splits import choose_classes, class_balanced_rows
 from instdisc.evaluation.unseen import cluster_nmi, recall_at
 
 
@@ -65,13 +65,15 @@ def test_shares_of_classes_are_balanced_and_nested() -> None:
 
 def test_class_splits(tmp_path: Path) -> None:
     names = ["ape", "bee", "cat", "dog", "elk"]
-    assert held_out_classes(names, "first-half") == ["cat", "dog", "elk"]
+    assert choose_classes(names, "all") == names
+    assert choose_classes(names, "first-half") == ["ape", "bee"]
+    assert choose_classes(names, "second-half") == ["cat", "dog", "elk"]
     file = tmp_path / "split.txt"
     file.write_text("elk\n\nape\n")
-    assert held_out_classes(names, str(file)) == ["elk", "ape"]
-    for text, message in (("yak\nape\n", "'yak', which is no class"), ("ape\n", "1 classes")):
+    assert choose_classes(names, str(file)) == ["elk", "ape"]
+    for text, message in (("yak\nape\n", "'yak', which is no class"), ("\n", "names no class")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
-            held_out_classes(names, str(file))
-    with pytest.raises(ConfigError, match="cannot read the class split"):
-        held_out_classes(names, str(tmp_path / "missing"))
+            choose_classes(names, str(file))
+    with pytest.raises(ConfigError, match="cannot read the classes"):
+        choose_classes(names, str(tmp_path / "missing"))
