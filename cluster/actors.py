@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.placement import WorkerGroup, choose_group, describe
+
+logger = logging.getLogger(__name__)
+
+_WAIT_SLICE_S, _LONGEST_WAIT_S = 15, 1800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +55,14 @@ def connect(config: ActorsConfig) -> Iterator[None]:
 
 
 def choose_actors(config: ActorsConfig) -> WorkerGroup:
-    """Fill in what the configuration leaves open from what the cluster has. Needs a connection.
+    """Fill in what the configuration leaves open from what the cluster has, and wait for room. Needs a connection.
 
     Raises:
-        ClusterError: The cluster has no room for the actors even when idle.
+        ClusterError: The cluster has no room for the actors even when idle, or none within half an hour.
     """
     import ray
+
+    from cluster.room import is_granted
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     group = choose_group(
@@ -70,7 +77,17 @@ def choose_actors(config: ActorsConfig) -> WorkerGroup:
             f"asked for {group.num_workers} actors of {group.resources_per_worker}, but the cluster has room for "
             f"{group.room(nodes)}: {describe(nodes)}; lower --num-actors, --cpus-per-actor or --gpus-per-actor"
         )
-    return group
+    for waited in range(0, _LONGEST_WAIT_S, _WAIT_SLICE_S):
+        if is_granted(group, group.num_workers, _WAIT_SLICE_S):
+            return group
+        logger.warning(
+            "waiting for %d actors of %s: other jobs hold the cluster (%d of %d s)",
+            *(group.num_workers, group.resources_per_worker, waited + _WAIT_SLICE_S, _LONGEST_WAIT_S),
+        )
+    raise ClusterError(
+        f"waited {_LONGEST_WAIT_S} s for {group.num_workers} actors of {group.resources_per_worker}: "
+        "ask for less with --num-actors or --cpus-per-actor, or wait for the end of other jobs"
+    )
 
 
 def share_out(

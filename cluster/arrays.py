@@ -23,6 +23,7 @@ class StoredArray:
     def __init__(self, path: str, array: Any, attributes: dict[str, Any]) -> None:
         self._path, self._array, self.attributes = path, array, attributes
         self.shape: tuple[int, ...] = tuple(array.shape)
+        self.dtype: np.dtype[Any] = array.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -56,12 +57,15 @@ def open_array(path: str) -> StoredArray:
     place = Path(path).expanduser()
     try:
         if place.suffix == ".npy":
-            return StoredArray(path, np.load(place, mmap_mode="r"), {})
+            loaded = np.load(place, mmap_mode="r")
+            if not isinstance(loaded, np.ndarray):
+                raise ValueError("it holds several arrays")
+            return StoredArray(path, loaded, {})
         import zarr
 
         array = zarr.open_array(str(place), mode="r")
         return StoredArray(path, array, dict(array.attrs))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"{path} is no array that can be read ({error}): give a .npy file or a Zarr array"
         ) from error

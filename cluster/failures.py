@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping
 from typing import NoReturn
 
-from cluster.errors import ClusterError, WorkerLostError
+from cluster.errors import ClusterError, SnapshotError, WorkerLostError
 
 # What gloo and NCCL say on the ranks that remain when another one hangs, or has gone. Both raise RuntimeError or
 # a subclass of it for every kind of trouble, so only the words tell.
@@ -105,7 +105,9 @@ def _portable(error: BaseException) -> Exception:
 
 def _says_peer_lost(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+        # A storage that resets a connection is no peer.
+        is_peers = isinstance(error, RuntimeError) and not isinstance(error, SnapshotError)
+        if is_peers and _LOST_PEER.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

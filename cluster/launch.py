@@ -178,12 +178,13 @@ def launch(
     else:
         with ray_session(), signals:
             from cluster.ray_group import run_group  # which imports Ray
+            from cluster.room import settle_device
 
             run = functools.partial(
                 run_group,
                 function,
                 payload,
-                config,
+                settle_device(config),
                 is_allowed=is_allowed,
                 signals=signals,
                 name=name,
@@ -253,7 +254,7 @@ def ray_session() -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`) "
-            "and whether it wants RAY_AUTH_MODE=token, or pass --num-workers 0 to run without Ray"
+            "and whether it wants RAY_AUTH_MODE=token, or do without Ray: --num-workers 0 (evaluation: --num-actors 0)"
         ) from error
     try:
         with sigterm_as_interrupt():

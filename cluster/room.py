@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -53,7 +54,7 @@ def wait_for_room(
         if not restarting and not state.get_max_resources_from_cluster_config():
             require_room(groups[-1], nodes)
         group = groups[attempt % len(groups)]
-        if _is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
+        if is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
             return group
         waited = time.monotonic() - start
         free = amounts(ray.available_resources())  # type: ignore[no-untyped-call]
@@ -64,6 +65,20 @@ def wait_for_room(
             )
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
     raise AssertionError
+
+
+def settle_device(config: LaunchConfig) -> LaunchConfig:
+    """Return the settings with the kind of device that the cluster has now, which a run keeps when it restarts."""
+    if config.gpus_per_worker is not None:
+        return config
+    group = choose_group(
+        _nodes(),
+        num_workers=config.num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=None,
+        strategy=config.strategy,
+    )
+    return dataclasses.replace(config, gpus_per_worker=group.gpus)
 
 
 @contextmanager
@@ -143,7 +158,7 @@ def can_grow(larger: WorkerGroup, more: int) -> bool:
     if larger.strategy == "STRICT_SPREAD" and (taken := _nodes_of_this_job()):
         # The request by itself knows nothing of the workers that run, whose nodes may have CPUs left.
         selector = {"ray.io/node-id": f"!in({','.join(sorted(taken))})"}
-    return _is_granted(larger, more, _ELASTIC_SLICE_S, selector)
+    return is_granted(larger, more, _ELASTIC_SLICE_S, selector)
 
 
 def _nodes_of_this_job() -> set[str]:
@@ -158,7 +173,7 @@ def _nodes_of_this_job() -> set[str]:
     }
 
 
-def _is_granted(
+def is_granted(
     group: WorkerGroup, workers: int, timeout_s: float, selector: dict[str, str] | None = None
 ) -> bool:
     """Return whether so many of the group's workers find free resources in time, on nodes with such labels."""

@@ -130,7 +130,7 @@ class SnapshotWriter:
         Waits for the previous save, whose copies are being written from the same memory. No collectives.
 
         Args:
-            step: Above that of the previous save.
+            step: Not below that of the previous save, whose step may be saved again if it failed.
             tables: This rank's rows, (S, …), by name: tensors on any device, arrays, or strings.
             files: Small files by name; a name is used by one rank only.
             attributes: JSON values; rank 0's count.
@@ -139,7 +139,7 @@ class SnapshotWriter:
             ValueError: The arguments cannot be stored. What goes wrong later is reported by `poll`.
         """
         started = time.monotonic()
-        if step <= self._last_step:
+        if step < self._last_step:
             raise ValueError(f"got step {step} after {self._last_step}: steps must grow")
         num_rows = self._partition.stop(self._rank) - self._partition.start(self._rank)
         for name, rows in tables.items():

@@ -7,8 +7,9 @@ A directory of snapshots (local, or a URL that fsspec opens) holds one folder pe
     step-000001200/ATTEMPT/NAME           small files
     step-000001200/ATTEMPT/parts/         what each rank wrote, for the rank that commits
 
-A folder without COMMIT.json is no snapshot, only what an interrupted write left. Pieces lie in a folder of the
-attempt that wrote them, so that nothing of an earlier, interrupted one can be taken for a piece of a later one.
+Beside them stands OWNER, the id of the run that writes there. A folder without COMMIT.json is no snapshot, only what
+an interrupted write left. Pieces lie in a folder of the attempt that wrote them, so that nothing of an earlier,
+interrupted one can be taken for a piece of a later one.
 `cluster/snapshot_writer.py` writes all this.
 """
 
@@ -41,12 +42,14 @@ __all__ = [
     "committed_steps",
     "newest_step",
     "open_snapshot",
-    "remove_snapshots",
+    "owner_of",
     "snapshot_steps",
+    "take_over",
 ]
 
 SCHEMA_VERSION = 1
 COMMIT = "COMMIT.json"
+OWNER = "OWNER"
 TABLES = "tables.zarr"
 _STEP = re.compile(r"step-(\d{9,})")
 _VERIFY_THREADS = 8
@@ -267,14 +270,26 @@ def newest_step(url: str | Path) -> int | None:
     return max(snapshot_steps(url), default=None)
 
 
-def remove_snapshots(url: str | Path) -> None:
-    """Remove all snapshots of a directory, committed or not. Nobody may be writing there.
+def owner_of(url: str | Path) -> str | None:
+    """The run whose snapshots a directory is for, as `take_over` noted it; None if it is nobody's.
+
+    Raises:
+        SnapshotError: The directory cannot be read.
+    """
+    with _reachable(url):
+        storage = Storage.at(url)
+        return storage.read(OWNER).decode() if storage.exists(OWNER) else None
+
+
+def take_over(url: str | Path, owner: str) -> None:
+    """Make a directory that of a new run: all snapshots there, committed or not, go. Nobody may be writing there.
 
     Raises:
         SnapshotError: The directory cannot be read or written to.
     """
     with _reachable(url):
         storage = Storage.at(url)
+        storage.write(OWNER, owner.encode())
         for step in steps(storage):
             storage.remove(f"{step_folder(step)}/{COMMIT}")  # first, so that the rest is no snapshot any more
             storage.remove(step_folder(step))

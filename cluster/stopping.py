@@ -91,7 +91,10 @@ class StopSignals:
             reason,
             self._grace_s,
         )
-        ask(reason)
+        try:
+            ask(reason)
+        except Exception as error:  # of any kind: the workers cannot be reached, so only their end is left
+            logger.warning("the workers cannot be asked to stop: %s", error)
         if not answered.wait(self._grace_s):
             logger.warning("the workers have not stopped after %g s: ending them", self._grace_s)
             signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _LOADED_AT_A_TIME = 64 * BLOCK_ROWS
 _QUERIES_AT_A_TIME = 4096
+_ROWS_COMPUTED_AT_A_TIME = (
+    256  # else the batches, and the last bits of what is computed, would depend on the actors
+)
 _IN_FLIGHT = 2  # blocks of queries: one is merged while the next is searched
 _MOST_ROWS = 1 << 32
 
@@ -36,7 +39,6 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
-@runtime_checkable
 class RowSource(Protocol):
     """Where rows come from; picklable, and read by several processes at once."""
 
@@ -46,22 +48,6 @@ class RowSource(Protocol):
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows start … stop - 1, (stop - start, D) of any floating type; a row of NaN is one that is never found."""
-
-
-class ArrayRows:
-    """An array in memory as a source."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self._array = array
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the array."""
-        return len(self._array)
-
-    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows start … stop - 1."""
-        return self._array[start:stop]
 
 
 class _StoredSource:
@@ -96,24 +82,27 @@ class Shard:
 
     def __init__(self, source: RowSource, start: int, stop: int, threads: int, use_gpu: bool) -> None:
         self._identity = uuid.uuid4().hex
-        self._error: Exception | None = None
-        try:
-            rows = _load(source, start, stop)
-            self._kernel: Kernel = (
-                TorchKernel(rows, start, "cuda") if use_gpu else FaissKernel(rows, start, threads)
-            )
-        except Exception as error:  # Ray passes on the error of a call, but of a constructor only its text
-            self._error = error
+        self._load = functools.partial(_load, source, start, stop)
+        self._start, self._threads, self._use_gpu = start, threads, use_gpu
 
     def ready(self) -> str:
         """Return when the rows are loaded, with a name that a restarted actor has another of.
 
+        Not the constructor loads them: Ray passes on the error of a call, but of a constructor only its text, and
+        starts an actor that dies there without end.
+
         Raises:
             Exception: What went wrong with the rows.
         """
-        if self._error is not None:
-            raise self._error
+        _ = self._kernel
         return self._identity
+
+    @functools.cached_property
+    def _kernel(self) -> Kernel:
+        rows = self._load()
+        if self._use_gpu:
+            return TorchKernel(rows, self._start, "cuda")
+        return FaissKernel(rows, self._start, self._threads)
 
     def search(
         self, queries: Floats, excluded: Ids, first: int, last: int, k: int
@@ -299,8 +288,7 @@ def read_rows(source: RowSource, config: ActorsConfig) -> npt.NDArray[Any]:
     if config.num_actors == 0:
         return source.read(0, source.num_rows)
     with connect(config):
-        shares = np.linspace(0, source.num_rows, choose_actors(config).num_workers + 1).astype(int).tolist()
-        pieces = [piece for piece in itertools.pairwise(shares) if piece[0] < piece[1]]
+        pieces = cut(source.num_rows, choose_actors(config).num_workers, _ROWS_COMPUTED_AT_A_TIME)
         return np.concatenate(list(share_out(_read, source, pieces, config)))
 
 
@@ -308,11 +296,11 @@ def _read(source: RowSource, piece: tuple[int, int]) -> npt.NDArray[Any]:
     return source.read(*piece)
 
 
-def cut(num_rows: int, num_actors: int) -> list[tuple[int, int]]:
-    """Rows start … stop - 1 of every actor: whole blocks of `BLOCK_ROWS`, at least one each."""
-    blocks = max(1, -(-num_rows // BLOCK_ROWS))
+def cut(num_rows: int, num_actors: int, block: int = BLOCK_ROWS) -> list[tuple[int, int]]:
+    """Rows start … stop - 1 of every actor: whole blocks, at least one each."""
+    blocks = max(1, -(-num_rows // block))
     parts = min(num_actors, blocks)
-    bounds = [min(num_rows, blocks * part // parts * BLOCK_ROWS) for part in range(parts + 1)]
+    bounds = [min(num_rows, blocks * part // parts * block) for part in range(parts + 1)]
     return list(itertools.pairwise(bounds))
 
 

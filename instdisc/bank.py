@@ -15,15 +15,23 @@ from instdisc.seeding import derive_seed
 _BLOCK_ROWS = 4096
 
 
-def random_unit_rows(start: int, stop: int, dim: int, *, seed: int) -> Tensor:
+def random_unit_rows(
+    start: int,
+    stop: int,
+    dim: int,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
     """Rows `start` … `stop` - 1 of an endless table of random unit vectors.
 
     A row depends on the seed and its number alone, so that the bank starts alike however it is partitioned.
 
     Returns:
-        float32 (stop - start, dim) on the CPU, each row uniform on the sphere.
+        (stop - start, dim), each row uniform on the sphere; made block by block, so that nothing else is as large.
     """
-    rows = torch.empty(stop - start, dim)
+    rows = torch.empty(stop - start, dim, dtype=dtype, device=device)
     generator = torch.Generator()
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
         generator.manual_seed(derive_seed(seed, "bank", block))

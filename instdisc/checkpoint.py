@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer.safetensors"
 _POLL_S = 0.2
+_ROWS_READ_AT_A_TIME = 1 << 18
 
 
 @dataclass
@@ -57,12 +58,16 @@ class Checkpoints:
         manifest: The training images.
         config: Settings.
         url: Directory of the snapshots.
+        run_id: Tells this run from others with the same settings.
 
     Collectives: one all-reduce; every rank must call.
     """
 
-    def __init__(self, trainer: Trainer, manifest: Manifest, config: RunConfig, url: str | Path) -> None:
+    def __init__(
+        self, trainer: Trainer, manifest: Manifest, config: RunConfig, url: str | Path, run_id: str | None
+    ) -> None:
         self._trainer, self._manifest, self._config, self._url = trainer, manifest, config, url
+        self._run_id = run_id
         rank = trainer.worker.rank
         bits = int.from_bytes(np.random.default_rng().bytes(7)) if rank == 0 else 0
         attempt = int(trainer.exchange.sum(torch.tensor(bits, device=trainer.worker.device)))
@@ -105,7 +110,9 @@ class Checkpoints:
         self._check(noted)
         start, stop = trainer.bank.start, trainer.bank.stop
         for name, rows in {"embeddings": trainer.bank.rows, **trainer.objective.tables()}.items():
-            rows.copy_(torch.from_numpy(snapshot.read(name, start, stop)))
+            for first in range(start, stop, _ROWS_READ_AT_A_TIME):
+                last = min(first + _ROWS_READ_AT_A_TIME, stop)
+                rows[first - start : last - start] = torch.from_numpy(snapshot.read(name, first, last))
         network = _load(snapshot, NETWORK)
         if noted["world_size"] == trainer.worker.world_size:
             network |= _load(snapshot, _statistics(trainer.worker.rank))
@@ -119,9 +126,9 @@ class Checkpoints:
     def _check(self, noted: dict[str, Any]) -> None:
         """Refuse a snapshot that is not of this run."""
         for name, ours in self._identity().items():
-            if noted[name] != ours:
+            if noted.get(name) != ours:
                 raise ConfigError(
-                    f"the snapshots in {self._url} are of a run whose {name.replace('_', ' ')} is {noted[name]!r}, "
+                    f"the snapshots in {self._url} are of a run whose {name.replace('_', ' ')} is {noted.get(name)!r}, "
                     f"this run's is {ours!r}: choose another --run-dir or --snapshots.url, or start anew with "
                     "--overwrite"
                 )
@@ -135,6 +142,7 @@ class Checkpoints:
             "embedding_dim": config.backbone.embedding_dim,
             "bank_dtype": config.bank.dtype,
             "objective_name": type(config.objective).__name__,
+            "run_id": self._run_id,
         }
 
     def save(self, progress: Progress) -> None:
@@ -180,6 +188,16 @@ class Checkpoints:
         """
         busy = torch.tensor(float(self._writer.busy), device=self._trainer.worker.device)
         return bool(self._trainer.exchange.sum(busy) > 0)
+
+    def is_saved(self) -> bool:
+        """Whether the step that training stands at is committed.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        # The first rank alone knows: the others only of their own part.
+        saved = self._trainer.worker.is_first and self.committed_step == self._trainer.steps > 0
+        flag = torch.tensor(float(saved), device=self._trainer.worker.device)
+        return bool(self._trainer.exchange.sum(flag) > 0)
 
     def poll(self) -> list[SnapshotReport]:
         """How the snapshots that ended since the last call ended."""

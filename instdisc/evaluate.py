@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        print(evaluate(config))
+        evaluate(config)
     except (ConfigError, DataError, SnapshotError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -108,8 +108,8 @@ def chosen_protocols(config: EvaluateConfig) -> list[str]:
     return [name for name in PROTOCOLS if name in asked]
 
 
-def evaluate(config: EvaluateConfig) -> str:
-    """Run the protocols, write `NAME.json` of each as soon as it is done, and return the table of their figures.
+def evaluate(config: EvaluateConfig) -> None:
+    """Run the protocols; write `NAME.json` of each and print its figures as soon as it is done.
 
     Raises:
         ConfigError: Settings that do not fit each other or the run.
@@ -117,7 +117,6 @@ def evaluate(config: EvaluateConfig) -> str:
         SnapshotError: There is no whole snapshot.
         ClusterError: The actors could not be run.
     """
-    lines: list[str] = []
     with Evaluation(config.evaluation) as evaluation:
         logger.info(
             "%s: snapshot of step %d with %d rows; results go to %s",
@@ -128,9 +127,8 @@ def evaluate(config: EvaluateConfig) -> str:
         )
         for name in chosen_protocols(config):
             result = PROTOCOLS[name](evaluation, getattr(config, name))
-            path = evaluation.write(name, {"step": evaluation.snapshot.step, **result})
-            lines += [f"{name}  ({path})", *_figures(result["summary"])]
-    return "\n".join(lines)
+            path = evaluation.write(name, result)
+            print("\n".join([f"{name}  ({path})", *_figures(result["summary"])]), flush=True)
 
 
 def _figures(summary: dict[str, Any]) -> list[str]:

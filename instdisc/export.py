@@ -169,15 +169,18 @@ def export_onnx(network: Embedder, facts: dict[str, Any], path: Path) -> str:
     size = facts["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        network,
-        (images,),
-        input_names=["images"],
-        output_names=["embeddings"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            network,
+            (images,),
+            input_names=["images"],
+            output_names=["embeddings"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"ONNX cannot express this network ({error}): use another format") from error
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})

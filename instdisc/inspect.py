@@ -58,6 +58,8 @@ def _inspect_run(run: RunDirectory) -> Iterator[str]:
     print(f"state      {state}")
     try:
         manifest = Manifest.load(run.manifest)
+        if run.test_manifest.exists():
+            Manifest.load(run.test_manifest)
     except DataError as error:
         yield str(error)
         return

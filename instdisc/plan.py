@@ -160,8 +160,8 @@ def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
     shard = max(partition.stop(rank) - partition.start(rank) for rank in range(world_size))
     dim, tables = config.embedding_dim, OBJECTIVES[config.objective].tables_beside_bank
     sent = sent_bytes(config, world_size)
-    # Queries, log-sum-exps where there are any, terms, ids and rows.
-    collectives = 0 if world_size == 1 else 4 + (config.objective != "nce")
+    # Queries, sums that the owners agree on, terms, ids and rows.
+    collectives = 0 if world_size == 1 else 4 + {"nce": 0, "spreading": 2}.get(config.objective, 1)
     return Cost(
         memory_bytes=shard * dim * (_ELEMENT_BYTES[config.dtype] + tables * _FLOAT32_BYTES),
         sent_bytes=sent,

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +75,8 @@ class ProgressBar:
             self._skipped[line] -= 1
             return
         self._shown[line] += 1
-        self._show(json.loads(line))
+        with suppress(ValueError):  # cut short by a full disk
+            self._show(json.loads(line))
 
     def _show(self, row: dict[str, Any]) -> None:
         if row["kind"] == "status":

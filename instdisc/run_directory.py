@@ -6,6 +6,8 @@ import fcntl
 import json
 import logging
 import math
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +30,9 @@ NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
 NETWORK_SETTINGS = ("backbone", "augmentation")
 """The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
+
+_CLEARED = "cleared"
+"""In the prepared run: the run before it has been removed."""
 
 
 class RunDirectory:
@@ -104,43 +109,56 @@ class RunDirectory:
         """
         present = [owned for owned in self._owned() if owned.exists()]
         if present and not self.config.exists():
+            if self.next.path.exists():
+                return False  # `begin` was interrupted
             raise ConfigError(
                 f"{present[0]} is in the way and no run's: choose another --run-dir, or replace what is there with "
                 "--overwrite"
             )
         return bool(present)
 
-    def continue_with(self, config: RunConfig, train: Manifest) -> None:
+    def continue_with(self, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
         """Make sure that the run here is this one; what an abandoned start left behind is removed.
 
         Images may have moved as long as they are the same.
+
+        Args:
+            config: Settings now.
+            train: The training images now.
+            test: The test images now; None leaves those of the run.
 
         Raises:
             ConfigError: The run here has other settings or images; names both.
         """
         remedy = "choose another --run-dir, or replace the run there with --overwrite"
         theirs = self.settings()
-        try:
-            images = Manifest.load(self.manifest)
-        except ValueError as error:
-            raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
         ours = config.identity()
         theirs["snapshots"] = theirs["snapshots"]["url"]
         ours["snapshots"] = config.snapshots.url
         for name in theirs["training"].keys() - ours["training"].keys():
             del theirs["training"][name]
         differing = _differences({name: theirs.get(name) for name in ours}, ours)
-        if images.fingerprint != train.fingerprint:
-            differing.append(
-                f"the images are {len(images)} with fingerprint {images.fingerprint[:12]} there and {len(train)} with "
-                f"{train.fingerprint[:12]} here"
-            )
+        moved: list[tuple[Path, Manifest]] = []
+        for name, place, given in (("", self.manifest, train), ("test ", self.test_manifest, test)):
+            if given is None:
+                continue
+            try:
+                images = Manifest.load(place)
+            except ValueError as error:
+                raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
+            if images.fingerprint != given.fingerprint:
+                differing.append(
+                    f"the {name}images are {len(images)} with fingerprint {images.fingerprint[:12]} there and "
+                    f"{len(given)} with {given.fingerprint[:12]} here"
+                )
+            elif images.root != given.root:
+                moved.append((place, given))
         if differing:
             raise ConfigError(f"{self.path} holds another run ({'; '.join(differing)}): {remedy}")
         if self.next.path.exists():
             shutil.rmtree(self.next.path)
-        if images.root != train.root:
-            train.save(self.manifest)
+        for place, given in moved:
+            given.save_root(place)
 
     def _owned(self) -> list[Path]:
         """The files of a run, the configuration last."""
@@ -164,7 +182,8 @@ class RunDirectory:
             for manifest in (train,) if test is None else (train, test):
                 for image in manifest.rejected:
                     following.add_corrupt_image(manifest, image.name, image.reason)
-            write_json(following.config, {"recipe": recipe, **config.settings()})
+            run_id = secrets.token_hex(8)
+            write_json(following.config, {"recipe": recipe, "run_id": run_id, **config.settings()})
         except OSError as error:
             raise ConfigError(
                 f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
@@ -175,7 +194,7 @@ class RunDirectory:
 
         Interrupted and called again, it goes on where it was.
         """
-        cleared = self.next.path / "cleared"
+        cleared = self.next.path / _CLEARED
         if not cleared.exists():
             for owned in self._owned():
                 if owned.is_dir():
@@ -187,6 +206,14 @@ class RunDirectory:
             if prepared.exists():
                 prepared.rename(owned)
         shutil.rmtree(self.next.path)
+
+    def manifests(self) -> tuple[Path, Path | None]:
+        """Where the training images are listed, and the test images if there are any; before `begin` and after it."""
+        places = [self]
+        if self.next.config.exists():
+            places = [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
+        test = next((each.test_manifest for each in places if each.test_manifest.exists()), None)
+        return next(each.manifest for each in places if each.manifest.exists()), test
 
     def rewind_metrics(self, step: int, steps_per_epoch: int) -> None:
         """Drop the lines of steps after `step`, which will be written again."""
@@ -250,6 +277,14 @@ class RunDirectory:
         """
         return load_network(self.open_snapshot())
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """The results of a complete run; None if it is not complete, or its summary damaged."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return None
+        return summary
+
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
         return len({row["name"] for row in read_lines(self.corrupt_images)})
@@ -301,11 +336,16 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append one JSON line and hand it to the operating system at once; a full disk costs the line and nothing more."""
+    length = None
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        with path.open("ab") as file:
+            length = file.tell()
+            file.write(json.dumps(values).encode() + b"\n")
     except OSError as error:
         logger.warning("a line of %s is lost: %s", path, error)
+        with suppress(OSError):
+            if length is not None:
+                os.truncate(path, length)  # else the next line would continue the half of this one
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -325,7 +365,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

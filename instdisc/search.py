@@ -22,6 +22,7 @@ from cluster.snapshots import SnapshotError
 from instdisc.errors import ConfigError
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.gallery import Thumbnails
+from instdisc.evaluation.images import embed
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
 from pipelines.loader import LoaderConfig
@@ -51,6 +52,8 @@ class SearchConfig:
             raise ValueError(
                 f"got k = {self.k} and {len(self.images)} images: name an image, k is at least 1"
             )
+        if self.num_actors < 0:
+            raise ValueError(f"num_actors is {self.num_actors}, it must be 0 or more")
 
 
 class Neighbour(NamedTuple):
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print and draw the nearest rows of every image.
 
     Returns:
-        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk.
+        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     config = tyro.cli(
@@ -84,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ClusterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -105,7 +111,8 @@ def search(config: SearchConfig) -> str:
         )
     )
     with evaluation:
-        embeddings = evaluation.compute(manifest)
+        # Here, not in the actors: their nodes may not see the images.
+        embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
         broken = np.flatnonzero(~np.isfinite(embeddings[:, 0]))
         if len(broken):
             raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")

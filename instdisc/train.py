@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shlex
 import sys
@@ -17,7 +16,7 @@ import tyro
 from cluster.errors import ClusterError
 from cluster.launch import launch
 from cluster.partition import Partition
-from cluster.snapshots import newest_step
+from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
 from instdisc.backbone import check_backbone
 from instdisc.config import RunConfig
@@ -146,20 +145,21 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             f"{batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
             "of the number of workers"
         )
+    test_images = None if config.data.test_path is None else _open_images(config, "test_path")
     if goes_on:
-        run.continue_with(config, train_images)
-        if run.summary.exists():
+        run.continue_with(config, train_images, test_images)
+        summary = run.read_summary()
+        if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
-            summary: dict[str, Any] = json.loads(run.summary.read_text())
             return summary
     else:
         url = config.snapshots.url
-        if url is not None and not config.overwrite and newest_step(url) is not None:
+        taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
+        if taken and not config.overwrite:
             raise ConfigError(
-                f"--snapshots.url {url} holds snapshots, but {run.path} is a new run: give the --run-dir that they "
-                "belong to, another URL, or --overwrite, which removes them"
+                f"--snapshots.url {url} is another run's, but {run.path} is a new run: give the --run-dir that its "
+                "snapshots belong to, another URL, or --overwrite, which removes them"
             )
-        test_images = None if config.data.test_path is None else _open_images(config, "test_path")
         run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)

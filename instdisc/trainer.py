@@ -76,8 +76,8 @@ class Trainer:
             )
         check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
-        rows = random_unit_rows(start, stop, dim, seed=seed)
-        self.bank = Bank(rows.to(worker.device, dtype), start)
+        rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
+        self.bank = Bank(rows, start)
         self.objective = objective(config.objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
         self._generator = torch.Generator(worker.device)

@@ -15,7 +15,7 @@ from cluster.errors import SnapshotError
 from cluster.launch import Worker
 from cluster.metrics import TRAINING, Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
-from cluster.snapshots import remove_snapshots
+from cluster.snapshots import take_over
 from cluster.stopping import Stopped
 from instdisc.checkpoint import Checkpoints, Progress
 from instdisc.clock import Clock
@@ -83,9 +83,9 @@ class _Run:
         self.metrics = metrics
         # A run that has begun has moved its configuration, last of all its files.
         self.is_new = run.next.config.exists()
-        prepared = run.next if run.next.manifest.exists() else run
-        self.manifest = Manifest.load(prepared.manifest)
-        test = Manifest.load(prepared.test_manifest) if prepared.test_manifest.exists() else None
+        train_images, test_images = run.manifests()
+        self.manifest = Manifest.load(train_images)
+        test = None if test_images is None else Manifest.load(test_images)
         if test is not None and config.data.classes is not None:
             test = test.of_classes(self.manifest.class_names)
         self.trainer = Trainer(worker, config, len(self.manifest))
@@ -114,10 +114,11 @@ class _Run:
         """Start or go on, train, last measurements, last snapshot."""
         self.trainer.exchange.barrier()
         if self.worker.is_first and self.is_new:
-            remove_snapshots(self.url)
+            take_over(self.url, self.run.next.settings()["run_id"])
             self.run.begin()
         self.trainer.exchange.barrier()
-        self.checkpoints = Checkpoints(self.trainer, self.manifest, self.config, self.url)
+        run_id = self.run.settings().get("run_id")
+        self.checkpoints = Checkpoints(self.trainer, self.manifest, self.config, self.url, run_id)
         try:
             return self._complete()
         finally:
@@ -212,7 +213,7 @@ class _Run:
             SnapshotError: On the first rank, if it could not be written.
         """
         self._report(self.checkpoints.wait())
-        if self.checkpoints.committed_step == self.trainer.steps:
+        if self.checkpoints.is_saved():
             return
         self.checkpoints.save(self._progress())
         reports = self.checkpoints.wait()

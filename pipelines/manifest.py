@@ -135,6 +135,16 @@ class Manifest:
             with (directory / f"{name}.npy.tmp").open("wb") as file:
                 np.save(file, array)
             (directory / f"{name}.npy.tmp").replace(directory / f"{name}.npy")
+        self._save_meta(directory)
+
+    def save_root(self, directory: Path | str) -> None:
+        """Note where the images are now in `directory`, which holds this manifest with another root.
+
+        At any moment there is a whole manifest.
+        """
+        self._save_meta(Path(directory))
+
+    def _save_meta(self, directory: Path) -> None:
         meta = {
             "schema": SCHEMA,
             "root": str(self.root.absolute()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class EvaluationConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: Path | None = None
-    """Where the results go; RUN/evaluation/step-… by default."""
+    """Where the results go; RUN/evaluation/step-… by default, evaluation/NAME/step-… for a snapshot by itself."""
 
 
 class Evaluation:
@@ -133,8 +133,8 @@ class Evaluation:
         """Where the results go; exists."""
         path = self.config.output
         if path is None:
-            base = self.run.path if self.has_run else Path()
-            path = base / "evaluation" / f"step-{self.snapshot.step:09d}"
+            base = self.run.path / "evaluation" if self.has_run else Path("evaluation", self.metrics.run)
+            path = base / f"step-{self.snapshot.step:09d}"
         path = path.expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -204,6 +204,8 @@ class Evaluation:
     def queries(self) -> Queries:
         """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
         config = self.config.queries
+        if config.path is None and config.labels is not None:
+            raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
         if config.path is None and not (self.has_run and self.run.test_manifest.exists()):
             return leave_one_out(self)
         return open_queries(self, config)
@@ -230,16 +232,11 @@ class Evaluation:
             Scores float32 (Q, k), largest first, and rows int64 (Q, k); see `cluster.topk.TopK.search`.
 
         Raises:
-            ConfigError: Queries of another dimension, or k beyond the bank.
+            ConfigError: K beyond the bank.
         """
         others = self.snapshot.num_rows - (excluded is not None)
         if k > others:
             raise ConfigError(f"k is {k}, but a query has only {others} rows to compare with: lower --k")
-        if queries.shape[1] != self.embedding_dim:
-            raise ConfigError(
-                f"the queries have {queries.shape[1]} dimensions and the bank {self.embedding_dim}: they are not "
-                "embeddings of this network"
-            )
         if self._top_k is None:
             self._top_k = TopK(self.bank, self.config.actors, self.metrics)
         return self._top_k.search(queries, k, excluded=excluded)
@@ -253,7 +250,7 @@ class Evaluation:
     def image_rows(self, manifest: Manifest, function: ImageFunction) -> ImageRows:
         """A table with a row for every image, computed by the trained network as it is read."""
         return ImageRows(
-            manifest=dataclasses.replace(manifest, root=manifest.root.absolute()),
+            manifest=manifest,
             network=self.network,
             function=function,
             augmentation=self.augmentation,
@@ -288,10 +285,23 @@ class Evaluation:
         return share_out(function, shared, items, self.config.actors)
 
     def write(self, name: str, values: dict[str, Any]) -> Path:
-        """Write `output/NAME.json`, whole or not at all."""
+        """Write `output/NAME.json`, whole or not at all, with what tells of which snapshot it is."""
         path = self.output / f"{name}.json"
-        write_json(path, values)
+        write_json(path, {**self._snapshot_identity, **values})
         return path
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """What was written under the name for this snapshot, by whichever evaluation; None if nothing was."""
+        try:
+            values: dict[str, Any] = json.loads((self.output / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        ours = self._snapshot_identity
+        return values if ours == {key: values.get(key) for key in ours} else None
+
+    @property
+    def _snapshot_identity(self) -> dict[str, Any]:
+        return {"step": self.snapshot.step, "attempt": self.snapshot.document["attempt"]}
 
 
 Protocol = Callable[[Evaluation, Any], dict[str, Any]]

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from instdisc.backbone import BackboneConfig, Embedder, build_embedder
-from instdisc.errors import ConfigError
-from instdisc.evaluation.images import compute_device
+from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.linear import top_k_accuracy
 from instdisc.evaluation.splits import class_balanced_rows
 from instdisc.optim import OptimizerConfig, build_optimizer, learning_rate
@@ -24,12 +23,10 @@ from instdisc.seeding import derive_seed
 from pipelines.augment import Augmentation
 from pipelines.loader import LoaderConfig, open_loader
 from pipelines.manifest import Manifest
-from pipelines.order import Order, Request
+from pipelines.order import Order
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
-
-_BATCH = 256
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +53,17 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(f"fractions are {self.fractions}: expected shares above 0, at most 1")
-        if min(self.epochs, self.batch_size, self.min_steps) < 1 or not self.rate > 0:
+        if min(self.epochs, self.min_steps) < 1 or self.batch_size < 2:
             raise ValueError(
-                f"epochs is {self.epochs}, batch_size {self.batch_size}, min_steps {self.min_steps} and rate "
-                f"{self.rate}: they must be at least 1, the rate above 0"
+                f"epochs is {self.epochs}, min_steps {self.min_steps} and batch_size {self.batch_size}: they must be "
+                "at least 1, the batch at least 2"
             )
+        _ = self.optimizer
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Settings of the optimizer; raises ValueError for those that are out of range."""
+        return OptimizerConfig(learning_rate=self.rate, schedule="cosine", weight_decay=self.weight_decay)
 
 
 def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
@@ -70,11 +73,7 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
     labels, queries = evaluation.bank_labels, evaluation.queries
-    if queries.kind != "test-set" or queries.manifest is None:
-        raise ConfigError(
-            f"fine-tuning is tested on labelled images that were not trained on, the queries are of kind "
-            f"{queries.kind}: name test images with --queries.path"
-        )
+    test = queries.test_images("fine-tuning")
     job = _Job(
         network=evaluation.network,
         backbone=BackboneConfig(**evaluation.settings["backbone"]),
@@ -82,7 +81,7 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
         loader=evaluation.config.loader,
         train=evaluation.train,
         train_labels=labels,
-        test=queries.manifest.select(queries.rows),
+        test=test,
         num_classes=len(evaluation.class_names),
         config=config,
     )
@@ -157,7 +156,10 @@ def _finetune(job: _Job, case: tuple[float, str]) -> tuple[int, npt.NDArray[np.f
     )
     network.to(compute_device())
     _train(job, network, job.train.select(rows), job.train_labels[rows])
-    return len(rows), _classify(job, network)
+    test = ImageRows(
+        manifest=job.test, network=network, function=embed, augmentation=job.augmentation, loader=job.loader
+    )
+    return len(rows), test.read(0, test.num_rows)
 
 
 def new_classifier(
@@ -192,10 +194,7 @@ def new_classifier(
 def _train(job: _Job, network: nn.Module, manifest: Manifest, labels: npt.NDArray[np.int64]) -> None:
     """Train the network in place with cross-entropy on random views, as the run's own training varies them."""
     config, device = job.config, compute_device()
-    optimizer_config = OptimizerConfig(
-        learning_rate=config.rate, schedule="cosine", weight_decay=config.weight_decay
-    )
-    optimizer = build_optimizer(optimizer_config, network.parameters())
+    optimizer = build_optimizer(config.optimizer, network.parameters())
     targets = torch.from_numpy(labels).to(device)
     order = Order(
         num_instances=len(manifest), global_batch=min(config.batch_size, len(manifest)), seed=config.seed
@@ -217,26 +216,9 @@ def _train(job: _Job, network: nn.Module, manifest: Manifest, labels: npt.NDArra
             if decoded.sum() < 2:  # batch norm needs two
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optimizer_config, step / order.steps_per_epoch, epochs)
+                group["lr"] = learning_rate(config.optimizer, step / order.steps_per_epoch, epochs)
             scores = network(batch.images[0][decoded])
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(scores, targets[batch.instance_ids[decoded]]))
             optimizer.step()
     network.eval()
-
-
-@torch.no_grad()
-def _classify(job: _Job, network: nn.Module) -> npt.NDArray[np.float32]:
-    """Scores float32 (Q, C) of the test images."""
-    rows = np.arange(len(job.test))
-    with open_loader(
-        job.test,
-        (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
-        augmentation=job.augmentation,
-        training=False,
-        views=1,
-        seed=0,
-        device=compute_device(),
-        config=job.loader,
-    ) as loader:
-        return torch.cat([network(batch.images[0]).float().cpu() for batch in loader]).numpy()

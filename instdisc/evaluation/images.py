@@ -6,13 +6,13 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from instdisc.backbone import Embedder
 from pipelines.augment import Augmentation
 from pipelines.loader import LoaderConfig, open_loader
 from pipelines.manifest import Manifest
@@ -22,7 +22,7 @@ _BATCH = 256
 
 logger = logging.getLogger(__name__)
 
-ImageFunction = Callable[[Embedder, Tensor], Tensor]
+ImageFunction = Callable[[Any, Tensor], Tensor]
 """Importable by name: the network in evaluation mode and normalised images (B, 3, H, W) to rows (B, F)."""
 
 
@@ -31,8 +31,8 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def embed(network: Embedder, images: Tensor) -> Tensor:
-    """Unit embeddings: the `ImageFunction` of kNN."""
+def embed(network: nn.Module, images: Tensor) -> Tensor:
+    """What the network gives, unit embeddings if it is the run's: the `ImageFunction` of kNN."""
     embeddings: Tensor = network(images)
     return embeddings
 
@@ -50,7 +50,7 @@ class ImageRows:
     """
 
     manifest: Manifest
-    network: Embedder
+    network: nn.Module
     function: ImageFunction
     augmentation: Augmentation
     loader: LoaderConfig

@@ -66,18 +66,14 @@ def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
     Raises:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
-    queries, labels = evaluation.queries, evaluation.bank_labels
-    if queries.kind != "test-set" or queries.manifest is None:
-        raise ConfigError(
-            f"linear classifiers are tested on labelled images that they were not trained on, the queries are of kind "
-            f"{queries.kind}: name test images with --queries.path"
-        )
+    labels, queries = evaluation.bank_labels, evaluation.queries
+    test = queries.test_images("a linear classifier")
     fraction = min(1.0, config.max_images / int((labels >= 0).sum()))
     rows = class_balanced_rows(labels, fraction, seed=config.seed)
     job = _Job(
         train=evaluation.image_rows(evaluation.train.select(rows), embed),
         train_labels=labels[rows],
-        test=evaluation.image_rows(queries.manifest.select(queries.rows), embed),
+        test=evaluation.image_rows(test, embed),
         test_labels=queries.labels,
         num_classes=len(evaluation.class_names),
         config=config,

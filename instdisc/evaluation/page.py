@@ -240,7 +240,7 @@ def _linear_table(linear: Mapping[str, Any]) -> Table:
 def _finetune_table(finetune: Mapping[str, Any]) -> Table:
     rows = [
         (
-            _percent(each["fraction"], 0),
+            f"{100 * each['fraction']:g}%",
             f"{each['images']:,}",
             *(_percent(each[start][top]) for start in ("trained", "scratch") for top in ("top1", "top5")),
         )
@@ -266,7 +266,7 @@ def _percent(value: float, digits: int = 1) -> str:
 
 
 def _read_results(evaluation: Evaluation) -> dict[str, Any]:
-    found = {name: _read_json(evaluation.output / f"{name}.json") for name in _RESULTS}
+    found = {name: evaluation.read(name) for name in _RESULTS}
     return {name: values for name, values in found.items() if values}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,22 @@ class Queries:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def test_images(self, protocol: str) -> Manifest:
+        """The queries as images of a test set, for a protocol that trains on labels.
+
+        Args:
+            protocol: For the message.
+
+        Raises:
+            ConfigError: They are none.
+        """
+        if self.kind != "test-set" or self.manifest is None:
+            raise ConfigError(
+                f"{protocol} is tested on labelled images that were not trained on, the queries are of kind "
+                f"{self.kind}: name test images with --queries.path"
+            )
+        return self.manifest.select(self.rows)
+
 
 def leave_one_out(evaluation: Evaluation) -> Queries:
     """Up to 10,000 labelled rows, spread evenly; embedded anew where the run is at hand, else as they are stored."""
@@ -123,7 +140,7 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
         if own
         else open_labelled(config.path or "", config, "--queries.path")
     )
-    if own and evaluation.run.settings()["data"]["classes"] is not None:
+    if own and evaluation.run.settings()["data"].get("classes") is not None:
         manifest = manifest.of_classes(evaluation.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
@@ -165,7 +182,7 @@ def open_labelled(path: str, config: QueryConfig, option: str) -> Manifest:
             f"{option}: {len(manifest.rejected)} images cannot be read, e.g. {manifest.root / name}: {reason}; "
             "replace or remove them"
         )
-    return manifest
+    return dataclasses.replace(manifest, root=manifest.root.absolute())  # actors may work elsewhere
 
 
 def _decoded(
@@ -194,6 +211,8 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
         raise ConfigError(
             f"{path} has shape {vectors.shape} and {labels_path} {classes.shape}: expected (Q, D) and (Q,)"
         )
+    if vectors.dtype.kind not in "fiu":
+        raise ConfigError(f"{path} holds {vectors.dtype}, expected numbers: embed the queries anew")
     if vectors.shape[1] != evaluation.embedding_dim:
         raise ConfigError(
             f"{path} has {vectors.shape[1]} dimensions and the bank {evaluation.embedding_dim}: they are not "

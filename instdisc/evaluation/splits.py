@@ -59,7 +59,7 @@ def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
         raise ConfigError(
             f"cannot read the classes in {which}: {error}; expected {', '.join(HALVES)} or a file with a class per line"
         ) from error
-    chosen = [line.strip() for line in lines if line.strip()]
+    chosen = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     unknown = sorted(set(chosen) - set(class_names))
     if unknown or not chosen:
         wrong = f"names {unknown[0]!r}, which is no class of the images" if unknown else "names no class"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from instdisc.errors import ConfigError
 from instdisc.evaluation.images import compute_device
 from pipelines.loader import open_loader
 from pipelines.order import Request
@@ -45,6 +46,9 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 
     Positives are two random views of an image, as training varies them; where images have labels, also two images of
     one class.
+
+    Raises:
+        ConfigError: Fewer than two images can be decoded.
     """
     train = evaluation.train
     rows = np.linspace(0, len(train) - 1, min(config.max_images, len(train))).astype(np.int64)
@@ -52,6 +56,10 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
     decoded = embeddings[:, 0].isfinite()
     labels = torch.from_numpy(np.asarray(train.labels)[rows].astype(np.int64))[decoded]
     embeddings = embeddings[decoded]
+    if len(embeddings) < 2:
+        raise ConfigError(
+            f"only {len(embeddings)} of {len(rows)} training images can be decoded: restore them"
+        )
     first, second = _two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
     pairs = {"two views of an image": matched_pairs(first, second, bins=config.bins)}
     if (labels >= 0).any():

@@ -66,6 +66,11 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     embeddings = evaluation.compute(manifest, rows=rows)
     decoded = np.isfinite(embeddings[:, 0])
     embeddings, labels = embeddings[decoded], labels[rows[decoded]]
+    if len(np.unique(labels)) < 2:
+        raise ConfigError(
+            f"{manifest.root} has images of {len(np.unique(labels))} of the {len(held_out)} classes to retrieve among, "
+            "two or more are needed"
+        )
     seen = [name for name in held_out if name in present]
     if seen:
         logger.warning(

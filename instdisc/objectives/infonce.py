@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from instdisc.bank import Bank
+from instdisc.errors import ConfigError
 from instdisc.objectives.attention import attend
 from instdisc.objectives.base import MergeLogSums, Objective, Queries
 from instdisc.objectives.softmax import SoftmaxConfig, softmax_terms
@@ -50,6 +51,7 @@ class InfoNCE(Objective):
 
     def __init__(self, config: InfoNCEConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
+        self.num_instances = num_instances
         # A shard's share of the m negatives is drawn as a whole number, and each draw counts by the ratio.
         self.due = config.num_negatives * len(bank.rows) / num_instances
         self.count = max(1, round(self.due))
@@ -77,23 +79,44 @@ class InfoNCE(Objective):
         Returns:
             Positions in this shard: int64 (K,) if they are shared, with those of the batch's own rows left out, else
             int64 (G, K).
+
+        Raises:
+            ConfigError: Shared negatives, and no image outside of the batch. Raised on all ranks.
         """
         rows, device = len(bank.rows), bank.rows.device
         if not self.config.shared_negatives:
             shape = (len(queries.embeddings_GD), self.count)
             return torch.randint(rows, shape, generator=generator, device=device)
         negatives_K = torch.randint(rows, (self.count,), generator=generator, device=device)
+        if self._count_others(queries.instance_ids_G, 0, self.num_instances) == 0:
+            raise ConfigError(
+                f"the batch holds all {self.num_instances} images, so none is left to tell them apart from: lower "
+                "--training.batch-size, or give every image negatives of its own with --objective.no-shared-negatives"
+            )
         positions_G, owned_G = bank.local(queries.instance_ids_G)
         return negatives_K[~torch.isin(negatives_K, positions_G[owned_G])]
 
+    @staticmethod
+    def _count_others(instance_ids_G: Tensor, start: int, stop: int) -> int:
+        """How many rows from `start` to `stop` - 1 are of no image of the batch."""
+        inside_G = (instance_ids_G >= start) & (instance_ids_G < stop)
+        return stop - start - len(instance_ids_G[inside_G].unique())  # type: ignore[no-untyped-call]
+
     def _attend_shared(self, queries: Queries, bank: Bank, negatives_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the sampled rows under their softmax, float32 (G, D), and log of its weighted denominator (G,)."""
+        """Mean of the sampled rows under their softmax, float32 (G, D), and log of its weighted denominator (G,).
+
+        The m negatives stand for the rows outside of the batch, of which this shard has its share.
+        """
         if not len(negatives_K):
             zero_GD = torch.zeros_like(queries.embeddings_GD, dtype=torch.float32)
             return zero_GD, zero_GD[:, 0] - torch.inf
         rows_KD = bank.rows.index_select(0, negatives_K)
         attended_GD, log_sum_G = attend(queries.embeddings_GD, rows_KD, self.config.temperature)
-        return attended_GD, log_sum_G + math.log(self.due / len(negatives_K))
+        ids_G = queries.instance_ids_G
+        share = self._count_others(ids_G, bank.start, bank.stop) / self._count_others(
+            ids_G, 0, self.num_instances
+        )
+        return attended_GD, log_sum_G + math.log(self.config.num_negatives * share / len(negatives_K))
 
     def _attend_own(self, queries: Queries, bank: Bank, negatives_GK: Tensor) -> tuple[Tensor, Tensor]:
         """The same where every query has negatives of its own, a block of queries at a time."""

@@ -108,7 +108,7 @@ def _negatives_of_a_query(
         sigmoid_K = tl.where(logit_K >= 0, 1.0, small_K) / (1 + small_K)
         gradient_KD += sigmoid_K[:, None] * row_KD  # rows that were not drawn are 0
         loss_K += tl.where(drawn, tl.maximum(logit_K, 0) + tl.log(1 + small_K), 0.0)
-        higher_K = tl.maximum(highest_K, scaled_K)
+        higher_K = tl.maximum(highest_K, tl.where(drawn, scaled_K, -1e30))
         added_K = tl.where(drawn, tl.exp(scaled_K - higher_K), 0.0)
         mass_K = mass_K * tl.exp(highest_K - higher_K) + added_K
         highest_K = higher_K

@@ -38,10 +38,15 @@ class SpreadingConfig:
     """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
     equations of the paper."""
     key_gradient: bool = False
-    """Let the gradient through both operands of a similarity. Off, as in the authors' code: keys are constants."""
+    """Let the gradient through both operands of a similarity. Off, as in the authors' code: keys are constants. The
+    paper's form needs it: first views are keys alone."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        if self.form == "paper" and not self.key_gradient:
+            raise ValueError(
+                "form is paper and key_gradient off, but first views would learn nothing: set key_gradient"
+            )
 
 
 class Spreading(Objective):

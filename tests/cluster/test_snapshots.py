@@ -180,6 +180,6 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         writer.save(2, {}, {}, {"loss": float("nan")})
     writer.save(2, {})
-    with pytest.raises(ValueError, match="got step 2 after 2"):
-        writer.save(2, {})
+    with pytest.raises(ValueError, match="got step 1 after 2"):
+        writer.save(1, {})
     writer.close()

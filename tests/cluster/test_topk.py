@@ -15,7 +15,7 @@ from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
 from cluster.kernels import FaissKernel, Kernel, TorchKernel, from_keys, to_keys
 from cluster.metrics import EVALUATION, Metrics
-from cluster.topk import ArrayRows, TopK, cut, read_rows
+from cluster.topk import TopK, cut, read_rows
 from tests.ray_cluster import RayCluster
 
 HERE = ActorsConfig(num_actors=0)
@@ -52,6 +52,20 @@ def search(name: str, *arguments: Any, start: int = 0) -> Found:
     queries, rows, k, *excluded = arguments
     out = excluded[0] if excluded else np.full(len(queries), -1)
     return from_keys(kernel(name, rows, start).search(queries, k, out))
+
+
+class ArrayRows:
+    """An array in memory as a source."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = array
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._array)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        return self._array[start:stop]
 
 
 def test_keys_sort_by_score_then_row() -> None:

@@ -52,11 +52,13 @@ def bank_of(run_dir: Path) -> NDArray[Any]:
 
 
 def snapshot_content(run: RunDirectory) -> dict[str, Any]:
-    """All that the newest snapshot holds but the time it took."""
+    """All that the newest snapshot holds but the time it took and whose it is."""
     snapshot = run.open_snapshot()
     tables = {name: snapshot.read(name).tolist() for name in snapshot.tables}
     files = {name: snapshot.read_file(name) for name in snapshot.files}
-    noted = {name: value for name, value in snapshot.attributes.items() if name != "train_seconds"}
+    noted = {
+        name: value for name, value in snapshot.attributes.items() if name not in ("train_seconds", "run_id")
+    }
     return tables | files | noted
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from instdisc.bank import Bank
+from instdisc.errors import ConfigError
 from instdisc.objectives import InfoNCE, InfoNCEConfig, Queries
 from tests import reference
 from tests.instdisc.objective_steps import KINDS, batch, rows_like, step, whole_batch
@@ -19,8 +20,11 @@ def drawn_by(rank: int, config: InfoNCEConfig, bank: Bank, num_instances: int, d
     queries = Queries(embeddings, ids, 1, slice(0, 0))
     objective = InfoNCE(config, num_instances, bank)
     negatives = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
-    drawn = negatives.shape[-1]  # of shared ones some were left out
-    weight = objective.due / max(drawn, 1)
+    start, stop, rows, total = bank.start, bank.stop, len(bank.rows), num_instances
+    if config.shared_negatives:  # they stand for the rows of no image of the batch
+        seen = {instance for instance in ids.tolist() if instance >= 0}
+        rows, total = rows - sum(start <= each < stop for each in seen), total - len(seen)
+    weight = config.num_negatives * rows / total / max(negatives.shape[-1], 1)
     return negatives.expand(len(ids), -1) + bank.start, weight
 
 
@@ -64,7 +68,12 @@ def test_one_rank_computes_the_formulas(
         shared_negatives=shared,
         proximal_weight=0.5,
     )
-    assert_formulas(1, config, kind, num_instances, 7)
+    _, ids = batch(kind, num_instances, 7)
+    if shared and len(ids[ids >= 0].unique()) == num_instances:
+        with pytest.raises(ConfigError, match=rf"holds all {num_instances} images.*--training\.batch-size"):
+            step(0, 1, config, kind, num_instances, 7)
+    else:
+        assert_formulas(1, config, kind, num_instances, 7)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

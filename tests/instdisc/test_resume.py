@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster.launch import Worker
-from cluster.snapshots import newest_step
+from cluster.snapshots import newest_step, owner_of, take_over
 from cluster.stopping import Stopped
 from instdisc.checkpoint import Checkpoints
 from instdisc.config import RunConfig
@@ -44,7 +44,15 @@ OPTIONS += [
     "--snapshots.keep",
     "9",
 ]
-RECIPES = ("sample", "cifar10-parametric")
+RECIPES = (
+    "sample",
+    "cifar10-parametric",
+    "cifar10-npid",
+)  # tables and numbers of an objective: none, some, log Z
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
 
 
 class StopAfter:
@@ -101,7 +109,7 @@ def restored(rank: int, world_size: int, recipe: str, images: Path, run_dir: Pat
     config, run = configured(recipe, images, run_dir), RunDirectory(run_dir)
     manifest = Manifest.load(run.manifest)
     trainer = Trainer(worker_of(rank, world_size), config, len(manifest))
-    checkpoints = Checkpoints(trainer, manifest, config, run.snapshots)
+    checkpoints = Checkpoints(trainer, manifest, config, run.snapshots, run.settings()["run_id"])
     checkpoints.restore()
     checkpoints.abandon()
     return {"embeddings": trainer.bank.rows, **trainer.objective.tables()}
@@ -261,9 +269,75 @@ def test_another_place_for_snapshots(run: Run, tmp_path: Path) -> None:
     assert newest_step(tmp_path / "there") == 10
     refused(run(images), "snapshots is", "there", "None here")
     (tmp_path / "out").rename(tmp_path / "away")
-    refused(run(images, *there), "holds snapshots", "new run", "--overwrite")
+    refused(run(images, *there), "another run's", "new run", "--overwrite")
     assert run(images, *there, "--overwrite", "--training.epochs", "1")[0] == 0
     assert newest_step(tmp_path / "there") == 5
+
+
+def test_snapshots_of_a_run_that_has_just_begun_are_not_taken_over(run: Run, tmp_path: Path) -> None:
+    """Before its first commit too, though there is nothing but the name of the run."""
+    images = write_pictures(tmp_path / "images", 40)
+    take_over(tmp_path / "there", "another")
+    options = ["--snapshots.url", str(tmp_path / "there")]
+    refused(run(images, *options), "another run's", "--overwrite")
+    assert run(images, *options, "--overwrite")[0] == 0
+    assert owner_of(tmp_path / "there") == json.loads((tmp_path / "out/config.json").read_text())["run_id"]
+
+
+def test_snapshots_of_a_run_with_the_same_settings_are_not_mistaken(run: Run, tmp_path: Path) -> None:
+    """Another run, with --overwrite, took the place of this one's snapshots."""
+    images = write_pictures(tmp_path / "images", 40)
+    there = ["--snapshots.url", str(tmp_path / "there")]
+    _, _, out = run(images, *there)
+    out.rename(tmp_path / "first")
+    assert run(images, *there, "--overwrite")[0] == 0
+    (out / "summary.json").unlink()
+    (out / "config.json").write_text((tmp_path / "first/config.json").read_text())
+    refused(run(images, *there), "of a run whose run id is", "--overwrite")
+
+
+def test_images_that_moved(run: Run, tmp_path: Path) -> None:
+    """Training and test images alike; others in their place are refused."""
+    images = write_pictures(tmp_path / "images", 40, classes=4)
+    test = write_pictures(tmp_path / "test", 8, classes=4)
+    _, _, out = run(images, "--data.test-path", str(test))
+    (out / "summary.json").unlink()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    images, test = images.rename(moved / "images"), test.rename(moved / "test")
+    status, said, _ = run(images, "--data.test-path", str(test))
+    assert status == 0, said
+    assert Manifest.load(out / "test_manifest").root == test
+    (out / "summary.json").unlink()
+    next(test.rglob("*.png")).unlink()
+    refused(run(images, "--data.test-path", str(test)), "the test images are 8", "7 with")
+
+
+@pytest.mark.parametrize("files_moved", [0, 1, 2, 3])
+def test_a_start_that_was_interrupted_begins_again(
+    run: Run, tmp_path: Path, files_moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the prepared files take the place of those of the run before."""
+    images = write_pictures(tmp_path / "images", 40, classes=4)
+    test = ["--data.test-path", str(write_pictures(tmp_path / "test", 8, classes=4))]
+    _, _, out = run(images)
+    left = [files_moved]
+
+    def rename(path: Path, target: Path) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        path.replace(target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        run(images, *test, "--overwrite")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory(out).manifests()[1] is not None
+    status, said, _ = run(images, *test)
+    assert status == 0, said
+    assert json.loads((out / "summary.json").read_text())["knn_protocol"] == "test-set"
 
 
 def test_a_run_that_lacks_only_its_summary_is_completed(run: Run, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_a_certain_probability_overflows_nowhere(kind: str, form: str) -> None:
     assert float(result.gradient_QD.abs().max()) < 100 / config.temperature
 
 
+def test_first_views_that_would_learn_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="key_gradient"):
+        SpreadingConfig(form="paper")
+
+
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature"):
         SpreadingConfig(temperature=0.0)

@@ -1,0 +1,122 @@
+"""Every chart of the Grafana dashboard in one picture, from a run that a real Prometheus watched.
+
+    python -m benchmarks.dashboard PICTURE.png [--minutes 4]
+
+Trains with two workers under Ray as the tests do, evaluates a snapshot meanwhile, asks the server what the charts of
+`deploy/grafana/dashboard.json` ask, and draws the answers under their titles. Needs prometheus and chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from instdisc.evaluation.plots import Series, axis_over, line_chart
+from tests.deploy.live import watched_run
+from tests.deploy.manifests import DEPLOY
+from tests.deploy.prometheus import Prometheus
+
+COLUMNS, CARD_WIDTH, CARD_HEIGHT, ROW_HEIGHT = 3, 520, 320, 60
+COLOURS = ("#2563c9", "#d9632b", "#1d8a4b", "#8a4fc7", "#c2a012", "#6f7d8f")
+STYLE = (
+    "body{margin:0;padding:20px;background:#f6f7f9;color:#1b1f26;font:14px system-ui,sans-serif}"
+    ".charts{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}"
+    ".card{background:#fff;border:1px solid #dfe3e9;border-radius:8px;padding:10px 12px}"
+    "h2{font-size:18px;margin:22px 0 10px}h3{font-size:14px;margin:0}"
+    "ul{display:flex;flex-wrap:wrap;gap:0 14px;margin:2px 0;padding:0;list-style:none;font-size:12px;height:18px}"
+    "svg{display:block;width:100%}.grid{stroke:#dfe3e9}.axis{stroke:#626b78}"
+    ".tick,.name{fill:#626b78;font:12px system-ui,sans-serif}.line{fill:none;stroke-width:2}"
+)
+
+
+def series_of(server: Prometheus, panel: dict[str, Any], start: float, stop: float) -> list[Series]:
+    """What the panel's expressions gave from `start` to `stop`, over the seconds since `start`."""
+    found = []
+    for target in panel["targets"]:
+        expression = target["expr"].replace("$__rate_interval", "30s").replace("$run", "live")
+        answers = server.query_range(expression.replace("$rank", ".*"), start, stop, 1)
+        for answer in answers:
+            labels = answer["metric"]
+            legend = re.sub(r"{{(\w+)}}", lambda name, at=labels: at.get(name[1], ""), target["legendFormat"])
+            points = [(float(when) - start, float(value)) for when, value in answer["values"]]
+            points = [point for point in points if math.isfinite(point[1])]
+            if points:
+                x, y = zip(*points, strict=True)
+                found.append(Series(legend, x, y))
+    return found
+
+
+def card(server: Prometheus, panel: dict[str, Any], start: float, stop: float) -> Markup:
+    series = series_of(server, panel, start, stop)
+    values = [value for each in series for value in each.y]
+    is_share = panel["fieldConfig"]["defaults"].get("unit") == "percentunit"
+    y_axis = axis_over("", values or [0.0, 1.0], percent=is_share)
+    chart = line_chart(panel["title"], series, axis_over("seconds", [0, stop - start], tight=True), y_axis)
+    legend = Markup("").join(
+        Markup('<li style="color:{}">{}</li>').format(COLOURS[number % len(COLOURS)], each.name)
+        for number, each in enumerate(series)
+    )
+    return Markup('<div class="card"><h3>{}</h3><ul>{}</ul>{}</div>').format(panel["title"], legend, chart)
+
+
+def draw(server: Prometheus, start: float, stop: float) -> tuple[str, int]:
+    """The picture as HTML, and its height in pixels."""
+    body, height, cards = [], 60, 0
+    for panel in json.loads((DEPLOY / "grafana/dashboard.json").read_text())["panels"]:
+        if panel["type"] == "row":
+            height += ROW_HEIGHT + -(-cards // COLUMNS) * CARD_HEIGHT
+            cards = 0
+            end = Markup("</div>") if body else Markup("")
+            body.append(end + Markup('<h2>{}</h2><div class="charts">').format(panel["title"]))
+        else:
+            cards += 1
+            body.append(card(server, panel, start, stop))
+    height += -(-cards // COLUMNS) * CARD_HEIGHT
+    colours = "".join(f".line.c{number}{{stroke:{each}}}" for number, each in enumerate(COLOURS, 1))
+    return f"<meta charset=utf-8><style>{STYLE}{colours}</style>{Markup('').join(body)}</div>", height
+
+
+def photograph(html: str, height: int, picture: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser is not None, "needs chromium"
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text(html)
+        size = f"--window-size={COLUMNS * CARD_WIDTH},{height}"
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder}/profile",
+        ]
+        command += [size, f"--screenshot={picture.absolute()}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training in the picture")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, watched_run(Path(folder)) as watched:
+        start = time.time() - 20
+        time.sleep(max(0.0, 60 * arguments.minutes - 60))
+        watched.evaluate()
+        photograph(*draw(watched.server, start, time.time()), arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
