@@ -137,6 +137,7 @@ def best_and_worst(
                         bool(bank_labels[row] == queries.labels[query]),
                     )
                     for row, score in zip(rows[query].tolist(), scores[query], strict=True)
+                    if row >= 0  # where fewer rows count, the last ones are none
                 ),
             )
 

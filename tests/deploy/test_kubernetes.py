@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from instdisc import evaluate
 from instdisc.train import parse
 from tests.deploy.manifests import DEPLOY, OVERLAYS, Object, build, find, kuberay_errors, validate
 
@@ -166,7 +167,6 @@ def test_the_training_command_is_understood_and_fits_the_pods(overlay: str) -> N
 
 @each_overlay
 def test_the_evaluation_command_is_understood_and_names_the_run(overlay: str) -> None:
-    evaluate = pytest.importorskip("instdisc.evaluate", reason="no evaluation program yet")
     job = find(overlay, "RayJob", "instdisc-evaluate")
     evaluate.parse(arguments(job, "instdisc.evaluate"))
     _, config = parse(arguments(find(overlay, "RayJob", "instdisc-train"), "instdisc.train"))

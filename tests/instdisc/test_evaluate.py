@@ -166,7 +166,7 @@ def test_a_named_snapshot_brings_its_own_network(tmp_path: Path) -> None:
     arguments = ["sample", *SMALL, *kept, "--data.path", str(images), "--data.test-path", "None"]
     assert train([*arguments, "--run-dir", str(tmp_path / "run")]) == 0
     run = RunDirectory(tmp_path / "run")
-    names = [run.path, *(tmp_path / "elsewhere").iterdir()]
+    names = [run.path, *(tmp_path / "elsewhere").glob("step-*")]
     for step, source in ((6, run.path), *((int(each.name[5:]), each) for each in names[1:])):
         snapshot = Evaluation(EvaluationConfig(source=str(source))).snapshot
         assert snapshot.step == step
