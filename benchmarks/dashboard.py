@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -26,7 +28,8 @@ from tests.deploy.live import watched_run
 from tests.deploy.manifests import DEPLOY
 from tests.deploy.prometheus import Prometheus
 
-COLUMNS, CARD_WIDTH, CARD_HEIGHT, ROW_HEIGHT = 3, 520, 320, 60
+COLUMNS, CARD_WIDTH, CARD_HEIGHT, ROW_HEIGHT = 3, 520, 292, 54
+_FEW = 30  # points, which a line would hardly show
 COLOURS = ("#2563c9", "#d9632b", "#1d8a4b", "#8a4fc7", "#c2a012", "#6f7d8f")
 STYLE = (
     "body{margin:0;padding:20px;background:#f6f7f9;color:#1b1f26;font:14px system-ui,sans-serif}"
@@ -52,7 +55,7 @@ def series_of(server: Prometheus, panel: dict[str, Any], start: float, stop: flo
             points = [point for point in points if math.isfinite(point[1])]
             if points:
                 x, y = zip(*points, strict=True)
-                found.append(Series(legend, x, y))
+                found.append(Series(legend, x, y, marks=len(x) < _FEW))
     return found
 
 
@@ -82,7 +85,10 @@ def draw(server: Prometheus, start: float, stop: float) -> tuple[str, int]:
             cards += 1
             body.append(card(server, panel, start, stop))
     height += -(-cards // COLUMNS) * CARD_HEIGHT
-    colours = "".join(f".line.c{number}{{stroke:{each}}}" for number, each in enumerate(COLOURS, 1))
+    colours = "".join(
+        f".line.c{number}{{stroke:{each}}}.mark.c{number}{{fill:{each}}}"
+        for number, each in enumerate(COLOURS, 1)
+    )
     return f"<meta charset=utf-8><style>{STYLE}{colours}</style>{Markup('').join(body)}</div>", height
 
 
@@ -111,10 +117,12 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training in the picture")
     arguments = parser.parse_args()
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with tempfile.TemporaryDirectory() as folder, watched_run(Path(folder)) as watched:
         start = time.time() - 20
-        time.sleep(max(0.0, 60 * arguments.minutes - 60))
+        time.sleep(30 * arguments.minutes)
         watched.evaluate()
+        time.sleep(max(0.0, start + 60 * arguments.minutes - time.time()))
         photograph(*draw(watched.server, start, time.time()), arguments.picture)
 
 
