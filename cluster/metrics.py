@@ -68,7 +68,9 @@ TRAINING = (
     Metric("images_total", "counter", "Images trained on."),
     Metric("exchange_bytes_total", "counter", "Bytes sent to other ranks, without DDP's gradients."),
     Metric("corrupt_images_total", "counter", "Different images that could not be decoded."),
-    Metric("restarts_total", "counter", "Of the run: times that the worker group was started again."),
+    Metric(
+        "restarts_total", "counter", "Of the run, from rank 0: times that the worker group was started again."
+    ),
     Metric("snapshot_failures_total", "counter", "Snapshots that could not be written or committed."),
     Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
     Metric("learning_rate", "gauge", "Of the run: rate of the last step."),
@@ -85,16 +87,17 @@ TRAINING = (
     Metric("epoch", "gauge", "Of the run: epochs done, with fraction."),
     Metric("epochs", "gauge", "Of the run: epochs to do in all."),
     Metric("world_size", "gauge", "Of the run: ranks in the group."),
-    Metric("snapshot_bytes", "gauge", "Of the run: size of the newest snapshot."),
+    Metric("snapshot_bytes", "gauge", "Of the run, from rank 0: size of the newest snapshot."),
     Metric(
         "snapshot_timestamp_seconds",
         "gauge",
-        "Of the run: Unix time at which the newest snapshot was committed; before the first one, of the start.",
+        "Of the run, from rank 0: Unix time at which the newest snapshot was committed; before the first one, of the "
+        "start.",
     ),
     Metric(
         "snapshot_age_seconds",
         "gauge",
-        "Of the run: time since snapshot_timestamp_seconds.",
+        "Of the run, from rank 0: time since snapshot_timestamp_seconds.",
         since="snapshot_timestamp_seconds",
     ),
 )

@@ -329,6 +329,8 @@ def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
         while True:
             step = max(committed_steps(storage), default=None)
             if step is None:
+                if "://" not in storage.url and not Path(storage.url).exists():
+                    raise SnapshotError(f"{url}: there is no such directory")
                 raise SnapshotError(
                     f"{url}: no committed snapshot; give the directory that holds the step-… folders of a run"
                 )

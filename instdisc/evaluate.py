@@ -112,8 +112,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """Run the protocols; write `NAME.json` of each and print its figures as soon as it is done.
 
     Raises:
-        ConfigError: Settings that do not fit each other or the run.
-        DataError: Images that are missing or cannot be used.
+        ConfigError: Settings that do not fit each other or the run, or images that are missing or cannot be used. One
+            of a protocol is raised after the others have run.
         SnapshotError: There is no whole snapshot.
         ClusterError: The actors could not be run.
     """
@@ -125,10 +125,19 @@ def evaluate(config: EvaluateConfig) -> None:
             evaluation.snapshot.num_rows,
             evaluation.output,
         )
+        failed: list[str] = []
         for name in chosen_protocols(config):
-            result = PROTOCOLS[name](evaluation, getattr(config, name))
+            try:
+                result = PROTOCOLS[name](evaluation, getattr(config, name))
+            except (ConfigError, DataError) as error:
+                failed.append(f"{name}: {error}")
+                continue
             path = evaluation.write(name, result)
-            print("\n".join([f"{name}  ({path})", *_figures(result["summary"])]), flush=True)
+            print(
+                "\n".join([f"{name}  ({result.get('page', path)})", *_figures(result["summary"])]), flush=True
+            )
+    if failed:
+        raise ConfigError("; ".join(failed))
 
 
 def _figures(summary: dict[str, Any]) -> list[str]:

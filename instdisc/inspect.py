@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for fault in broken:
         print(f"broken: {fault}", file=sys.stderr)
-    print(f"{len(broken)} broken" if broken else "all checksums agree")
+    remedy = "restore the files named, or go on from an earlier snapshot by moving the broken one away"
+    print(f"{len(broken)} broken: {remedy}" if broken else "all checksums agree")
     return 1 if broken else 0
 
 
@@ -54,7 +55,11 @@ def _inspect_run(run: RunDirectory) -> Iterator[str]:
     settings = run.settings()
     print(f"run        {run.path}, recipe {settings['recipe']}")
     print(f"network    {settings['backbone']['name']}, {settings['backbone']['embedding_dim']} dimensions")
-    state = "complete" if run.summary.exists() else "not complete: the command that began it goes on"
+    state = (
+        "complete"
+        if run.summary.exists()
+        else "not complete: the same command goes on from the newest snapshot"
+    )
     print(f"state      {state}")
     try:
         manifest = Manifest.load(run.manifest)
@@ -97,7 +102,12 @@ def _inspect_snapshots(url: str, fingerprint: str | None) -> Iterator[str]:
 def _describe(snapshot: Snapshot) -> None:
     noted = snapshot.attributes
     known = ("epoch", "backbone", "temperature", "objective_name", "world_size", "seed")
-    values = ", ".join(f"{name.replace('_', ' ')} {noted[name]}" for name in known if name in noted)
+    values = ", ".join(
+        f"{name.replace('_', ' ')} "
+        + (f"{noted[name]:.4g}" if isinstance(noted[name], float) else f"{noted[name]}")
+        for name in known
+        if name in noted
+    )
     print(f"snapshot   step {snapshot.step}: {snapshot.num_rows:,} rows; {values}")
     for name, (shape, dtype) in snapshot.tables.items():
         print(f"           {name:<18}{dtype:<10}{' x '.join(f'{size:,}' for size in shape)}")

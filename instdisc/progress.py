@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
 import threading
@@ -102,16 +101,15 @@ class ProgressBar:
             sink = sys.stderr if sys.stderr.isatty() else io.StringIO()
             total, done = row["total_steps"], row["step"] - 1
             self._bar = tqdm(total=total, initial=done, unit="step", file=sink, dynamic_ncols=True)
-        state = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s"
+        state = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4g}"
+        if row["images_per_second"]:
+            state += f", {row['images_per_second']:,.0f} images/s"
         self._bar.set_postfix_str(state, refresh=False)
         self._bar.update(row["step"] - self._bar.n)
         if not sys.stderr.isatty() and (
             time.monotonic() >= self._next_line or row["step"] == row["total_steps"]
         ):
             self._next_line = time.monotonic() + _LINE_SECONDS
-            left = (row["total_steps"] - row["step"]) / (self._bar.format_dict["rate"] or math.inf)
-            print(
-                f"step {row['step']}/{row['total_steps']}, {state}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            rate = self._bar.format_dict["rate"]
+            left = f", {(row['total_steps'] - row['step']) / rate:.0f} s left" if rate else ""
+            print(f"step {row['step']}/{row['total_steps']}, {state}{left}", file=sys.stderr, flush=True)

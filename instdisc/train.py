@@ -228,7 +228,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  {python} -m instdisc.evaluate {place}     # accuracies, and a page to look at",
+        f"  {python} -m instdisc.evaluate {place} --protocols statistics,page --num-actors 0     # a page to look at",
         f"  {python} -m instdisc.search {place} IMAGE     # the nearest images",
         f"  {python} -m instdisc.train sample --help     # every setting",
         f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",

@@ -51,6 +51,10 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     """
     recipe, config, run = job
     metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
+    if worker.is_first and not run.next.config.exists():
+        metrics.add(
+            "restarts_total", run.count_restarts()
+        )  # before anybody can read it: a counter that falls is reset
     with exported(
         metrics,
         config.metrics,
@@ -155,7 +159,7 @@ class _Run:
                 else "from the beginning: no snapshot"
             )
             self._say(f"going on {where}, {self.worker.world_size} worker(s)", restart=True)
-            self.metrics.add("restarts_total", self.run.count_restarts())
+            self.metrics.add("restarts_total")
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
         if self.config.probe.baselines and self.probe.possible and not resumed:

@@ -134,7 +134,8 @@ class Evaluation:
         path = self.config.output
         if path is None:
             base = self.run.path / "evaluation" if self.has_run else Path("evaluation", self.metrics.run)
-            path = base / f"step-{self.snapshot.step:09d}"
+            step = f"step-{self.snapshot.step:09d}"
+            path = base if base.name == step else base / step
         path = path.expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -203,6 +204,17 @@ class Evaluation:
     @cached_property
     def queries(self) -> Queries:
         """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
+        queries = self._open_queries()
+        logger.info(
+            "%d queries (%s), compared with %d %s rows",
+            len(queries),
+            queries.kind,
+            self.snapshot.num_rows,
+            "re-computed" if self.config.recompute else "stored",
+        )
+        return queries
+
+    def _open_queries(self) -> Queries:
         config = self.config.queries
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")

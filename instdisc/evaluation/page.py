@@ -112,7 +112,11 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     path = evaluation.output / "index.html"
     write_text(path, html)
     pictures = sum(1 + len(example.neighbours) for _, examples in galleries for example in examples)
-    return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
+    return {
+        "summary": {"pictures": pictures},
+        "page": str(path),
+        "results": sorted(results),
+    }
 
 
 def render(page: Page) -> str:

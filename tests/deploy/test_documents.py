@@ -50,7 +50,11 @@ def test_the_image_gets_what_it_copies() -> None:
 
 def test_compose_mounts_what_there_is() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yml").read_text())["services"]
-    sources = [volume.partition(":")[0] for service in services.values() for volume in service["volumes"]]
+    sources = [
+        volume["source"] if isinstance(volume, dict) else volume.partition(":")[0]
+        for service in services.values()
+        for volume in service["volumes"]
+    ]
     local = [source for source in sources if source.startswith("./")]
     assert len(local) == 3
     for source in local:

@@ -28,7 +28,6 @@ from tests.ray_cluster import RayCluster, ray_head, wait_until
 
 TRAIN = ["--num-workers", "2", "--min-workers", "1", "--cpus-per-worker", "1", "--strategy", "STRICT_SPREAD"]
 TRAIN += ["--max-restarts", "3", "--collective-timeout-s", "30"]
-EVALUATE = ["--num-actors", "2", "--cpus-per-actor", "1"]
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,10 @@ def train(cluster: RayCluster, run: Path, options: list[str]) -> subprocess.Pope
     return cluster.submitting(*command, *TRAIN, *options)
 
 
-def evaluate(cluster: RayCluster, run: Path) -> dict[str, float]:
+def evaluate(cluster: RayCluster, run: Path, num_actors: int = 2) -> dict[str, float]:
     """Submit the evaluation job; its accuracies."""
-    job = cluster.submit("python", "-m", "instdisc.evaluate", str(run), *EVALUATE)
+    actors = ["--num-actors", str(num_actors), "--cpus-per-actor", "1"]
+    job = cluster.submit("python", "-m", "instdisc.evaluate", str(run), *actors)
     assert job.returncode == 0, job.stdout
     (found,) = (run / "evaluation").glob("*/knn.json")
     accuracies: dict[str, float] = json.loads(found.read_text())["accuracies"]["k200"]
@@ -137,6 +137,8 @@ def main() -> int:
     parser.add_argument("--namespaces", action="store_true", help="a network namespace for every node")
     parser.add_argument("--fault", choices=("kill", "cut"), help="what happens to the last node")
     arguments, options = parser.parse_known_args()
+    if arguments.fault == "cut" and not arguments.namespaces:
+        parser.error("--fault cut needs --namespaces: only nodes in namespaces have a link")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     run = arguments.run.absolute()
@@ -154,7 +156,7 @@ def main() -> int:
             print(f"{arguments.fault} {places[-1].ip} at {time.strftime('%H:%M:%S')}", flush=True)
         print(program.communicate()[0])
         if program.returncode == 0:
-            print("evaluation:", evaluate(cluster, run))
+            print("evaluation:", evaluate(cluster, run, num_actors=1 if arguments.fault else 2))
     return program.returncode
 
 
