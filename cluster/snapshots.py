@@ -227,12 +227,7 @@ class Snapshot:
 
 
 class SnapshotRows:
-    """One table of a snapshot as a source of rows; picklable, a source for `cluster.topk`.
-
-    Args:
-        snapshot: The snapshot.
-        table: One of its tables.
-    """
+    """One table of a snapshot as a source of rows for `cluster.topk`; picklable."""
 
     def __init__(self, snapshot: Snapshot, table: str) -> None:
         self._snapshot, self._table = snapshot, table
@@ -243,11 +238,7 @@ class SnapshotRows:
         return self._snapshot.num_rows
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start … stop - 1.
-
-        Raises:
-            SnapshotError: A piece is missing or damaged.
-        """
+        """Rows start … stop - 1; raises SnapshotError where a piece is missing or damaged."""
         return self._snapshot.read(self._table, start, stop)
 
 
@@ -330,7 +321,7 @@ def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
             step = max(committed_steps(storage), default=None)
             if step is None:
                 if "://" not in storage.url and not Path(storage.url).exists():
-                    raise SnapshotError(f"{url}: there is no such directory")
+                    raise SnapshotError(f"{url}: no committed snapshot: there is no such directory")
                 raise SnapshotError(
                     f"{url}: no committed snapshot; give the directory that holds the step-… folders of a run"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,7 +82,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         ConfigError: Only a snapshot is at hand, which has neither images nor curves.
     """
     results = _read_results(evaluation)
-    metrics, summary = read_lines(evaluation.run.metrics), _read_json(evaluation.run.summary)
+    metrics, summary = read_lines(evaluation.run.metrics), evaluation.run.read_summary() or {}
     galleries: list[tuple[str, Sequence[Example]]] = []
     if (evaluation.train.labels >= 0).any() and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
@@ -112,11 +111,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     path = evaluation.output / "index.html"
     write_text(path, html)
     pictures = sum(1 + len(example.neighbours) for _, examples in galleries for example in examples)
-    return {
-        "summary": {"pictures": pictures},
-        "page": str(path),
-        "results": sorted(results),
-    }
+    return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
 
 
 def render(page: Page) -> str:
@@ -272,8 +267,3 @@ def _percent(value: float, digits: int = 1) -> str:
 def _read_results(evaluation: Evaluation) -> dict[str, Any]:
     found = {name: evaluation.read(name) for name in _RESULTS}
     return {name: values for name, values in found.items() if values}
-
-
-def _read_json(path: Any) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return values

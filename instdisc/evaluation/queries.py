@@ -135,13 +135,12 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
     if config.labels is not None:
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
-    manifest = (
-        Manifest.load(evaluation.run.test_manifest)
-        if own
-        else open_labelled(config.path or "", config, "--queries.path")
-    )
-    if own and evaluation.run.settings()["data"].get("classes") is not None:
-        manifest = manifest.of_classes(evaluation.class_names)
+    if config.path is not None:
+        manifest = open_labelled(config.path, config, "--queries.path")
+    else:
+        manifest = Manifest.load(evaluation.run.test_manifest)
+        if evaluation.run.settings()["data"].get("classes") is not None:
+            manifest = manifest.of_classes(evaluation.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
         raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")

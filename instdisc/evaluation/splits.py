@@ -11,7 +11,7 @@ import numpy.typing as npt
 from instdisc.errors import ConfigError
 from instdisc.seeding import derive_seed
 
-HALVES = ("all", "first-half", "second-half")
+_PARTS = ("all", "first-half", "second-half")
 
 
 def class_balanced_rows(
@@ -49,7 +49,7 @@ def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
         ConfigError: The file cannot be read, names an unknown class or none at all.
     """
     half = len(class_names) // 2
-    if which in HALVES:
+    if which in _PARTS:
         return list(
             {"all": class_names, "first-half": class_names[:half], "second-half": class_names[half:]}[which]
         )
@@ -57,7 +57,7 @@ def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
         lines = Path(which).expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot read the classes in {which}: {error}; expected {', '.join(HALVES)} or a file with a class per line"
+            f"cannot read the classes in {which}: {error}; expected {', '.join(_PARTS)} or a file with a class per line"
         ) from error
     chosen = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     unknown = sorted(set(chosen) - set(class_names))

@@ -273,6 +273,18 @@ def test_arrays_that_are_no_queries(
     refused(evaluate(trained, *given), text)
 
 
+def test_files_that_are_no_arrays(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.npy"
+    np.save(labels, [0, 1])
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "several.npz", np.ones(2))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    np.save(tmp_path / "words.npy", np.full((2, 16), "a"))
+    for name, text in (("empty", "no array"), ("several", "several arrays"), ("words", "expected numbers")):
+        path = str(tmp_path / f"{name}.npy")
+        refused(evaluate(trained, "--queries.path", path, "--queries.labels", str(labels)), text)
+
+
 def test_array_queries_that_do_not_fit(evaluate: Evaluate, trained: Path, tmp_path: Path) -> None:
     rows = bank_of(trained)
     vectors, narrow = tmp_path / "vectors.npy", tmp_path / "narrow.npy"

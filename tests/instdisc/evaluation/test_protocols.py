@@ -53,6 +53,14 @@ def test_fine_tuning_learns_colours(evaluation: Evaluation) -> None:
     json.dumps(result)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 0.0}, {"weight_decay": -1.0}, {"rate": math.inf}, {"batch_size": 1}]
+)
+def test_fine_tuning_refuses_settings_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate|learning rate|weight_decay|weight decay|batch_size"):
+        finetune.FinetuneConfig(**wrong)
+
+
 def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
     backbone = BackboneConfig(**evaluation.settings["backbone"])
     trained, scratch = (
