@@ -1,4 +1,4 @@
-"""Accuracy of every objective on the bundled sample: same network, same seconds of training, several seeds.
+"""Accuracy of every objective on the bundled sample: same network, about the same seconds of training, several seeds.
 
     python benchmarks/accuracy.py [--seconds 60] [--seeds 0 1 2] [--only NAME ...] [--json FILE]
 

@@ -123,7 +123,7 @@ def main() -> None:
     )
     rows = []
     print("| dtype | way | ms | error | chosen |\n|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for row in measure(queries.to(dtype), bank.to(dtype), arguments.turns):
             print(
                 "| {dtype} | {way} | {ms} | {error} | {mark} |".format(**row, mark="x" * bool(row["chosen"]))

@@ -2,8 +2,9 @@
 
     python benchmarks/objectives.py [--only NAME] [--json FILE]
 
-One step's forward and gradient with a bank of 1,281,167 rows of 128 and a batch of 256, as in ImageNet training. On a
-machine with a GPU it is used. What several ranks send, hold and agree on is measured by `benchmarks/ranks.py`.
+One step's forward and gradient with a bank of 1,281,167 rows of 128 and a batch of 256, as in ImageNet training; of
+the parametric softmax also the update of its weights. On a machine with a GPU it is used. What several ranks send, hold
+and agree on is measured by `benchmarks/ranks.py`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from instdisc.objectives import (
 from instdisc.trainer import evaluate
 
 REPEATS = 9
+LEARNING_RATE = 0.03
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Step:
         exchange = Exchange(0, 1)
         queries, ids, generator = self.queries, self.ids, self.generator.manual_seed(3)
         result, _ = evaluate(self.objective, self.bank, exchange, queries, ids, generator)
+        self.objective.update(LEARNING_RATE, len(queries))
         return result.loss_Q, result.gradient_QD
 
 
@@ -101,7 +104,8 @@ def gather_then_bmm(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
     config, bank = noise.config, step.bank.rows
     negatives, _ = noise.draw(len(step.queries), step.bank, step.generator.manual_seed(3))
     queries = step.queries.detach().to(bank.dtype).requires_grad_()
-    rows = bank[torch.cat([step.ids[:, None], negatives], dim=1)]
+    chosen = torch.cat([step.ids[:, None], negatives], dim=1)
+    rows = bank.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
     scores = torch.bmm(rows, queries[:, :, None])[..., 0].float() / config.temperature
     logits = scores - noise.log_partition + math.log(len(bank) / config.num_negatives)
     loss = F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(dim=1)
@@ -111,26 +115,28 @@ def gather_then_bmm(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
 def all_logits(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
     """The softmax over all rows as public code computes it: all logits of the batch at once, then autograd."""
     queries = step.queries.detach().to(step.bank.rows.dtype).requires_grad_()
-    logits = (queries @ step.bank.rows.T).float() / step.objective.config.temperature
+    logits = (queries / step.objective.config.temperature @ step.bank.rows.T).float()
     loss = F.cross_entropy(logits, step.ids, reduction="none")
     return loss.detach(), torch.autograd.grad(loss.sum(), queries)[0]
 
 
 def linear_layer(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
-    """The parametric softmax as a linear layer: all logits, and the gradient of all weights, by autograd."""
+    """The parametric softmax as a linear layer: all logits, the gradient of all weights by autograd, and their SGD."""
+    config, tables = step.objective.config, step.objective.tables()
     queries = step.queries.detach().requires_grad_()
-    weights = step.bank.rows.detach().requires_grad_()
-    loss = F.cross_entropy(
-        queries @ weights.T / step.objective.config.temperature, step.ids, reduction="none"
-    )
-    return loss.detach(), torch.autograd.grad(loss.sum(), (queries, weights))[0]
+    weights = tables["weights"].detach().requires_grad_()
+    loss = F.cross_entropy(queries / config.temperature @ weights.T, step.ids, reduction="none")
+    gradient, weights_gradient = torch.autograd.grad(loss.sum(), (queries, weights))
+    momentum = tables["weights_momentum"].mul_(config.momentum).add_(weights_gradient, alpha=1 / len(queries))
+    tables["weights"].sub_(momentum, alpha=LEARNING_RATE)
+    return loss.detach(), gradient
 
 
 def gather_then_mm(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
-    """InfoNCE as public code computes it with a queue: logits of the positive and the shared rows, then autograd."""
+    """InfoNCE as public code computes it: logits of the positive and the gathered shared rows, then autograd."""
     bank, temperature = step.bank.rows, step.objective.config.temperature
     sample = Queries(step.queries, step.ids, 1, slice(0, 0))
-    negatives = step.objective.draw(sample, step.bank, step.generator.manual_seed(3))
+    negatives, _ = step.objective.draw(sample, step.bank, step.generator.manual_seed(3))
     queries = step.queries.detach().to(bank.dtype).requires_grad_()
     positives = (queries * bank[step.ids]).sum(dim=1, keepdim=True)
     logits = torch.cat([positives, queries @ bank[negatives].T], dim=1).float() / temperature
@@ -200,7 +206,12 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
         for mine, theirs in zip(step.ours(), peer(), strict=True):
             scale = float(theirs.abs().max())
             torch.testing.assert_close(mine, theirs.float(), rtol=tolerance, atol=tolerance * scale)
+        trained, expected = step.objective.tables(), peer_step.objective.tables()
+        torch.testing.assert_close(trained, expected, rtol=tolerance, atol=tolerance * LEARNING_RATE)
     seconds, peer_seconds = alternate(step.ours, peer, device)
+    # Tables that ours keeps for itself between steps; the peer makes them anew.
+    own_tables = kind.tables_beside_bank - len(step.objective.tables())
+    own_bytes = own_tables * exact.numel() * exact.element_size()
     return Row(
         objective=case.name,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -208,7 +219,7 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
         peer=f"{case.peer}, {str(case.peer_dtype).removeprefix('torch.')}",
         peer_seconds=peer_seconds,
         speedup=peer_seconds / seconds,
-        extra_megabytes=extra_megabytes(step.ours, device),
+        extra_megabytes=own_bytes / 1e6 + extra_megabytes(step.ours, device),
         peer_extra_megabytes=extra_megabytes(peer, device),
     )
 

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     own = embeddings[:, mine].flatten(0, 1)
     draws = torch.Generator().manual_seed(rank)
     result, all_ids = evaluate(objective, bank, exchange, own, ids[mine].repeat(views), draws)
-    exchange.sum(torch.zeros(len(result.sums) + 1 + world_size, dtype=torch.float64))
+    # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound, a stop.
+    exchange.sum(torch.zeros(len(result.sums) + 3 + world_size, dtype=torch.float64))
     held = bank.rows.numel() * bank.rows.element_size()
     routed_ids = all_ids.view(world_size, views, -1)[:, 0].flatten()
     bank.update(*exchange.route(embeddings[:, mine].mean(dim=0), routed_ids, partition), momentum=0.5)
@@ -105,12 +107,14 @@ def measure(num_instances: int) -> list[Row]:
         for name, config in CASES.items():
             whole = [torch.cat([rank[name][part] for rank in ranks], dim=1) for part in ("loss", "gradient")]
             single.setdefault(name, whole)
-            errors: list[float | None] = [
+            errors: Sequence[float | None] = [
                 float((ours - theirs).abs().max() / theirs.abs().max())
                 for ours, theirs in zip(whole, single[name], strict=True)
             ]
             if isinstance(config, NCEConfig | InfoNCEConfig):
                 errors = [None, None]
+            elif max(errors) > 1e-5:
+                raise RuntimeError(f"{name} on {world_size} ranks differs from one rank by {errors}")
             sent = max(int(rank[name]["sent"]) for rank in ranks)
             held = max(int(rank[name]["held"]) for rank in ranks) / 1e6
             rows.append(Row(name, num_instances, world_size, sent, held, errors[0], errors[1]))

@@ -18,16 +18,13 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.exchange import Exchange
 from cluster.launch import Worker
 from cluster.metrics import TRAINING, Metrics
 from cluster.phases import Phases
@@ -63,23 +60,6 @@ class Row:
     efficiency: float
 
 
-class TimedExchange(Exchange):
-    """Counts the time of every collective as the phase `exchange`."""
-
-    def __init__(self, rank: int, world_size: int, phases: Phases) -> None:
-        super().__init__(rank, world_size)
-        for name in ("gather", "to_askers", "route", "sum", "log_sum_exp"):
-            setattr(self, name, self._timed(getattr(self, name), phases))
-
-    @staticmethod
-    def _timed(collective: Callable[..., Any], phases: Phases) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            with phases("exchange"):
-                return collective(*arguments)
-
-        return timed
-
-
 def train(rank: int, world_size: int, threads: int, directory: str, arguments: argparse.Namespace) -> None:
     """Some steps on one rank; leaves its times and bytes in a file."""
     torch.set_num_threads(threads)
@@ -91,8 +71,6 @@ def train(rank: int, world_size: int, threads: int, directory: str, arguments: a
     )
     worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
     trainer = Trainer(worker, config, arguments.instances)
-    phases = Phases(worker.device)
-    trainer.exchange = TimedExchange(rank, world_size, phases)
     local = arguments.batch // world_size
     images = torch.randn(trainer.objective.views, local, 3, 32, 32)
     order = torch.randperm(arguments.instances, generator=torch.Generator().manual_seed(0))
@@ -103,7 +81,7 @@ def train(rank: int, world_size: int, threads: int, directory: str, arguments: a
         sent, start = trainer.exchange.sent_bytes, time.perf_counter()
         trainer.step(images, order[first : first + local], 0.01)
         seconds = time.perf_counter() - start
-        (spent,) = phases.finish_step()
+        (spent,) = trainer.phases.finish_step()
         steps.append((seconds, spent["exchange"], trainer.exchange.sent_bytes - sent))
     if world_size > 1:
         dist.destroy_process_group()

@@ -59,6 +59,9 @@ class LaunchConfig:
     """0 or 1. None: 1 if the cluster has GPUs. Say 1 where GPU nodes start on demand."""
     strategy: Strategy = "PACK"
     """PACK fills one node after the other, SPREAD alternates, STRICT_SPREAD puts one worker on a node."""
+    autoscaling: bool = False
+    """The cluster adds nodes that are asked for. An elastic group then asks for all that it can use (except with
+    STRICT_SPREAD), and what the nodes of now cannot hold is waited for instead of refused."""
     wait_s: float = 300.0
     """Seconds to wait for resources that are busy or still starting before giving up."""
     collective_timeout_s: int = 600
@@ -178,13 +181,13 @@ def launch(
     else:
         with ray_session(), signals:
             from cluster.ray_group import run_group  # which imports Ray
-            from cluster.room import settle_device
+            from cluster.room import settle_workers
 
             run = functools.partial(
                 run_group,
                 function,
                 payload,
-                settle_device(config),
+                settle_workers(config),
                 is_allowed=is_allowed,
                 signals=signals,
                 name=name,

@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
-from ray._private.state import state  # nothing public says whether a cluster grows by itself
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
@@ -42,18 +42,21 @@ def wait_for_room(
 ) -> WorkerGroup:
     """Return the group to start once the cluster has granted its resources, at most `config.wait_s` later.
 
-    A request beyond the whole cluster is refused at once, unless more nodes may come: the cluster grows by
-    itself, or a lost node is being replaced.
+    A request beyond the whole cluster is refused at once, unless more nodes may come: the cluster adds them, or a
+    lost node is being replaced.
     """
     start = time.monotonic()
     slice_s = _WAIT_SLICE_S if config.min_workers is None else _ELASTIC_SLICE_S
-    for attempt in itertools.count():
+    groups: Sequence[WorkerGroup] = []
+    while True:
         # Looked at anew each time: nodes come and go while waiting.
         nodes = _nodes()
-        groups = groups_to_try(nodes, config, is_allowed, restarting=restarting)
-        if not restarting and not state.get_max_resources_from_cluster_config():
+        before, groups = groups, groups_to_try(nodes, config, is_allowed, restarting=restarting)
+        if groups != before:
+            in_turn = itertools.cycle(groups)
+        if not restarting and not config.autoscaling:
             require_room(groups[-1], nodes)
-        group = groups[attempt % len(groups)]
+        group = next(in_turn)
         if is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
             return group
         waited = time.monotonic() - start
@@ -64,36 +67,53 @@ def wait_for_room(
                 "for less with --num-workers or --cpus-per-worker, wait longer with --wait-s or end other jobs"
             )
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
-    raise AssertionError
 
 
-def settle_device(config: LaunchConfig) -> LaunchConfig:
-    """Return the settings with the kind of device that the cluster has now, which a run keeps when it restarts."""
-    if config.gpus_per_worker is not None:
-        return config
+def settle_workers(config: LaunchConfig) -> LaunchConfig:
+    """Return the settings with what a run keeps when it starts again, chosen by the nodes of now.
+
+    These are the kind of device, and of an elastic group the CPUs of a worker: the share of its GPU, or of the largest
+    group. A smaller group whose workers took what the others had left would have no room to grow again.
+    """
+    nodes = _nodes()
     group = choose_group(
-        _nodes(),
+        nodes,
         num_workers=config.num_workers,
         cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=None,
+        gpus_per_worker=config.gpus_per_worker,
         strategy=config.strategy,
     )
-    return dataclasses.replace(config, gpus_per_worker=group.gpus)
+    cpus = config.cpus_per_worker
+    if cpus is None and config.min_workers is not None:
+        shares = [node.get("CPU", 0.0) // node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
+        if shares or not group.gpus:
+            cpus = max(1.0, min(shares)) if group.gpus else group.cpus
+    return dataclasses.replace(config, cpus_per_worker=cpus, gpus_per_worker=group.gpus)
 
 
 @contextmanager
 def watching_for_room(
     group: WorkerGroup, config: LaunchConfig, is_allowed: Callable[[int], bool], found: Callable[[str], None]
 ) -> Iterator[None]:
-    """For the block, look for room for more workers than an elastic group has, and call `found(reason)` once."""
+    """For the block, look for room for more workers than an elastic group has, and call `found(reason)` once.
+
+    An autoscaler is told how many workers are wanted, again and again: jobs overwrite each other's wishes.
+    """
     ended = threading.Event()
+    asks = (
+        config.autoscaling and config.strategy != "STRICT_SPREAD"
+    )  # a wish cannot say where the workers shall be
+
+    def ask(workers: int) -> None:
+        if asks:
+            request_resources(bundles=[group.resources_per_worker] * workers)
 
     def watch() -> None:
         while not ended.wait(_GROW_EVERY_S):
             try:
+                ask(config.num_workers or 0)
                 larger = groups_to_try(_nodes(), config, is_allowed, restarting=True)[0]
                 more = larger.num_workers - group.num_workers
-                # Asking also tells a cluster that grows by itself that nodes are wanted.
                 if more > 0 and can_grow(larger, more):
                     found(f"there is room for {larger.num_workers} workers instead of {group.num_workers}")
                     return
@@ -103,6 +123,7 @@ def watching_for_room(
     if config.min_workers is None or group.num_workers == config.num_workers:
         yield
         return
+    ask(config.num_workers or 0)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -110,6 +131,8 @@ def watching_for_room(
     finally:
         ended.set()
         thread.join(2 * _ELASTIC_SLICE_S)
+        with suppress(RayError):
+            ask(0)
 
 
 def _nodes() -> list[Node]:

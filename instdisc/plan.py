@@ -19,8 +19,6 @@ from instdisc.objectives import NCE, InfoNCE, Objective, ParametricSoftmax, Soft
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOAT32_BYTES = 4
 _ID_BYTES = 8
-# Per query, of what the owners agree on: a float32 log-sum-exp, or two float64 sums.
-_SUM_BYTES = {"nce": 0, "softmax": 4, "infonce": 4, "parametric": 4, "spreading": 16}
 OBJECTIVES: dict[str, type[Objective]] = {
     "nce": NCE,
     "softmax": Softmax,
@@ -161,7 +159,7 @@ def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
     dim, tables = config.embedding_dim, OBJECTIVES[config.objective].tables_beside_bank
     sent = sent_bytes(config, world_size)
     # Queries, sums that the owners agree on, terms, ids and rows.
-    collectives = 0 if world_size == 1 else 4 + {"nce": 0, "spreading": 2}.get(config.objective, 1)
+    collectives = 0 if world_size == 1 else 4 + len(OBJECTIVES[config.objective].agreed_bytes)
     return Cost(
         memory_bytes=shard * dim * (_ELEMENT_BYTES[config.dtype] + tables * _FLOAT32_BYTES),
         sent_bytes=sent,
@@ -197,7 +195,7 @@ def sent_bytes(config: PlanConfig, world_size: int) -> int:
     queries = local_queries * (dim * _ELEMENT_BYTES[config.dtype] + _ID_BYTES) * others
     terms = local_queries * (dim + 3) * _FLOAT32_BYTES * others
     rows = local_batch * dim * _FLOAT32_BYTES * others / world_size
-    sums = config.batch_size * config.views * _SUM_BYTES[config.objective] * others
+    sums = config.batch_size * config.views * sum(OBJECTIVES[config.objective].agreed_bytes) * others
     return round(queries + terms + rows + sums)
 
 

@@ -80,15 +80,16 @@ RECIPES: dict[str, Recipe] = {
             data=DataConfig(path="cifar10", test_path="cifar10:test"),
             augmentation=_NPID_CIFAR_AUGMENTATION,
             backbone=BackboneConfig(name="resnet18"),
-            objective=ParametricSoftmaxConfig(),
+            objective=ParametricSoftmaxConfig(weight_decay=5e-4),
             optimizer=OptimizerConfig(weight_decay=5e-4),
             training=TrainingConfig(batch_size=128),
         ),
     ),
     "cifar10-spreading": Recipe(
-        "CIFAR-10, ResNet-18, two views of every image told apart within the batch of 128, 200 epochs. Augmentation, "
-        "temperature, rate and its first drop are those of the public code of Ye et al. 2019, who report 83.6% kNN "
-        "top-1 (cited, not measured here); the second drop is to a hundredth here, to a twentieth there.",
+        "CIFAR-10, ResNet-18, two views of every image told apart within the batch of 128, 200 epochs. Augmentation "
+        "(but for the deviations that colours are divided by), temperature, rate and its first drop are those of the "
+        "public code of Ye et al. 2019, who report 83.6% kNN top-1 (cited, not measured here); the second drop is to a "
+        "hundredth here, to a twentieth there.",
         RunConfig(
             data=DataConfig(path="cifar10", test_path="cifar10:test"),
             augmentation=Augmentation(image_size=32, mean=_CIFAR_MEAN, std=_CIFAR_STD),
@@ -100,8 +101,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "imagenet-resnet50-npid": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the settings of Wu et al. 2018: 200 epochs, "
-        "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160. The README of "
-        "their code reports 46.8% nearest-neighbour top-1 (cited, not measured here).",
+        "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160; but Z is followed "
+        "all along, there is no proximal term, and the bank's momentum of 0.5 is that of their code. Its README "
+        "reports 46.8% nearest-neighbour top-1 (cited, not measured here).",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             probe=ProbeConfig(every=20, baselines=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -311,7 +312,10 @@ class _Observed(NamedTuple):
     @classmethod
     def of(cls, result: Result, ids: Tensor, embeddings: Tensor, exchange: Exchange) -> _Observed:
         flags = torch.zeros(exchange.world_size, dtype=torch.float64, device=ids.device)
-        flags[exchange.rank] = ~(torch.isfinite(embeddings).all() & torch.isfinite(result.loss_Q).all())
+        norm = result.sums["embedding_norm"]  # an infinite one makes an embedding of zeros
+        flags[exchange.rank] = ~(
+            torch.isfinite(embeddings).all() & torch.isfinite(result.loss_Q).all() & torch.isfinite(norm)
+        )
         count = (ids >= 0).sum().double()
         values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
         return cls(tuple(result.sums), values)
@@ -377,6 +381,10 @@ def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
     if training.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     if worker.world_size > 1:
-        # Buffers are averaged when they are needed instead of broadcast in every step.
-        network = DistributedDataParallel(network, forward_sync_buffers=False)
+        # Buffers are averaged when they are needed instead of broadcast in every step. DDP orders its sums anew after
+        # the first step unless it looks for unused parameters: a resumed run would differ in the last bits.
+        on_cpu = worker.device.type == "cpu"
+        if on_cpu:
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        network = DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=on_cpu)
     return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -18,9 +19,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 _BIN = Path(sys.executable).parent
 _MARK = "INSTDISC_TEST_PROCESSES"
+_AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,17 @@ class RayCluster:
 
 
 @contextmanager
-def ray_head(num_cpus: int, *, ip: str = "127.0.0.1", inside: Sequence[str] = ()) -> Iterator[RayCluster]:
+def ray_head(
+    num_cpus: int, *, ip: str = "127.0.0.1", inside: Sequence[str] = (), grows_to: int = 0
+) -> Iterator[RayCluster]:
     """Start a head node with a dashboard, and end it with all it started.
 
     Args:
         num_cpus: Of the node; 0 for one that only manages the others.
         ip: Its address.
         inside: What its command line has to begin with, for a network namespace.
+        grows_to: Nodes of one CPU that Ray's autoscaler adds when they are asked for, at most; one is there from the
+            beginning.
     """
     # Not pytest's directory: Ray puts sockets below it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
@@ -81,17 +95,50 @@ def ray_head(num_cpus: int, *, ip: str = "127.0.0.1", inside: Sequence[str] = ()
             *(f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
             f"--ray-client-server-port={free_port()}",
         ]
+        if grows_to:
+            command.append(f"--autoscaling-config={_autoscaling(directory, f'{ip}:{gcs_port}', grows_to)}")
         log = Path(directory, "start.log")
         dashboard = f"http://{ip}:{dashboard_port}"
         with log.open("w") as output, processes_of_this_block(environment):
             # Killed with the rest: on SIGTERM it waits for Ray Train's detached actors, which never end.
             head = subprocess.Popen(
-                command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env=os.environ | environment | (_AUTOSCALER if grows_to else {}),
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
             wait_until(lambda: head.poll() is not None or _answers(f"{dashboard}/api/jobs/"), timeout_s=120)
             assert head.poll() is None, log.read_text()
             yield RayCluster(f"{ip}:{gcs_port}", dashboard, environment)
         head.wait()
+
+
+def _autoscaling(directory: str, address: str, nodes: int) -> Path:
+    """Write the settings of an autoscaler whose nodes are processes on this machine."""
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 0}, "max_workers": 0},
+        "one-cpu": {"resources": {"CPU": 1}, "min_workers": 1, "max_workers": nodes},
+    }
+    # As an external one: Ray's package lacks a file that its name alone would read.
+    provider = {"type": "external", "module": f"{FakeMultiNodeProvider.__module__}.FakeMultiNodeProvider"}
+    provider |= {"head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": address}
+    settings = {
+        "cluster_name": "grows",
+        "max_workers": nodes,
+        "idle_timeout_minutes": 60,
+        "provider": provider | {"launch_multiple": True, "disable_node_updaters": True},
+        "auth": {},
+        **{f"{kind}setup_commands": [] for kind in ("", "head_", "worker_")},
+        **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "initialization_commands": [],
+        "head_node_type": "ray.head.default",
+        "available_node_types": {name: kind | {"node_config": {}} for name, kind in kinds.items()},
+    }
+    path = Path(directory, "autoscaling.yaml")
+    path.write_text(json.dumps(settings))
+    return path
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def spreading_paper(first: Tensor, second: Tensor, temperature: float) -> Tensor
         loss = loss - torch.log_softmax(first @ second[i] / temperature, dim=0)[i]
         for j in range(len(first)):
             if j != i:
-                loss = loss - torch.log(1 - torch.softmax(first @ first[j] / temperature, dim=0)[i])
+                loss = loss - log_complement(first @ first[j] / temperature, i)
     return loss
 
 
@@ -157,8 +157,17 @@ def spreading_symmetric(queries: Tensor, keys: Tensor, temperature: float) -> Te
     loss = queries.new_zeros(())
     for query in range(count):
         others = [key for key in range(count) if key != query]
-        probabilities = torch.softmax(keys[others] @ queries[query] / temperature, dim=0)
-        for key, probability in zip(others, probabilities, strict=True):
+        scores = keys[others] @ queries[query] / temperature
+        for number, key in enumerate(others):
             is_positive = key == (query + count // 2) % count
-            loss = loss - torch.log(probability if is_positive else 1 - probability)
+            chosen = (
+                torch.log_softmax(scores, dim=0)[number] if is_positive else log_complement(scores, number)
+            )
+            loss = loss - chosen
     return loss
+
+
+def log_complement(scores: Tensor, number: int) -> Tensor:
+    """`log(1 - P)` of one of the scores (K,) under their softmax: the others' share, however small."""
+    others = torch.cat([scores[:number], scores[number + 1 :]])
+    return torch.logsumexp(others, dim=0) - torch.logsumexp(scores, dim=0)

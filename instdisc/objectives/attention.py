@@ -1,8 +1,8 @@
 """Attention with its log-sum-exp: the softmax over all rows of a shard without a tensor of all its scores.
 
 The gradient of the non-parametric softmax is a difference of an attention output and a row of the bank, and its loss a
-difference of a log-sum-exp and a score. Which kernel computes them is chosen here alone, by what
-`benchmarks/attention.py` measures:
+difference of a log-sum-exp and a score. Which kernel computes them is chosen here alone, on CPUs by what
+`benchmarks/attention.py` measures, on GPUs by what PyTorch itself would take:
 
     CPU   float32            PyTorch's fused attention, the rows in parts
     CPU   float16, bfloat16  two matrix products for each block of rows; there the fused kernel is slower
@@ -11,7 +11,7 @@ difference of a log-sum-exp and a score. Which kernel computes them is chosen he
 
 The fused kernels spread queries, not rows, over the processors, and a batch has too few queries to occupy them. The
 rows are therefore cut into parts that stand along the batch axis, each sees all queries, and the results of the parts
-merge by their log-sum-exp. Where no fused kernel takes the tensors, blocks of two products serve on any device.
+merge by their log-sum-exp. Where no fused kernel takes the tensors, blocks of two products serve.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 (P, 1, G or more)."""
 
 # Rows of a block of two products: scores that stay in the cache on a CPU, yet few waits of its threads for each other;
-# on a GPU launches worth their time.
-_BLOCK_ROWS = {"cpu": 4096, "cuda": 65536}
+# on a GPU launches worth their time. So many weights of 1 add up to what float16 can hold.
+_BLOCK_ROWS = {"cpu": 4096, "cuda": 32768}
 # No part is smaller.
 _PART_ROWS = 1024
 # Parts times queries, at most: two blocks of 128 queries for each multiprocessor of a large GPU; little to merge.
@@ -102,10 +102,11 @@ def attend_in_parts(
 
 
 def attend_in_blocks(queries_GD: Tensor, rows_SD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`attend` by two matrix products for each block of rows, on any device.
+    """`attend` by two matrix products for each block of rows, on CPUs and GPUs.
 
-    The running maximum keeps every exponential between 0 and 1, at any temperature (Milakov and Gimelshein 2018,
-    "Online normalizer calculation for softmax"). All blocks share the memory of the first.
+    The blocks' results merge by their maxima, at any temperature (Milakov and Gimelshein 2018, "Online normalizer
+    calculation for softmax"). A block's exponentials are taken against its own maximum: against the highest so far,
+    those of many far rows could all be less than half precision holds. All blocks share the memory of the first.
     """
     num_queries, dim = queries_GD.shape
     scale = 1 / temperature
@@ -120,10 +121,12 @@ def attend_in_blocks(queries_GD: Tensor, rows_SD: Tensor, temperature: float) ->
         products_Gb = products[: num_queries * len(rows_bD)].view(num_queries, -1)
         weights_Gb = weights[: num_queries * len(rows_bD)].view(num_queries, -1)
         weights_Gb.copy_(torch.mm(queries_GD, rows_bD.T, out=products_Gb))
-        higher_G = torch.maximum(highest_G, weights_Gb.amax(dim=1))
-        weights_Gb.sub_(higher_G[:, None]).mul_(scale).exp_()
-        rescale_G = torch.exp((highest_G - higher_G) * scale)
-        mass_G.mul_(rescale_G).add_(weights_Gb.sum(dim=1))
-        attended_GD.mul_(rescale_G[:, None]).add_(products_Gb.copy_(weights_Gb) @ rows_bD)
+        block_G = weights_Gb.amax(dim=1)
+        weights_Gb.sub_(block_G[:, None]).mul_(scale).exp_()
+        higher_G = torch.maximum(highest_G, block_G)
+        past_G, present_G = torch.exp((highest_G - higher_G) * scale), torch.exp((block_G - higher_G) * scale)
+        mass_G.mul_(past_G).addcmul_(weights_Gb.sum(dim=1), present_G)
+        sums_GD = (products_Gb.copy_(weights_Gb) @ rows_bD).float()
+        attended_GD.mul_(past_G[:, None]).addcmul_(sums_GD, present_G[:, None])
         highest_G = higher_G
     return attended_GD / mass_G[:, None], highest_G * scale + torch.log(mass_G)

@@ -13,8 +13,8 @@ from torch import Tensor
 from instdisc.bank import Bank
 
 MergeLogSums = Callable[[Tensor], Tensor]
-"""From every rank's logarithms of sums, floating point (G,), to the logarithm of the sum over all ranks, the same on
-all of them."""
+"""From every rank's logarithms of sums, floating point (…, G), to the logarithms of the sums over all ranks, the same
+on all of them."""
 
 
 class Queries(NamedTuple):
@@ -64,6 +64,8 @@ class Objective(ABC):
     """Whether images are told apart from those of the same batch, which may then not be cut into parts."""
     tables_beside_bank = 0
     """Float32 tables of the bank's shape that the objective keeps."""
+    agreed_bytes: tuple[int, ...] = ()
+    """For each call of `merge_log_sums` in a step, its bytes per query."""
 
     @abstractmethod
     def __init__(self, config: Any, num_instances: int, bank: Bank) -> None:
@@ -117,6 +119,25 @@ class Objective(ABC):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
+
+
+def weighted_rows(weights_GK: Tensor, rows_GKD: Tensor) -> Tensor:
+    """Sum rows by their weights, whatever the range of the weights, in a product of the rows' dtype.
+
+    Half precision holds numbers from 6e-8 to 65,504: before the product a query's largest weight becomes 1, or less
+    where so many rows could add up to more.
+
+    Args:
+        weights_GK: float32 (G, K), 0 or above.
+        rows_GKD: (G, K, D) or, the same rows for all queries, (K, D); float32, float16 or bfloat16, from -1 to 1.
+
+    Returns:
+        `Σ_k weights_gk rows_gk`, float32 (G, D).
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    unit_G1 = weights_GK.amax(dim=1, keepdim=True).clamp_min(tiny) * max(1, weights_GK.shape[1] / 2**15)
+    summed_G1D = torch.matmul((weights_GK / unit_G1)[:, None].to(rows_GKD.dtype), rows_GKD)
+    return summed_G1D[:, 0].float() * unit_G1
 
 
 def check_temperature(temperature: float) -> None:

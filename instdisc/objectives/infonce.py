@@ -17,7 +17,7 @@ from torch import Tensor
 from instdisc.bank import Bank
 from instdisc.errors import ConfigError
 from instdisc.objectives.attention import attend
-from instdisc.objectives.base import MergeLogSums, Objective, Queries
+from instdisc.objectives.base import MergeLogSums, Objective, Queries, weighted_rows
 from instdisc.objectives.softmax import SoftmaxConfig, softmax_terms
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
@@ -31,8 +31,8 @@ class InfoNCEConfig(SoftmaxConfig):
     num_negatives: int = 65_536
     """m, rows of the bank that the positive is told apart from."""
     shared_negatives: bool = True
-    """Draw the negatives once for all images of a step, which costs a small part of drawing for every image anew.
-    Rows of the step's own images are then left out."""
+    """Draw the negatives once for all images of a batch, or of its part (`--training.accumulation`), which costs a
+    small part of drawing for every image anew. Rows of these images are then left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +49,8 @@ class InfoNCE(Objective):
         bank: This rank's rows.
     """
 
+    agreed_bytes = (4,)
+
     def __init__(self, config: InfoNCEConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
         self.num_instances = num_instances
@@ -60,9 +62,10 @@ class InfoNCE(Objective):
         self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; see `Objective.shard_terms`."""
-        negatives = self.draw(queries, bank, generator)
+        negatives, weight = self.draw(queries, bank, generator)
         attend_sampled = self._attend_shared if self.config.shared_negatives else self._attend_own
         attended_GD, log_sum_G = attend_sampled(queries, bank, negatives)
+        log_sum_G += math.log(weight)
         positions_G, owned_G = bank.local(queries.instance_ids_G)
         rows_GD = bank.rows[positions_G].float()
         scores_G = (queries.embeddings_GD.float() * rows_GD).sum(dim=1) / self.config.temperature
@@ -73,50 +76,46 @@ class InfoNCE(Objective):
         attended_GD += rows_GD * torch.exp(scores_G - log_partition_G)[:, None]
         return softmax_terms(queries, bank, attended_GD, log_partition_G, self.config)
 
-    def draw(self, queries: Queries, bank: Bank, generator: torch.Generator) -> Tensor:
+    def draw(self, queries: Queries, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
         """Draw this shard's share of the negatives.
 
+        Shared ones stand for all rows that are of no image of the batch, of which this shard has its part.
+
         Returns:
-            Positions in this shard: int64 (K,) if they are shared, with those of the batch's own rows left out, else
-            int64 (G, K).
+            Positions in this shard, int64 (K,) if they are shared, else int64 (G, K); and how often each draw counts.
+            There is none where all rows of the shard are of the batch.
 
         Raises:
             ConfigError: Shared negatives, and no image outside of the batch. Raised on all ranks.
         """
-        rows, device = len(bank.rows), bank.rows.device
+        rows, device, ids_G = len(bank.rows), bank.rows.device, queries.instance_ids_G
         if not self.config.shared_negatives:
-            shape = (len(queries.embeddings_GD), self.count)
-            return torch.randint(rows, shape, generator=generator, device=device)
-        negatives_K = torch.randint(rows, (self.count,), generator=generator, device=device)
-        if self._count_others(queries.instance_ids_G, 0, self.num_instances) == 0:
+            shape = (len(ids_G), self.count)
+            return torch.randint(rows, shape, generator=generator, device=device), self.due / self.count
+        others = self.num_instances - len(ids_G[ids_G >= 0].unique())  # type: ignore[no-untyped-call]
+        if others == 0:
             raise ConfigError(
                 f"the batch holds all {self.num_instances} images, so none is left to tell them apart from: lower "
                 "--training.batch-size, or give every image negatives of its own with --objective.no-shared-negatives"
             )
-        positions_G, owned_G = bank.local(queries.instance_ids_G)
-        return negatives_K[~torch.isin(negatives_K, positions_G[owned_G])]
-
-    @staticmethod
-    def _count_others(instance_ids_G: Tensor, start: int, stop: int) -> int:
-        """How many rows from `start` to `stop` - 1 are of no image of the batch."""
-        inside_G = (instance_ids_G >= start) & (instance_ids_G < stop)
-        return stop - start - len(instance_ids_G[inside_G].unique())  # type: ignore[no-untyped-call]
+        positions_G, owned_G = bank.local(ids_G)
+        taken_T = positions_G[owned_G].unique()  # type: ignore[no-untyped-call]
+        left = rows - len(taken_T)
+        if left == 0:
+            return taken_T[:0], 1.0
+        negatives_K = torch.randint(left, (self.count,), generator=generator, device=device)
+        # Number k among the rows that are left comes after so many that are taken.
+        left_before_T = taken_T - torch.arange(len(taken_T), device=device)
+        negatives_K += torch.searchsorted(left_before_T, negatives_K, right=True)
+        return negatives_K, self.config.num_negatives * left / others / self.count
 
     def _attend_shared(self, queries: Queries, bank: Bank, negatives_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the sampled rows under their softmax, float32 (G, D), and log of its weighted denominator (G,).
-
-        The m negatives stand for the rows outside of the batch, of which this shard has its share.
-        """
+        """Mean of the sampled rows under their softmax, float32 (G, D), and log of its denominator (G,)."""
         if not len(negatives_K):
             zero_GD = torch.zeros_like(queries.embeddings_GD, dtype=torch.float32)
             return zero_GD, zero_GD[:, 0] - torch.inf
         rows_KD = bank.rows.index_select(0, negatives_K)
-        attended_GD, log_sum_G = attend(queries.embeddings_GD, rows_KD, self.config.temperature)
-        ids_G = queries.instance_ids_G
-        share = self._count_others(ids_G, bank.start, bank.stop) / self._count_others(
-            ids_G, 0, self.num_instances
-        )
-        return attended_GD, log_sum_G + math.log(self.config.num_negatives * share / len(negatives_K))
+        return attend(queries.embeddings_GD, rows_KD, self.config.temperature)
 
     def _attend_own(self, queries: Queries, bank: Bank, negatives_GK: Tensor) -> tuple[Tensor, Tensor]:
         """The same where every query has negatives of its own, a block of queries at a time."""
@@ -137,6 +136,6 @@ class InfoNCE(Objective):
             log_sum_b = torch.logsumexp(scores_bK, dim=1)
             # A query all of whose negatives are its positive has no weights.
             weights_bK = torch.nan_to_num(torch.exp(scores_bK - log_sum_b[:, None]), nan=0.0)
-            attended_GD[chosen] = torch.bmm(weights_bK[:, None].to(rows_SD.dtype), rows_bKD)[:, 0]
+            attended_GD[chosen] = weighted_rows(weights_bK, rows_bKD)
             log_sum_G[chosen] = log_sum_b
-        return attended_GD, log_sum_G + math.log(self.due / self.count)
+        return attended_GD, log_sum_G

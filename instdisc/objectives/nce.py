@@ -31,6 +31,7 @@ from instdisc.objectives.base import (
     Result,
     check_proximal_weight,
     check_temperature,
+    weighted_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ _DENSE_ROWS_PER_NEGATIVE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class NCEConfig:
-    """Noise-contrastive estimation; the defaults are those of Wu et al. 2018."""
+    """Noise-contrastive estimation; τ and m are those of Wu et al. 2018, who freeze Z and add a proximal term."""
 
     temperature: float = 0.07
     """τ, at least 0.005. Smaller tells neighbours apart more sharply."""
@@ -170,9 +171,9 @@ class NCE(Objective):
             if dense:
                 coefficients_bS = coefficients_bK.new_zeros(len(out), num_rows)
                 coefficients_bS.scatter_add_(1, negatives_bK, coefficients_bK)
-                out[:, :dim] = coefficients_bS.to(rows_SD.dtype) @ rows_SD
+                out[:, :dim] = weighted_rows(coefficients_bS, rows_SD)
             else:
-                out[:, :dim] = torch.bmm(coefficients_bK[:, None].to(rows_SD.dtype), rows_bKD)[:, 0]
+                out[:, :dim] = weighted_rows(coefficients_bK, rows_bKD)
             out[:, dim] = weight * F.softplus(logits_bK).sum(dim=1)
             out[:, dim + 1] = 0
             out[:, dim + 2] = torch.logsumexp(scaled_bK, dim=1) + math.log(weight)

@@ -2,12 +2,15 @@
 
     P(i|f) = exp(w_i·f/τ) / Σ_j exp(w_j·f/τ),   J = -log P(i|f_i)
 
+The papers' equation has no τ; f is a unit vector here, and w of any length.
+
 The weights are partitioned as the bank is, and trained where they live: every owner gets the queries of all ranks
 anyway, and from them and the denominators the gradient of its own rows. The bank still follows the embeddings.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +30,15 @@ class ParametricSoftmaxConfig:
     """τ, at least 0.005."""
     momentum: float = 0.9
     """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
+    weight_decay: float = 0.0
+    """Of that SGD, 0 or above."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, it must be in [0, 1): 0.9 is usual")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, it must be 0 or above")
 
 
 class ParametricSoftmax(Objective):
@@ -44,6 +51,7 @@ class ParametricSoftmax(Objective):
     """
 
     tables_beside_bank = 3
+    agreed_bytes = (4,)
 
     def __init__(self, config: ParametricSoftmaxConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
@@ -83,6 +91,8 @@ class ParametricSoftmax(Objective):
     def update(self, learning_rate: float, num_queries: int) -> None:
         """One step of SGD with momentum on this rank's weights."""
         self._momentum_SD.mul_(self.config.momentum).add_(self._gradient_SD, alpha=1 / num_queries)
+        if self.config.weight_decay:
+            self._momentum_SD.add_(self.weights.rows, alpha=self.config.weight_decay)
         self.weights.rows.sub_(self._momentum_SD, alpha=learning_rate)
         self._gradient_SD.zero_()
 

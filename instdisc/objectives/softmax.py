@@ -47,6 +47,8 @@ class Softmax(Objective):
         bank: This rank's rows.
     """
 
+    agreed_bytes = (4,)
+
     def __init__(self, config: SoftmaxConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
 

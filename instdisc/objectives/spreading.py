@@ -8,9 +8,9 @@ With f_i the embedding of an image and f̂_i that of its second view, both of th
 That is the form `paper`. In the form `symmetric`, that of the authors' code, all 2B embeddings are queries and keys
 alike: the positive of a query is the other view of its image, everything but itself is in its denominator.
 
-Each rank owns its own embeddings as keys. A query's denominator, and one more sum over its keys, are agreed on by the
-owners; then every term is local. What a key's own gradient is due, it gets from the queries of all ranks, which its
-owner has.
+Each rank owns its own embeddings as keys. A query's denominator, and three more sums over its keys, are agreed on by
+the owners; then every term is local. What a key's own gradient is due, it gets from the queries of all ranks, which
+its owner has.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from instdisc.bank import Bank
 from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
 
-# 1 - P is kept above this; what the clamp changes in the gradient is of its own size.
-_LEAST_COMPLEMENT = 1e-12
+# Above this probability, which one key has at most, `1 - P` as a difference could lose what is left for the others.
+_TOP = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class Spreading(Objective):
 
     views = 2
     within_batch = True
+    agreed_bytes = (8, 8, 16)
 
     def __init__(self, config: SpreadingConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
@@ -69,7 +70,8 @@ class Spreading(Objective):
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; see `Objective.shard_terms`.
 
-        Probabilities are worked out in float64: they are few, and 1 - P must stay exact near 0.
+        Probabilities are worked out in float64: they are few. However near to 1 one of them is, `1 - P` is the mass of
+        all other keys, and so is what depends on it.
         """
         temperature = self.config.temperature
         queries_GD = queries.embeddings_GD.float()
@@ -82,11 +84,22 @@ class Spreading(Objective):
         log_partition_G = log_partition_G.masked_fill(log_partition_G == -torch.inf, 0)
         log_probability_GQ = scores_GQ - log_partition_G[:, None]
         probability_GQ = torch.exp(log_probability_GQ)
-        complement_GQ = (-torch.expm1(log_probability_GQ)).clamp(min=_LEAST_COMPLEMENT)
-        odds_GQ = torch.where(pairs.negative_GQ, probability_GQ / complement_GQ, 0)
-        odds_G = torch.exp(merge_log_sums(torch.log(odds_GQ.sum(dim=1))))
+        is_top_GQ = probability_GQ > _TOP
+        log_rest_G = merge_log_sums(torch.logsumexp(scores_GQ.masked_fill(is_top_GQ, -torch.inf), dim=1))
+        log_complement_GQ = torch.where(
+            is_top_GQ, (log_rest_G - log_partition_G)[:, None], torch.log1p(-probability_GQ)
+        )
+        log_odds_GQ = (log_probability_GQ - log_complement_GQ).masked_fill(~pairs.negative_GQ, -torch.inf)
+        log_odds_2GQ = torch.stack(
+            [log_odds_GQ.masked_fill(is_top_GQ, -torch.inf), log_odds_GQ.masked_fill(~is_top_GQ, -torch.inf)]
+        )
+        odds_of_rest_G, odds_of_top_G = torch.exp(merge_log_sums(torch.logsumexp(log_odds_2GQ, dim=2)))
+        # Of all negatives but the key itself.
+        odds_of_others_GQ = odds_of_rest_G[:, None] + torch.where(
+            is_top_GQ, 0, odds_of_top_G[:, None] - torch.exp(log_odds_GQ)
+        )
         # How the loss of each query changes with each of its scores.
-        slope_GQ = probability_GQ * (pairs.attracted_G[:, None] - (odds_G[:, None] - odds_GQ))
+        slope_GQ = probability_GQ * (pairs.attracted_G[:, None] - odds_of_others_GQ)
         slope_GQ += torch.where(pairs.negative_GQ, probability_GQ, 0) - pairs.positive_GQ.double()
         slope_GQ = slope_GQ.float() / temperature
         terms = queries_GD.new_empty(len(queries_GD), queries_GD.shape[1] + 2)
@@ -94,7 +107,7 @@ class Spreading(Objective):
         if self.config.key_gradient:
             terms[queries.local, :-2] += slope_GQ.T @ queries_GD
         loss_GQ = torch.where(pairs.positive_GQ, -log_probability_GQ, 0)
-        loss_GQ -= torch.where(pairs.negative_GQ, torch.log(complement_GQ), 0)
+        loss_GQ -= torch.where(pairs.negative_GQ, log_complement_GQ, 0)
         terms[:, -2] = loss_GQ.sum(dim=1)
         terms[:, -1] = torch.where(pairs.positive_GQ, similarities_GQ, 0).sum(dim=1)
         return terms

@@ -69,6 +69,19 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
     assert re.search(drain_line, said), said
 
 
+def test_elastic_group_gets_the_nodes_that_a_growing_cluster_adds(tmp_path: Path) -> None:
+    job = Count(tmp_path)
+    config = {"num_workers": 3, "min_workers": 1, "autoscaling": True}
+    with ray_head(num_cpus=0, grows_to=3) as cluster, counting_program(job, config, on(cluster)) as program:
+        begun = len(job.wait_for_group(0)["workers"])
+        wait_until(lambda: len(job.groups[-1]["workers"]) == 3, timeout_s=240)
+        job.enough()
+        said, _ = program.communicate(timeout=120)
+    assert program.returncode == 0, said
+    assert begun == 1
+    assert "there is room for 3 workers instead of" in said
+
+
 def test_strictly_spread_group_grows_to_other_nodes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with ray_head(num_cpus=2) as cluster, monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)

@@ -109,5 +109,6 @@ def test_group_that_starts_again_is_the_largest_allowed_one() -> None:
     assert sizes(LaunchConfig(), restarting=False) == [7]
     assert sizes(LaunchConfig(num_workers=8), restarting=True) == [8]
     assert sizes(LaunchConfig(num_workers=8, min_workers=2), restarting=True) == [4, 2]
+    assert sizes(LaunchConfig(num_workers=8, min_workers=2, autoscaling=True), restarting=False) == [4, 2]
     with pytest.raises(ClusterError, match="no number of workers from 3 to 3"):
         sizes(LaunchConfig(num_workers=3, min_workers=3), restarting=True)

@@ -159,6 +159,7 @@ def test_the_training_command_is_understood_and_fits_the_pods(overlay: str) -> N
     assert config.launch.gpus_per_worker == (1 if gpus else None)
     fewest = getattr(config.launch, "min_workers", None) or config.launch.num_workers
     assert fewest == group["minReplicas"] * per_pod
+    assert group["replicas"] == group["minReplicas"]  # KubeRay submits the job once they all run
     for pods in range(group["minReplicas"], group["maxReplicas"] + 1):
         assert config.training.batch_size % (pods * per_pod) == 0
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}

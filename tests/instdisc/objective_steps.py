@@ -52,14 +52,22 @@ def batch(kind: str, num_instances: int, dim: int, views: int = 1) -> tuple[Tens
 
 
 def step(
-    rank: int, world_size: int, config: ObjectiveConfig, kind: str, num_instances: int, dim: int
+    rank: int,
+    world_size: int,
+    config: ObjectiveConfig,
+    kind: str,
+    num_instances: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Step:
-    """One step without the updates that follow it."""
+    """One step without the updates that follow it, with a bank of the given dtype; all vectors are rounded first."""
     exchange, partition = Exchange(rank, world_size), Partition(num_instances, world_size)
-    rows = rows_like(kind, num_instances, dim)
+    rows = rows_like(kind, num_instances, dim).to(rounded_to).to(dtype)
     bank = Bank(rows[partition.start(rank) : partition.stop(rank)].clone(), partition.start(rank))
     objective = OBJECTIVES[type(config)](config, num_instances, bank)
     embeddings, ids = batch(kind, num_instances, dim, objective.views)
+    embeddings = embeddings.to(rounded_to).float()
     mine = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     result, _ = evaluate(
         objective,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +67,16 @@ def test_equal_rows_with_the_highest_and_lowest_scores(way: str, dtype: torch.dt
     torch.testing.assert_close(attended, row.float(), rtol=tolerance, atol=0)
     expected = sign / 0.005 + torch.tensor([5003.0]).log()
     torch.testing.assert_close(log_sums, expected, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_many_far_rows_count_beside_a_near_one(way: str, dtype: torch.dtype) -> None:
+    """Each weighs less than float16 holds, and together they are 0.6% of the sum."""
+    rows = torch.tensor([[0.5, 0.75]]).repeat(200_000, 1).to(dtype)
+    rows[0] = torch.tensor([1.0, 0.0])
+    attended, _ = WAYS[way](rows[:1], rows, 0.5 / 17.35)
+    assert attended[0, 1].item() == pytest.approx(0.75 * 199_999 * math.exp(-17.35), rel=0.04)
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 4096])

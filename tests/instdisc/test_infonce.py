@@ -19,13 +19,17 @@ def drawn_by(rank: int, config: InfoNCEConfig, bank: Bank, num_instances: int, d
     (embeddings,), ids = batch("random", num_instances, dim)
     queries = Queries(embeddings, ids, 1, slice(0, 0))
     objective = InfoNCE(config, num_instances, bank)
-    negatives = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
+    negatives, weight = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
     start, stop, rows, total = bank.start, bank.stop, len(bank.rows), num_instances
     if config.shared_negatives:  # they stand for the rows of no image of the batch
         seen = {instance for instance in ids.tolist() if instance >= 0}
         rows, total = rows - sum(start <= each < stop for each in seen), total - len(seen)
-    weight = config.num_negatives * rows / total / max(negatives.shape[-1], 1)
-    return negatives.expand(len(ids), -1) + bank.start, weight
+        assert not seen & {start + position for position in negatives.tolist()}
+    if rows:
+        count = max(1, round(config.num_negatives * len(bank.rows) / num_instances))
+        assert negatives.shape[-1] == count
+        assert weight == pytest.approx(config.num_negatives * rows / total / count)
+    return negatives.expand(len(ids), -1) + start, weight
 
 
 def assert_formulas(world_size: int, config: InfoNCEConfig, kind: str, num_instances: int, dim: int) -> None:
@@ -78,8 +82,22 @@ def test_one_rank_computes_the_formulas(
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shared", [True, False])
-def test_several_ranks_compute_the_formulas(world_size: int, shared: bool) -> None:
-    assert_formulas(world_size, InfoNCEConfig(num_negatives=40, shared_negatives=shared), "random", 53, 16)
+@pytest.mark.parametrize("num_instances", [6, 53])
+def test_several_ranks_compute_the_formulas(world_size: int, shared: bool, num_instances: int) -> None:
+    """Of 6 images the batch leaves one, so that all rows of some ranks are of the batch."""
+    config = InfoNCEConfig(num_negatives=40, shared_negatives=shared)
+    assert_formulas(world_size, config, "random", num_instances, 16)
+
+
+def test_shared_negatives_cover_the_rows_outside_of_the_batch_evenly() -> None:
+    config = InfoNCEConfig(num_negatives=60_000)
+    bank = Bank(rows_like("random", 20, 8)[5:15], 5)
+    ids = torch.tensor([5, 14, 9, -1, 9, 3, 10])
+    queries = Queries(torch.zeros(len(ids), 8), ids, 1, slice(0, 0))
+    negatives, _ = InfoNCE(config, 20, bank).draw(queries, bank, torch.Generator().manual_seed(0))
+    counts = torch.bincount(negatives, minlength=10)
+    assert (counts == 0).tolist() == [position + 5 in ids.tolist() for position in range(10)]
+    assert abs(counts[counts > 0] - 5000).max() < 5 * 5000**0.5
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,9 @@ def assert_formulas(world_size: int, config: ParametricSoftmaxConfig, kind: str,
     logits = f @ weights.T / config.temperature
     losses = torch.nn.functional.cross_entropy(logits, ids, reduction="none", ignore_index=-1)
     by_embeddings, by_weights = torch.autograd.grad(losses.sum(), (f, weights))
-    once = weights.detach() - RATE * by_weights / len(ids)
-    twice = once - RATE * config.momentum * by_weights / len(ids)
+    momentum = by_weights / len(ids) + config.weight_decay * weights.detach()
+    once = weights.detach() - RATE * momentum
+    twice = once - RATE * (config.momentum * momentum + config.weight_decay * once)
     tolerance = 1e-5 / config.temperature
     torch.testing.assert_close(
         torch.cat([rank[0] for rank in ranks]).double(), losses, rtol=1e-5, atol=tolerance
@@ -60,7 +61,8 @@ def test_one_rank_computes_the_formulas(
     monkeypatch: pytest.MonkeyPatch, block: int, temperature: float, kind: str, num_instances: int
 ) -> None:
     monkeypatch.setattr("instdisc.objectives.parametric._BLOCK_ROWS", block)
-    assert_formulas(1, ParametricSoftmaxConfig(temperature=temperature, momentum=0.8), kind, num_instances)
+    config = ParametricSoftmaxConfig(temperature=temperature, momentum=0.8, weight_decay=0.1)
+    assert_formulas(1, config, kind, num_instances)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -68,7 +70,9 @@ def test_several_ranks_compute_the_formulas(world_size: int) -> None:
     assert_formulas(world_size, ParametricSoftmaxConfig(), "duplicates", 53)
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("momentum", 1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", -1.0), ("momentum", 1.0), ("weight_decay", -1.0)]
+)
 def test_settings_outside_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         ParametricSoftmaxConfig(**{field: value})

@@ -89,7 +89,7 @@ def train(rank: int, world_size: int, recipe: str, images: Path, run_dir: Path, 
     return train_on_worker(worker_of(rank, world_size, stop_after), job)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, recipe: str, world_size: int) -> None:
     images = write_pictures(tmp_path / "images", 40, classes=4)

@@ -41,7 +41,7 @@ def assert_formulas(world_size: int, config: SpreadingConfig, kind: str, dim: in
 FORMS = [("symmetric", False), ("symmetric", True), ("paper", True)]
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.07, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("form", "key_gradient"), FORMS)
 def test_one_rank_computes_the_formulas(form: str, key_gradient: bool, kind: str, temperature: float) -> None:
@@ -50,18 +50,12 @@ def test_one_rank_computes_the_formulas(form: str, key_gradient: bool, kind: str
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(("form", "key_gradient"), FORMS)
-def test_several_ranks_compute_the_formulas(world_size: int, form: str, key_gradient: bool) -> None:
-    assert_formulas(world_size, SpreadingConfig(form=form, key_gradient=key_gradient), "random", 16)
-
-
-@pytest.mark.parametrize("form", ["symmetric", "paper"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_certain_probability_overflows_nowhere(kind: str, form: str) -> None:
-    config = SpreadingConfig(temperature=0.005, form=form, key_gradient=True)
-    result = step(0, 1, config, kind, 53, 3).result
-    assert torch.isfinite(result.loss_Q).all()
-    assert torch.isfinite(result.gradient_QD).all()
-    assert float(result.gradient_QD.abs().max()) < 100 / config.temperature
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_several_ranks_compute_the_formulas(
+    world_size: int, form: str, key_gradient: bool, temperature: float
+) -> None:
+    config = SpreadingConfig(temperature=temperature, form=form, key_gradient=key_gradient)
+    assert_formulas(world_size, config, "random", 3 if temperature < 0.1 else 16)
 
 
 def test_first_views_that_would_learn_nothing_are_refused() -> None:

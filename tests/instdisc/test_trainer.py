@@ -15,13 +15,16 @@ from instdisc import backbone
 from instdisc.backbone import BackboneConfig
 from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
 from instdisc.errors import ConfigError, NonFiniteError
-from instdisc.objectives import NCEConfig, SpreadingConfig
+from instdisc.objectives import NCEConfig, ParametricSoftmaxConfig, SpreadingConfig
 from instdisc.optim import OptimizerConfig
 from instdisc.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
 
 NUM_INSTANCES, DIM, GLOBAL_BATCH, RATE = 61, 8, 12, 0.5
+NCE = NCEConfig(num_negatives=9, temperature=0.2, proximal_weight=1.5)
+PARAMETRIC = ParametricSoftmaxConfig(temperature=0.2)
+SPREADING = SpreadingConfig(temperature=0.2, key_gradient=True)
 
 
 def without_batch_norm(num_outputs: int) -> nn.Module:
@@ -35,7 +38,7 @@ def make_trainer(rank: int, world_size: int, **training: Any) -> Trainer:
         data=DataConfig(path="unused"),
         augmentation=Augmentation(image_size=8),
         backbone=BackboneConfig(name=training.pop("name", "plain"), embedding_dim=DIM),
-        objective=NCEConfig(num_negatives=9, temperature=0.2, proximal_weight=1.5),
+        objective=training.pop("objective", NCE),
         optimizer=OptimizerConfig(momentum=0.0, weight_decay=0.0),
         bank=BankConfig(momentum=0.5),
         training=TrainingConfig(batch_size=GLOBAL_BATCH, precision="float32", seed=4, **training),
@@ -98,6 +101,81 @@ def test_any_number_of_ranks_makes_the_same_step(world_size: int, accumulation: 
     torch.testing.assert_close(torch.cat([rank[1] for rank in ranks]).double(), bank, rtol=0, atol=1e-6)
 
 
+def one_step_of_two_views(rank: int, world_size: int) -> tuple[list[Tensor], Tensor, dict[str, float]]:
+    """The second view of every image is the first one mirrored."""
+    trainer = make_trainer(rank, world_size, objective=SPREADING)
+    images, ids = my_part(rank, world_size)
+    means = trainer.step(torch.cat([images, images.flip(-1)]), ids, learning_rate=RATE)
+    return [parameter.detach() for parameter in trainer.embedder.parameters()], trainer.bank.rows, means
+
+
+def expected_step_of_two_views() -> tuple[list[Tensor], Tensor, dict[str, float]]:
+    """The same step by autograd in float64 on the whole batch, and what it reports."""
+    trainer = make_trainer(0, 1, objective=SPREADING)
+    network, (images, ids) = trainer.embedder.backbone.double(), global_batch()
+    images, ids = images[ids >= 0].double(), ids[ids >= 0]
+    outputs = network(torch.cat([images, images.flip(-1)]))
+    f = F.normalize(outputs, dim=1)
+    number = torch.arange(len(f))
+    positive = number.roll(len(ids))
+    probability = torch.softmax(
+        (f @ f.T / SPREADING.temperature).masked_fill(torch.eye(len(f)) > 0, -torch.inf), dim=1
+    )
+    repelled = (number != number[:, None]) & (number != positive[:, None])
+    losses = -torch.log(probability[number, positive])
+    losses = losses - (torch.log(1 - probability) * repelled).sum(dim=1)
+    (losses.sum() / (2 * GLOBAL_BATCH)).backward()
+    parameters = [parameter.detach() - RATE * parameter.grad for parameter in network.parameters()]
+    bank = trainer.bank.rows.double()
+    mean = f.detach().view(2, -1, DIM).mean(dim=0)
+    bank[ids] = F.normalize(0.5 * bank[ids] + 0.5 * mean, dim=1)
+    similarity = (f @ f.T).detach()
+    means = {
+        "loss": losses.mean(),
+        "positive_similarity": similarity[number, positive].mean(),
+        "negative_similarity": similarity[repelled].mean(),
+        "embedding_norm": outputs.norm(dim=1).mean(),
+    }
+    return parameters, bank, {name: float(value.detach()) for name, value in means.items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_makes_the_same_step_of_two_views(world_size: int) -> None:
+    parameters, bank, expected_means = expected_step_of_two_views()
+    ranks = run_ranks(world_size, one_step_of_two_views)
+    for rank_parameters, _, means in ranks:
+        for actual, expected in zip(rank_parameters, parameters, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+        assert {name: means[name] for name in expected_means} == pytest.approx(expected_means, rel=1e-5)
+    torch.testing.assert_close(torch.cat([rank[1] for rank in ranks]).double(), bank, rtol=0, atol=1e-6)
+
+
+def one_parametric_step(rank: int, world_size: int, accumulation: int) -> tuple[list[Tensor], Tensor]:
+    trainer = make_trainer(rank, world_size, objective=PARAMETRIC, accumulation=accumulation)
+    trainer.step(*my_part(rank, world_size), learning_rate=RATE)
+    parameters = [parameter.detach() for parameter in trainer.embedder.parameters()]
+    return parameters, trainer.objective.tables()["weights"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_number_of_ranks_trains_the_weights_of_instances_alike(
+    world_size: int, accumulation: int
+) -> None:
+    trainer = make_trainer(0, 1, objective=PARAMETRIC)
+    network, (images, ids) = trainer.embedder.backbone.double(), global_batch()
+    weights = trainer.bank.rows.double().requires_grad_()
+    logits = F.normalize(network(images.double()), dim=1) @ weights.T / PARAMETRIC.temperature
+    (F.cross_entropy(logits, ids, reduction="sum", ignore_index=-1) / GLOBAL_BATCH).backward()
+    ranks = run_ranks(world_size, one_parametric_step, accumulation)
+    for rank_parameters, _ in ranks:
+        for actual, parameter in zip(rank_parameters, network.parameters(), strict=True):
+            expected = parameter.detach() - RATE * parameter.grad
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+    trained = torch.cat([rank[1] for rank in ranks]).double()
+    torch.testing.assert_close(trained, weights.detach() - RATE * weights.grad, rtol=1e-4, atol=1e-6)
+
+
 def broken_step(rank: int, world_size: int, broken_rank: int) -> dict[str, Any]:
     """A step in which one rank's images are not finite, after a good one."""
     trainer = make_trainer(rank, world_size, name="resnet8")
@@ -128,6 +206,16 @@ def test_numbers_that_are_not_finite_change_nothing(world_size: int) -> None:
         message = result.pop("message")
         assert f"not finite on rank {world_size - 1} of {world_size}" in message
         assert result == {"weights kept": True, "bank kept": True, "objective kept": True, "steps": 1}
+
+
+def test_outputs_too_long_to_be_normalised_change_nothing() -> None:
+    trainer = make_trainer(0, 1)
+    with torch.no_grad():
+        trainer.embedder.backbone[-1].weight.mul_(1e30)
+    rows = trainer.bank.rows.clone()
+    with pytest.raises(NonFiniteError, match="not finite on rank 0"):
+        trainer.step(*my_part(0, 1), learning_rate=RATE)
+    assert torch.equal(rows, trainer.bank.rows)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
