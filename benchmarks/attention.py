@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="float16 takes minutes on most CPUs"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +126,7 @@ def main() -> None:
     )
     rows = []
     print("| dtype | way | ms | error | chosen |\n|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
         for row in measure(queries.to(dtype), bank.to(dtype), arguments.turns):
             print(
                 "| {dtype} | {way} | {ms} | {error} | {mark} |".format(**row, mark="x" * bool(row["chosen"]))

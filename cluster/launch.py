@@ -106,6 +106,7 @@ class Worker:
         local_world_size: Workers on the same node.
         node_rank: Number of the node among those of the group.
         device: Where this worker computes.
+        losses: How often `launch` has started again so far because a worker or node was lost.
         stop_watch: What `stop_requested` asks.
     """
 
@@ -115,6 +116,7 @@ class Worker:
     local_world_size: int
     node_rank: int
     device: torch.device
+    losses: int = 0
     stop_watch: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
 
     @property
@@ -181,13 +183,13 @@ def launch(
     else:
         with ray_session(), signals:
             from cluster.ray_group import run_group  # which imports Ray
-            from cluster.room import settle_workers
+            from cluster.room import live_nodes, settle_workers
 
             run = functools.partial(
                 run_group,
                 function,
                 payload,
-                settle_workers(config),
+                settle_workers(config, live_nodes()),
                 is_allowed=is_allowed,
                 signals=signals,
                 name=name,
@@ -211,22 +213,22 @@ def _run_until_done(
     run: Callable[..., R | Stopped], config: LaunchConfig, signals: StopSignals
 ) -> R | Stopped:
     """Run one group after the other until one has done its work, or was stopped by a signal."""
-    restarts, restarting = 0, False
+    losses, restarting = 0, False
     while True:
         try:
-            value = run(restarting=restarting)
+            value = run(restarting=restarting, losses=losses)
         except WorkerLostError as error:
             if signals.reason:
                 raise RunStopped(
                     f"stopped by {signals.reason}, but {error}; the next run goes on from the last snapshot"
                 ) from error
-            if restarts == config.max_restarts:
+            if losses == config.max_restarts:
                 raise WorkerLostError(
                     f"{error}; the next run goes on from the last snapshot, or this one by itself with --max-restarts"
                 ) from error
-            restarts += 1
+            losses += 1
             logger.warning(
-                "%s; going on from the last snapshot (restart %d of %d)", error, restarts, config.max_restarts
+                "%s; going on from the last snapshot (restart %d of %d)", error, losses, config.max_restarts
             )
         else:
             if signals.reason or not isinstance(value, Stopped):

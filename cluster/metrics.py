@@ -7,6 +7,7 @@ directory that cannot be written to costs the metrics, with one warning.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -32,6 +33,8 @@ LABELS = ("run", "rank")
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _SNAPSHOT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _PORTS_TRIED = 16
+_OWN_PORT_S = 5.0
+_TRY_EVERY_S = 0.2
 _LONGEST_WAIT_S = 60.0
 
 
@@ -69,7 +72,9 @@ TRAINING = (
     Metric("exchange_bytes_total", "counter", "Bytes sent to other ranks, without DDP's gradients."),
     Metric("corrupt_images_total", "counter", "Different images that could not be decoded."),
     Metric(
-        "restarts_total", "counter", "Of the run, from rank 0: times that the worker group was started again."
+        "restarts_total",
+        "counter",
+        "Of the run, from rank 0: times that the group was started again after a loss, since the command was.",
     ),
     Metric("snapshot_failures_total", "counter", "Snapshots that could not be written or committed."),
     Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
@@ -274,12 +279,22 @@ def exported(
         endpoint.close()
 
 
+def remove_targets(directory: Path) -> None:
+    """Remove the files of a training run's ranks, once none is left: a rank that was killed could not do so itself."""
+    with suppress(OSError):
+        for file in directory.glob("rank-*.json"):
+            file.unlink(missing_ok=True)
+
+
 def _seconds_since(timestamp: float) -> float:
     return time.time() - timestamp
 
 
 def _listen(metrics: Metrics, config: MetricsConfig, local_rank: int) -> WSGIServer | None:
-    """Start the server on the first free port; None, with a warning unless it is wished, if there is none."""
+    """Start the server on the first free port; None, with a warning unless it is wished, if there is none.
+
+    Waits for its own port, which a predecessor that is about to end may still hold: a cluster may scrape no other.
+    """
     if not config.port:
         return None
     host, first = _node_address(), config.port + local_rank
@@ -287,16 +302,28 @@ def _listen(metrics: Metrics, config: MetricsConfig, local_rank: int) -> WSGISer
     last = min(first + _PORTS_TRIED - 1, 65_535)
     for port in range(first, last + 1):
         try:
-            server, _ = prometheus_client.start_http_server(port, host, metrics.registry)
+            return _serve(metrics, host, port, patience_s=_OWN_PORT_S if port == first else 0)
         except OSError as error:
             reason = error
-        else:
-            return server
     logger.warning(
         "rank %d serves no metrics: cannot listen on ports %d to %d of %s (%s); choose others with --metrics.port",
         *(metrics.rank, first, last, host, reason),
     )
     return None
+
+
+def _serve(metrics: Metrics, host: str, port: int, patience_s: float) -> WSGIServer:
+    """Start the server on a port; while that is in use, try again until the patience is over."""
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        try:
+            server, _ = prometheus_client.start_http_server(port, host, metrics.registry)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= give_up_at:
+                raise
+        else:
+            return server
+        time.sleep(_TRY_EVERY_S)
 
 
 def _node_address() -> str:
@@ -314,6 +341,10 @@ class _Target:
         self._kind = "evaluation" if metrics.table is EVALUATION else "rank"
         self._path = directory / f"{self._kind}-{metrics.rank}.json"
         labels = {"run": metrics.run, "rank": str(metrics.rank)}
+        if metrics.table is EVALUATION:
+            labels["job"] = (
+                "instdisc-evaluation"  # alerts on lost workers ask for the job of the configuration
+            )
         self._text = json.dumps([{"targets": [address], "labels": labels}]) + "\n"
 
     def write(self, world_size: int) -> None:

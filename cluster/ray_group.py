@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import logging
 import os
@@ -44,6 +45,7 @@ def run_group(
     config: LaunchConfig,
     *,
     restarting: bool,
+    losses: int,
     is_allowed: Callable[[int], bool],
     signals: StopSignals,
     name: str,
@@ -57,7 +59,7 @@ def run_group(
     group = wait_for_room(config, is_allowed, restarting=restarting)
     logger.info("starting %s", group)
     board = StopBoard(secrets.token_hex(16))
-    task: Any = functools.partial(_run_on_worker, function, payload, Path.cwd(), board)
+    task: Any = functools.partial(_run_on_worker, function, payload, Path.cwd(), board, losses)
     trainer: Any = _Trainer(
         task,
         torch_config=TorchConfig(
@@ -155,7 +157,7 @@ class _SigtermCallback(WorkerCallback):
 
 
 def _run_on_worker(
-    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard
+    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard, losses: int
 ) -> R | None:
     """What Ray Train runs in every worker process: set up the worker, call the function, catch its error.
 
@@ -164,9 +166,12 @@ def _run_on_worker(
         payload: Its argument.
         directory: Where the caller of `launch` is. A worker starts where its node's Ray was started.
         board: Where the group is asked to stop.
+        losses: As in `Worker`.
     """
+    # What all threads are doing goes to the worker's standard error, which Ray shows to whoever launched.
+    faulthandler.register(signal.SIGUSR1, file=2)
     try:
-        worker = _this_worker(board)
+        worker = _this_worker(board, losses)
         _set_up_logging(worker)
         # A submitted job's worker already is in its node's copy of the working directory.
         if JOB_DIRECTORY not in directory.as_posix():
@@ -180,7 +185,7 @@ def _run_on_worker(
     return value if worker.is_first else None
 
 
-def _this_worker(board: StopBoard) -> Worker:
+def _this_worker(board: StopBoard, losses: int) -> Worker:
     """Collectives: one; every worker must call."""
     context = ray.train.get_context()
     nodes = [""] * context.get_world_size()
@@ -192,6 +197,7 @@ def _this_worker(board: StopBoard) -> Worker:
         local_world_size=context.get_local_world_size(),
         node_rank=context.get_node_rank(),
         device=ray.train.torch.get_device(),
+        losses=losses,
         stop_watch=StopWatch(board, frozenset(nodes)),
     )
 

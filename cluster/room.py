@@ -50,7 +50,7 @@ def wait_for_room(
     groups: Sequence[WorkerGroup] = []
     while True:
         # Looked at anew each time: nodes come and go while waiting.
-        nodes = _nodes()
+        nodes = live_nodes()
         before, groups = groups, groups_to_try(nodes, config, is_allowed, restarting=restarting)
         if groups != before:
             in_turn = itertools.cycle(groups)
@@ -69,13 +69,12 @@ def wait_for_room(
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
 
 
-def settle_workers(config: LaunchConfig) -> LaunchConfig:
-    """Return the settings with what a run keeps when it starts again, chosen by the nodes of now.
+def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
+    """Return the settings with what a run keeps when it starts again, chosen by the nodes of its first start.
 
     These are the kind of device, and of an elastic group the CPUs of a worker: the share of its GPU, or of the largest
     group. A smaller group whose workers took what the others had left would have no room to grow again.
     """
-    nodes = _nodes()
     group = choose_group(
         nodes,
         num_workers=config.num_workers,
@@ -112,7 +111,7 @@ def watching_for_room(
         while not ended.wait(_GROW_EVERY_S):
             try:
                 ask(config.num_workers or 0)
-                larger = groups_to_try(_nodes(), config, is_allowed, restarting=True)[0]
+                larger = groups_to_try(live_nodes(), config, is_allowed, restarting=True)[0]
                 more = larger.num_workers - group.num_workers
                 if more > 0 and can_grow(larger, more):
                     found(f"there is room for {larger.num_workers} workers instead of {group.num_workers}")
@@ -135,7 +134,7 @@ def watching_for_room(
             ask(0)
 
 
-def _nodes() -> list[Node]:
+def live_nodes() -> list[Node]:
     """Return what the nodes have that live, and are not about to be taken away."""
     draining = draining_nodes()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -30,6 +31,9 @@ NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
 NETWORK_SETTINGS = ("backbone", "augmentation")
 """The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `flock` says on file systems that cannot lock."""
 
 _CLEARED = "cleared"
 """In the prepared run: the run before it has been removed."""
@@ -82,6 +86,8 @@ class RunDirectory:
     def claim(self) -> Iterator[None]:
         """Hold the directory, which is made if need be, against other runs.
 
+        Where the file system cannot lock, warns and goes on.
+
         Raises:
             ConfigError: Another run holds it, or it cannot be written to.
         """
@@ -95,10 +101,19 @@ class RunDirectory:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except (BlockingIOError, PermissionError) as error:  # EWOULDBLOCK; EACCES, as NFS may say it
                 raise ConfigError(
                     f"another run is writing to {self.path}: wait for its end or choose another --run-dir"
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise ConfigError(
+                        f"cannot lock {file.name} ({error}): mend it or choose another --run-dir"
+                    ) from error
+                logger.warning(
+                    "the file system of %s has no locks (%s): a second run in it would not be noticed, start none",
+                    *(self.path, error),
+                )
             yield
 
     def holds_run(self) -> bool:
@@ -234,10 +249,6 @@ class RunDirectory:
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
         return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.metrics))
-
-    def count_restarts(self) -> int:
-        """How often the run went on after an interruption."""
-        return sum(row["kind"] == "status" and row.get("restart", False) for row in read_lines(self.metrics))
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""

@@ -15,6 +15,7 @@ import tyro
 
 from cluster.errors import ClusterError
 from cluster.launch import launch
+from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
@@ -169,15 +170,18 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         return batch_size % pieces == 0 and num_workers <= Partition(len(train_images), 1).num_blocks
 
     followed = run.metrics if goes_on else run.next.metrics
-    with ProgressBar(followed, run.metrics):
-        return launch(
-            train_on_worker,
-            (recipe, config, run),
-            config.launch,
-            name=recipe,
-            storage=run.path,
-            is_allowed=is_allowed,
-        )
+    try:
+        with ProgressBar(followed, run.metrics):
+            return launch(
+                train_on_worker,
+                (recipe, config, run),
+                config.launch,
+                name=recipe,
+                storage=run.path,
+                is_allowed=is_allowed,
+            )
+    finally:
+        remove_targets(run.targets)
 
 
 def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:

@@ -51,10 +51,10 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     """
     recipe, config, run = job
     metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
-    if worker.is_first and not run.next.config.exists():
+    if worker.is_first:
         metrics.add(
-            "restarts_total", run.count_restarts()
-        )  # before anybody can read it: a counter that falls is reset
+            "restarts_total", worker.losses
+        )  # before anybody can read it: a counter must not rise from 0
     with exported(
         metrics,
         config.metrics,
@@ -64,7 +64,7 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     ) as endpoint:
         try:
             result = _Run(worker, recipe, config, run, metrics).complete()
-        except NonFiniteError:
+        except (NonFiniteError, SnapshotError):
             _let_read(endpoint)
             raise
         if not isinstance(result, Stopped):
@@ -158,8 +158,7 @@ class _Run:
                 if resumed
                 else "from the beginning: no snapshot"
             )
-            self._say(f"going on {where}, {self.worker.world_size} worker(s)", restart=True)
-            self.metrics.add("restarts_total")
+            self._say(f"going on {where}, {self.worker.world_size} worker(s)")
         if not self.probe.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
         if self.config.probe.baselines and self.probe.possible and not resumed:
@@ -333,10 +332,10 @@ class _Run:
             write_json(self.run.summary, summary)
         return summary
 
-    def _say(self, message: str, *, restart: bool = False) -> None:
+    def _say(self, message: str) -> None:
         """Tell the user, through the metrics file that the progress bar follows."""
         if self.worker.is_first:
-            append_line(self.run.metrics, {"kind": "status", "message": message, "restart": restart})
+            append_line(self.run.metrics, {"kind": "status", "message": message})
 
     def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
         path = manifest.root / name

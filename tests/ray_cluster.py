@@ -19,16 +19,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
-
 CHECKOUT = Path(__file__).resolve().parents[1]
 _BIN = Path(sys.executable).parent
 _MARK = "INSTDISC_TEST_PROCESSES"
+_FAKE_HEAD = "f" * 51 + "00000"  # as Ray's fake provider calls it
 _AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
     "RAY_enable_autoscaler_v2": "1",
-    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
-    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "RAY_CLOUD_INSTANCE_ID": _FAKE_HEAD,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _FAKE_HEAD,
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
 }
 
@@ -120,8 +119,8 @@ def _autoscaling(directory: str, address: str, nodes: int) -> Path:
         "one-cpu": {"resources": {"CPU": 1}, "min_workers": 1, "max_workers": nodes},
     }
     # As an external one: Ray's package lacks a file that its name alone would read.
-    provider = {"type": "external", "module": f"{FakeMultiNodeProvider.__module__}.FakeMultiNodeProvider"}
-    provider |= {"head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": address}
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider = {"type": "external", "module": module, "head_node_id": _FAKE_HEAD, "gcs_address": address}
     settings = {
         "cluster_name": "grows",
         "max_workers": nodes,

@@ -4,8 +4,8 @@ The gradient of the non-parametric softmax is a difference of an attention outpu
 difference of a log-sum-exp and a score. Which kernel computes them is chosen here alone, on CPUs by what
 `benchmarks/attention.py` measures, on GPUs by what PyTorch itself would take:
 
-    CPU   float32            PyTorch's fused attention, the rows in parts
-    CPU   float16, bfloat16  two matrix products for each block of rows; there the fused kernel is slower
+    CPU   float32, float16   PyTorch's fused attention, the rows in parts
+    CPU   bfloat16           two matrix products for each block of rows; there the fused kernel is slower
     CUDA  float16, bfloat16  FlashAttention, the rows in parts; the memory-efficient kernel on devices without it
     CUDA  float32            memory-efficient attention, the rows in parts
 
@@ -59,7 +59,7 @@ def attend(queries_GD: Tensor, rows_SD: Tensor, temperature: float) -> tuple[Ten
 def choose_kernel(queries_GD: Tensor, rows_SD: Tensor) -> Kernel | None:
     """The fused kernel to call on these tensors; None where blocks of two products are faster or all there is."""
     if rows_SD.device.type == "cpu":
-        return fused_cpu_kernel() if rows_SD.dtype == torch.float32 else None
+        return None if rows_SD.dtype == torch.bfloat16 else fused_cpu_kernel()
     if rows_SD.shape[1] % _DIM_MULTIPLE:
         return None
     rows_11SD = rows_SD[None, None]

@@ -68,7 +68,7 @@ def count(worker: Worker, job: Count) -> int | Stopped:
     if worker.world_size > 1:
         dist.all_gather_object(workers, me)
     if worker.is_first:
-        group = {"begin": value, "workers": workers, "time": time.time()}
+        group = {"begin": value, "workers": workers, "time": time.time(), "losses": worker.losses}
         _write(job.directory / f"group-{len(job.groups):03}", json.dumps(group))
     while True:
         asked = [worker.stop_requested(), (job.directory / "enough").exists()]

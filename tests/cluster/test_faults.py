@@ -103,7 +103,23 @@ def test_worker_that_is_sent_sigterm_saves_first(ray_cluster: RayCluster, tmp_pa
         job.enough()
         said, _ = program.communicate(timeout=120)
     assert program.returncode == 0, said
+    assert job.groups[1]["losses"] == 0
     assert f"rank 1 was sent SIGTERM: saved at number {begin}, going on from there" in said
+
+
+def test_worker_that_is_sent_sigusr1_says_where_it_is(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    job = Count(tmp_path)
+    with counting_program(job, {"num_workers": 2}, on(ray_cluster)) as program:
+        (worker,) = job.wait_for_group(0)["workers"][1:]
+        assert Path(f"/proc/{worker['pid']}/comm").read_text().startswith("ray::RayTrainWo")
+        os.kill(worker["pid"], signal.SIGUSR1)
+        sent = job.value
+        wait_until(lambda: job.value > sent + 40, timeout_s=60)  # it went on, and Ray had the time to show it
+        job.enough()
+        said, _ = program.communicate(timeout=120)
+    assert program.returncode == 0, said
+    assert len(job.groups) == 1
+    assert re.search(r'counting.py", line \d+ in count', said), said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -54,6 +54,7 @@ def raise_on_last(worker: Worker, error: BaseException) -> None:
 def die_once(worker: Worker, marks: Path) -> int:
     """Kill rank 1 of the first group; later groups return how many came before."""
     groups_before = len(list(marks.iterdir()))
+    assert worker.losses == groups_before
     dist.barrier()
     if worker.is_first:
         (marks / str(groups_before)).touch()

@@ -106,6 +106,18 @@ def test_taken_ports_are_passed_over(tmp_path: Path) -> None:
             assert scrape(endpoint.address)
 
 
+def test_a_port_that_a_predecessor_still_holds_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    predecessor = socket.create_server(("127.0.0.1", port))
+    threading.Timer(1, predecessor.close).start()
+    metrics = Metrics(TRAINING, run="blue", rank=3)
+    with exported(
+        metrics, MetricsConfig(port=port), local_rank=0, world_size=4, directory=tmp_path
+    ) as endpoint:
+        assert endpoint is not None
+        assert endpoint.address == f"127.0.0.1:{port}"
+
+
 def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last = 65_535
     with contextlib.ExitStack() as stack:
@@ -169,6 +181,13 @@ def test_a_smaller_group_drops_the_files_of_the_larger(tmp_path: Path) -> None:
     with exported(metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=2, directory=tmp_path):
         names = {path.name for path in tmp_path.iterdir()}
     assert names == {"rank-0.json", "rank-1.json", "evaluation-0.json", "mine.json"}
+
+
+def test_an_evaluation_is_no_worker_of_the_training_job(tmp_path: Path) -> None:
+    metrics = Metrics(EVALUATION, run="blue", rank=0)
+    with exported(metrics, MetricsConfig(port=free_port()), local_rank=0, world_size=1, directory=tmp_path):
+        (target,) = json.loads((tmp_path / "evaluation-0.json").read_text())
+    assert target["labels"] == {"run": "blue", "rank": "0", "job": "instdisc-evaluation"}
 
 
 def test_a_successor_keeps_its_file_when_the_old_worker_ends(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cluster.placement import (
     fitting_groups,
     require_room,
 )
-from cluster.room import groups_to_try
+from cluster.room import groups_to_try, settle_workers
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]
@@ -95,6 +95,22 @@ def test_fitting_groups_are_those_with_room_or_else_the_smallest() -> None:
     groups = [WorkerGroup(size, 4, 0, "PACK") for size in (4, 2, 1)]
     assert fitting_groups(groups, [{"CPU": 8.0}]) == groups[1:]
     assert fitting_groups(groups, [{"CPU": 2.0}, {"CPU": 3.0}]) == groups[2:]
+
+
+def test_elastic_workers_keep_their_size() -> None:
+    def cpus(config: LaunchConfig, nodes: list[Node]) -> tuple[float | None, int | None]:
+        settled = settle_workers(config, nodes)
+        return settled.cpus_per_worker, settled.gpus_per_worker
+
+    elastic = LaunchConfig(num_workers=32, min_workers=8)
+    gpu_node = {"CPU": 64.0, "GPU": 8.0}
+    assert cpus(elastic, [gpu_node]) == cpus(elastic, [gpu_node] * 4) == (8, 1)
+    assert cpus(elastic, [gpu_node, {"CPU": 12.0, "GPU": 4.0}, {"CPU": 99.0}]) == (3, 1)
+    assert cpus(LaunchConfig(num_workers=8, min_workers=2), [{"CPU": 16.0}] * 2) == (4, 0)
+    assert cpus(LaunchConfig(num_workers=32, min_workers=8, gpus_per_worker=1), []) == (None, 1)
+    assert cpus(LaunchConfig(num_workers=2, min_workers=1, cpus_per_worker=5), [gpu_node]) == (5, 1)
+    # Others share what there is at each start.
+    assert cpus(LaunchConfig(num_workers=8), [gpu_node]) == (None, 1)
 
 
 def test_group_that_starts_again_is_the_largest_allowed_one() -> None:

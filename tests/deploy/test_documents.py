@@ -20,6 +20,18 @@ def test_documented_metrics_are_those_exported(heading: str, table: tuple[Metric
     assert documented == [(PREFIX + metric.name, metric.kind, metric.help) for metric in table]
 
 
+def test_documented_commands_name_where_they_go() -> None:
+    commands = re.findall(r"kubectl (exec|cp|logs|describe pod|get|wait|patch)\b([^`\n]*)", README)
+    assert {"exec", "get", "wait"} <= {verb for verb, _ in commands}
+    for verb, rest in commands:
+        if rest.strip() and verb != "cp" and not rest.startswith(" node"):
+            assert re.search(r"-n (instdisc|monitoring)\b", rest), verb + rest
+        if verb == "exec" and not rest.startswith(" -n instdisc files"):
+            assert re.search(r" -c ray-(head|worker) -- ", rest), verb + rest  # a pod may have a sidecar
+        if "--watch" in rest:
+            assert "," not in rest.partition("#")[0], "kubectl watches one kind at a time"
+
+
 def test_one_version_of_ray_everywhere() -> None:
     pin = re.search(r"^ray==(.+)$", (CHECKOUT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert pin is not None

@@ -146,6 +146,17 @@ def test_a_stopped_job_ends_as_by_ctrl_c_and_a_retry_resumes(overlay: str) -> No
 
 
 @each_overlay
+def test_workers_of_a_deleted_pod_have_the_time_to_save(overlay: str) -> None:
+    job = find(overlay, "RayJob", "instdisc-train")
+    _, config = parse(arguments(job, "instdisc.train"))
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    environment = {each["name"]: each["value"] for each in spec["containers"][0]["env"]}
+    drained = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert config.launch.stop_grace_s <= drained <= spec["terminationGracePeriodSeconds"] - 15
+
+
+@each_overlay
 def test_the_training_command_is_understood_and_fits_the_pods(overlay: str) -> None:
     job = find(overlay, "RayJob", "instdisc-train")
     _, config = parse(arguments(job, "instdisc.train"))
@@ -193,6 +204,15 @@ def test_prometheus_finds_and_reaches_the_metrics(overlay: str) -> None:
                     assert port["name"] in monitored
                     assert any(each["port"] <= port["containerPort"] <= each["endPort"] for each in allowed)
     assert declaring == set(selector["values"])
+
+
+@each_overlay
+def test_names_are_asked_for_wherever_the_cluster_answers(overlay: str) -> None:
+    """A cache on the node is no pod of any namespace."""
+    rules = find(overlay, "NetworkPolicy")["spec"]["egress"]
+    (rule,) = (rule for rule in rules if any(port["port"] == 53 for port in rule.get("ports", [])))
+    assert "to" not in rule
+    assert {port["protocol"] for port in rule["ports"]} == {"UDP", "TCP"}
 
 
 @each_overlay

@@ -125,8 +125,8 @@ def test_targets_bear_run_and_rank_and_are_up(live: tuple[Prometheus, float]) ->
     labels = [labels for labels, _ in server.query("up == 1", moment)]
     assert sorted((each["job"], each["run"], each["rank"]) for each in labels) == [
         ("instdisc", "live", "0"),
-        ("instdisc", "live", "0"),
         ("instdisc", "live", "1"),
+        ("instdisc-evaluation", "live", "0"),
     ]
     assert not server.query('{exported_run!=""}', moment)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,29 @@ def test_a_second_run_in_the_same_directory_is_refused(run: Run, tmp_path: Path)
         fcntl.flock(other, fcntl.LOCK_EX)
         refused(run(images, "--overwrite"), "another run is writing")
     assert run(images)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "text"),
+    [
+        (errno.EWOULDBLOCK, 2, "another run is writing"),
+        (errno.EACCES, 2, "another run is writing"),
+        (errno.ENOLCK, 0, "a second run in it would not be noticed"),
+        (errno.ENOSYS, 0, "a second run in it would not be noticed"),
+        (errno.ENOTSUP, 0, "a second run in it would not be noticed"),
+        (errno.EIO, 2, "cannot lock"),
+    ],
+)
+def test_a_lock_that_cannot_be_had(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, text: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    got, said, _ = run(write_pictures(tmp_path / "train", 20), "--training.epochs", "1")
+    assert got == status, said
+    assert text in said
 
 
 def test_broken_images_of_one_name_in_both_sets_are_two(run: Run, tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     assert not (out / ".next").exists()
 
 
+@pytest.mark.parametrize(("rate", "expected"), [("0.01", 0), ("1e30", 2)])
+def test_targets_of_ranks_that_were_killed_go_with_the_run(
+    run: Run, tmp_path: Path, rate: str, expected: int
+) -> None:
+    targets = RunDirectory(tmp_path / "out").targets
+    targets.mkdir(parents=True)
+    for name in ("rank-0.json", "rank-12.json", "evaluation-0.json"):
+        (targets / name).write_text("[]")
+    status, said, _ = run(write_pictures(tmp_path / "train", 20), "--optimizer.learning-rate", rate)
+    assert status == expected, said
+    assert [path.name for path in targets.iterdir()] == ["evaluation-0.json"]
+
+
 def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> None:
     _, said, out = run(write_pictures(tmp_path / "train", 17), "--training.epochs", "1")
     moved = ~np.isclose(bank_of(out), random_unit_rows(0, 17, 16, seed=0)).all(axis=1)
