@@ -83,6 +83,10 @@ class LaunchConfig:
             raise ValueError(
                 f"min_workers must be from 1 to num_workers ({self.num_workers}), got {self.min_workers}"
             )
+        if self.autoscaling and self.min_workers is not None and self.num_workers is None:
+            raise ValueError(
+                "autoscaling with min_workers needs num_workers: how many to ask the cluster for"
+            )
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
             raise ValueError(f"cpus_per_worker must be above 0, got {self.cpus_per_worker}")
         if self.gpus_per_worker not in (None, 0, 1):

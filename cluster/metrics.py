@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -147,7 +148,8 @@ class Metrics:
     """
 
     def __init__(self, table: tuple[Metric, ...], *, run: str, rank: int) -> None:
-        self.table, self.run, self.rank = table, run, rank
+        # A directory's name may hold bytes that are no text.
+        self.table, self.run, self.rank = table, os.fsencode(run).decode(errors="replace"), rank
         # Otherwise every counter and histogram exports its time of creation as a metric of its own.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
@@ -155,7 +157,7 @@ class Metrics:
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
         self._ages = {metric.since: metric.name for metric in table if metric.since}
-        self._labels = (run, str(rank))
+        self._labels = (self.run, str(rank))
         for metric in table:
             name, text = PREFIX + metric.name, metric.help
             if metric.kind == "gauge":
@@ -275,14 +277,14 @@ def exported(
         target.write(world_size)
         yield endpoint
     finally:
-        target.remove()
         endpoint.close()
+        target.remove()
 
 
 def remove_targets(directory: Path) -> None:
     """Remove the files of a training run's ranks, once none is left: a rank that was killed could not do so itself."""
-    with suppress(OSError):
-        for file in directory.glob("rank-*.json"):
+    for file in directory.glob("rank-*.json"):
+        with suppress(OSError):
             file.unlink(missing_ok=True)
 
 
@@ -298,12 +300,12 @@ def _listen(metrics: Metrics, config: MetricsConfig, local_rank: int) -> WSGISer
     if not config.port:
         return None
     host, first = _node_address(), config.port + local_rank
-    reason: OSError | None = None
-    last = min(first + _PORTS_TRIED - 1, 65_535)
+    reason: Exception | None = None
+    last = first + _PORTS_TRIED - 1
     for port in range(first, last + 1):
         try:
             return _serve(metrics, host, port, patience_s=_OWN_PORT_S if port == first else 0)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter beyond port 65535
             reason = error
     logger.warning(
         "rank %d serves no metrics: cannot listen on ports %d to %d of %s (%s); choose others with --metrics.port",
@@ -341,28 +343,27 @@ class _Target:
         self._kind = "evaluation" if metrics.table is EVALUATION else "rank"
         self._path = directory / f"{self._kind}-{metrics.rank}.json"
         labels = {"run": metrics.run, "rank": str(metrics.rank)}
-        if metrics.table is EVALUATION:
-            labels["job"] = (
-                "instdisc-evaluation"  # alerts on lost workers ask for the job of the configuration
-            )
-        self._text = json.dumps([{"targets": [address], "labels": labels}]) + "\n"
+        if metrics.table is EVALUATION:  # alerts on lost workers ask for the job of the configuration
+            labels["job"] = "instdisc-evaluation"
+        self._content = (json.dumps([{"targets": [address], "labels": labels}]) + "\n").encode()
 
     def write(self, world_size: int) -> None:
         """Write the file at once or not at all, and drop those of ranks that are no more."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text(self._text)
+            temporary.write_bytes(self._content)
             temporary.replace(self._path)
-            for other in self._path.parent.glob(f"{self._kind}-*.json"):
-                number = re.fullmatch(rf"{self._kind}-(\d+)", other.stem)
-                if number and int(number[1]) >= world_size:
-                    other.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("Prometheus will not find this worker's metrics: %s", error)
+        for other in self._path.parent.glob(f"{self._kind}-*.json"):
+            number = re.fullmatch(rf"{self._kind}-(\d+)", other.stem)
+            if number and int(number[1]) >= world_size:
+                with suppress(OSError):
+                    other.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the file, unless a successor of this rank has written its own."""
         with suppress(OSError):
-            if self._path.read_text() == self._text:
+            if self._path.read_bytes() == self._content:
                 self._path.unlink()

@@ -62,7 +62,8 @@ def choose_group(
         num_workers = max(1, _total(usable, "GPU") if gpus else min(2, _total(usable, "CPU")))
     if cpus_per_worker is not None:
         return WorkerGroup(num_workers, cpus_per_worker, gpus, strategy)
-    for cpus in range(_total(usable, "CPU") // num_workers, 1, -1):
+    largest = max((int(node.get("CPU", 0.0)) for node in usable), default=0)
+    for cpus in range(min(largest, _total(usable, "CPU") // num_workers), 1, -1):
         group = WorkerGroup(num_workers, cpus, gpus, strategy)
         if group.room(usable) >= num_workers:
             return group
@@ -74,8 +75,13 @@ def fitting_groups(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> Sequ
     return [group for group in groups if group.room(nodes) >= group.num_workers] or groups[-1:]
 
 
-def require_room(group: WorkerGroup, nodes: Sequence[Node]) -> None:
+def require_room(group: WorkerGroup, nodes: Sequence[Node], option: str = "--num-workers") -> None:
     """Raise where the group could not start even if the cluster were idle.
+
+    Args:
+        group: The smallest that would do.
+        nodes: Of the cluster.
+        option: What was asked for so many workers by.
 
     Raises:
         ClusterError: With what was asked, what the nodes have, and the flag to change.
@@ -84,7 +90,7 @@ def require_room(group: WorkerGroup, nodes: Sequence[Node]) -> None:
     if room >= group.num_workers:
         return
     if room:
-        remedy = f"ask for --num-workers {room} or fewer, or for less with --cpus-per-worker"
+        remedy = f"ask for {option} {room} or fewer, or for less with --cpus-per-worker"
     elif group.gpus and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
         remedy = "pass --gpus-per-worker 0 to train on CPUs, or join a node with a GPU"
     else:
@@ -105,4 +111,4 @@ def amounts(node: Node) -> str:
 
 
 def _total(nodes: Sequence[Node], resource: str) -> int:
-    return int(sum(node.get(resource, 0.0) for node in nodes))
+    return sum(int(node.get(resource, 0.0)) for node in nodes)

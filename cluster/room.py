@@ -55,7 +55,9 @@ def wait_for_room(
         if groups != before:
             in_turn = itertools.cycle(groups)
         if not restarting and not config.autoscaling:
-            require_room(groups[-1], nodes)
+            require_room(
+                groups[-1], nodes, "--num-workers" if config.min_workers is None else "--min-workers"
+            )
         group = next(in_turn)
         if is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
             return group
@@ -74,6 +76,9 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
 
     These are the kind of device, and of an elastic group the CPUs of a worker: the share of its GPU, or of the largest
     group. A smaller group whose workers took what the others had left would have no room to grow again.
+
+    Raises:
+        ClusterError: The nodes that will be added must be known to tell the share.
     """
     group = choose_group(
         nodes,
@@ -85,8 +90,15 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
     cpus = config.cpus_per_worker
     if cpus is None and config.min_workers is not None:
         shares = [node.get("CPU", 0.0) // node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
-        if shares or not group.gpus:
-            cpus = max(1.0, min(shares)) if group.gpus else group.cpus
+        if group.gpus and shares:
+            cpus = max(1.0, min(shares))
+        elif group.room(nodes) >= group.num_workers:
+            cpus = group.cpus
+        elif config.autoscaling:
+            raise ClusterError(
+                f"the cluster has {describe(nodes) or 'no nodes'} and will grow: say with --cpus-per-worker how many "
+                "CPUs each of the elastic workers gets"
+            )
     return dataclasses.replace(config, cpus_per_worker=cpus, gpus_per_worker=group.gpus)
 
 
@@ -99,9 +111,9 @@ def watching_for_room(
     An autoscaler is told how many workers are wanted, again and again: jobs overwrite each other's wishes.
     """
     ended = threading.Event()
-    asks = (
-        config.autoscaling and config.strategy != "STRICT_SPREAD"
-    )  # a wish cannot say where the workers shall be
+    wanted = config.num_workers or 0
+    # A wish cannot say where the workers shall be.
+    asks = config.autoscaling and config.strategy != "STRICT_SPREAD"
 
     def ask(workers: int) -> None:
         if asks:
@@ -110,7 +122,7 @@ def watching_for_room(
     def watch() -> None:
         while not ended.wait(_GROW_EVERY_S):
             try:
-                ask(config.num_workers or 0)
+                ask(wanted)
                 larger = groups_to_try(live_nodes(), config, is_allowed, restarting=True)[0]
                 more = larger.num_workers - group.num_workers
                 if more > 0 and can_grow(larger, more):
@@ -122,7 +134,7 @@ def watching_for_room(
     if config.min_workers is None or group.num_workers == config.num_workers:
         yield
         return
-    ask(config.num_workers or 0)
+    ask(wanted)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -167,8 +179,8 @@ def groups_to_try(
     sizes = [size for size in range(most, fewest - 1, -1) if is_allowed(size)]
     if not sizes:
         raise ClusterError(
-            f"no number of workers from {fewest} to {most} divides the work evenly: change --min-workers or "
-            "--num-workers"
+            f"no number of workers from {fewest} to {most} divides the work evenly: change --min-workers, "
+            "--num-workers or the size of the batch"
         )
     fitting = fitting_groups([choose(num_workers=size) for size in sizes], nodes)
     return fitting if is_elastic else fitting[:1]

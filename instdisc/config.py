@@ -63,7 +63,8 @@ class TrainingConfig:
     epochs: int = 200
     """Passes over the images."""
     batch_size: int = 256
-    """Images per step over all workers; must be divisible by their number."""
+    """Images per step over all workers; must be divisible by their number. Images that fill no whole batch at the end
+    of an epoch are left out of it; they are others in every epoch."""
     accumulation: int = 1
     """Parts that a worker's share of a batch is cut into, to save memory."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"

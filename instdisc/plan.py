@@ -107,6 +107,10 @@ class PlanConfig:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"{name} is {rate}, it must be above 0")
+        if self.num_negatives is not None and self.objective not in ("nce", "infonce"):
+            raise ValueError(
+                f"num_negatives is {self.num_negatives}, but {self.objective} draws none: leave it out"
+            )
         if not all(number > 0 for number in self.instances + self.world_size):
             raise ValueError("instances and world_size must be 1 or more")
 

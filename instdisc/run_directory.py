@@ -101,11 +101,11 @@ class RunDirectory:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:  # EWOULDBLOCK; EACCES, as NFS may say it
-                raise ConfigError(
-                    f"another run is writing to {self.path}: wait for its end or choose another --run-dir"
-                ) from error
             except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # the latter as NFS may say it
+                    raise ConfigError(
+                        f"another run is writing to {self.path}: wait for its end or choose another --run-dir"
+                    ) from error
                 if error.errno not in _NO_LOCKS:
                     raise ConfigError(
                         f"cannot lock {file.name} ({error}): mend it or choose another --run-dir"
@@ -169,7 +169,9 @@ class RunDirectory:
             elif images.root != given.root:
                 moved.append((place, given))
         if differing:
-            raise ConfigError(f"{self.path} holds another run ({'; '.join(differing)}): {remedy}")
+            raise ConfigError(
+                f"{self.path} holds another run, of recipe {theirs['recipe']} ({'; '.join(differing)}): {remedy}"
+            )
         if self.next.path.exists():
             shutil.rmtree(self.next.path)
         for place, given in moved:

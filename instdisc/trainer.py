@@ -72,8 +72,13 @@ class Trainer:
         sharing = worker.local_world_size if worker.device.type == "cpu" else 1
         if objective.within_batch and config.training.accumulation > 1:
             raise ConfigError(
-                f"{type(config.objective).__name__} tells the images of a batch apart, which "
-                f"{config.training.accumulation} parts would make smaller: leave --training.accumulation at 1"
+                f"{objective.__name__} tells the images of a batch apart, which {config.training.accumulation} parts "
+                "would make smaller: leave --training.accumulation at 1"
+            )
+        if objective.within_batch and config.training.batch_size < 2:
+            raise ConfigError(
+                f"{objective.__name__} tells the images of a batch apart, of which there is 1: set "
+                "--training.batch-size to 2 or more, 128 is usual"
             )
         check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         self.exchange.barrier()  # no rank may take memory that another has yet to count

@@ -47,7 +47,7 @@ class NCEConfig:
     """Noise-contrastive estimation; τ and m are those of Wu et al. 2018, who freeze Z and add a proximal term."""
 
     temperature: float = 0.07
-    """τ, at least 0.005. Smaller tells neighbours apart more sharply."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbours apart more sharply."""
     num_negatives: int = 4096
     """m, noise samples for each image, drawn uniformly from the whole bank."""
     proximal_weight: float = 0.0

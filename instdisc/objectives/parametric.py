@@ -27,7 +27,7 @@ class ParametricSoftmaxConfig:
     """The softmax over trained weights, one row per instance."""
 
     temperature: float = 0.1
-    """τ, at least 0.005."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual."""
     momentum: float = 0.9
     """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
     weight_decay: float = 0.0

@@ -33,10 +33,10 @@ class SpreadingConfig:
     """The softmax within the batch, over two views; the defaults are those of the public code of Ye et al. 2019."""
 
     temperature: float = 0.1
-    """τ, at least 0.005."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual."""
     form: Literal["symmetric", "paper"] = "symmetric"
     """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
-    equations of the paper."""
+    equations of the paper. Loss and gradient are means over the embeddings of both views, also of the paper's."""
     key_gradient: bool = False
     """Let the gradient through both operands of a similarity. Off, as in the authors' code: keys are constants. The
     paper's form needs it: first views are keys alone."""
@@ -45,7 +45,7 @@ class SpreadingConfig:
         check_temperature(self.temperature)
         if self.form == "paper" and not self.key_gradient:
             raise ValueError(
-                "form is paper and key_gradient off, but first views would learn nothing: set key_gradient"
+                "form is paper and key_gradient off, but first views would learn nothing: add --objective.key-gradient"
             )
 
 
@@ -68,7 +68,7 @@ class Spreading(Objective):
     def shard_terms(
         self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
-        """Gradient, loss and similarity to the positive; see `Objective.shard_terms`.
+        """Gradient, loss and similarity to the positive; see `Objective.shard_terms`. An image is in a batch only once.
 
         Probabilities are worked out in float64: they are few. However near to 1 one of them is, `1 - P` is the mass of
         all other keys, and so is what depends on it.
@@ -109,7 +109,7 @@ class Spreading(Objective):
         loss_GQ = torch.where(pairs.positive_GQ, -log_probability_GQ, 0)
         loss_GQ -= torch.where(pairs.negative_GQ, log_complement_GQ, 0)
         terms[:, -2] = loss_GQ.sum(dim=1)
-        terms[:, -1] = torch.where(pairs.positive_GQ, similarities_GQ, 0).sum(dim=1)
+        terms[:, -1] = torch.where(pairs.other_view_GQ, similarities_GQ, 0).sum(dim=1)
         return terms
 
 
@@ -120,12 +120,14 @@ class _Pairs(NamedTuple):
         compared_GQ: The key is in the query's denominator.
         positive_GQ: The query is attracted by the key.
         negative_GQ: The query is repelled by the key.
+        other_view_GQ: They show the same image.
         attracted_G: float64, 1 where the query has a positive, on whichever rank, else 0.
     """
 
     compared_GQ: Tensor
     positive_GQ: Tensor
     negative_GQ: Tensor
+    other_view_GQ: Tensor
     attracted_G: Tensor
 
 
@@ -138,12 +140,13 @@ def _pairs(queries: Queries, form: Literal["symmetric", "paper"]) -> _Pairs:
     ids_Q, number_Q, is_first_Q = ids_G[queries.local], number_G[queries.local], is_first_G[queries.local]
     present_GQ = present_G[:, None] & present_G[queries.local]
     same_image_GQ = present_GQ & (ids_G[:, None] == ids_Q)
+    different_GQ = present_GQ & (number_G[:, None] != number_Q)
+    other_view_GQ = same_image_GQ & different_GQ
     if form == "symmetric":
-        compared_GQ = present_GQ & (number_G[:, None] != number_Q)
-        positive_GQ = same_image_GQ & compared_GQ
-        negative_GQ = compared_GQ & ~same_image_GQ
-        return _Pairs(compared_GQ, positive_GQ, negative_GQ, present_G.double())
+        negative_GQ = different_GQ & ~same_image_GQ
+        return _Pairs(different_GQ, other_view_GQ, negative_GQ, other_view_GQ, present_G.double())
     compared_GQ = present_GQ & is_first_Q
     positive_GQ = same_image_GQ & compared_GQ & ~is_first_G[:, None]
     negative_GQ = compared_GQ & ~same_image_GQ & is_first_G[:, None]
-    return _Pairs(compared_GQ, positive_GQ, negative_GQ, (present_G & ~is_first_G).double())
+    attracted_G = (present_G & ~is_first_G).double()
+    return _Pairs(compared_GQ, positive_GQ, negative_GQ, other_view_GQ, attracted_G)

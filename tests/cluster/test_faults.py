@@ -71,7 +71,7 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
 
 def test_elastic_group_gets_the_nodes_that_a_growing_cluster_adds(tmp_path: Path) -> None:
     job = Count(tmp_path)
-    config = {"num_workers": 3, "min_workers": 1, "autoscaling": True}
+    config = {"num_workers": 3, "min_workers": 1, "cpus_per_worker": 1, "autoscaling": True}
     with ray_head(num_cpus=0, grows_to=3) as cluster, counting_program(job, config, on(cluster)) as program:
         begun = len(job.wait_for_group(0)["workers"])
         wait_until(lambda: len(job.groups[-1]["workers"]) == 3, timeout_s=240)

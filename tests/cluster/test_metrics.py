@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import EVALUATION, TRAINING, Metrics, MetricsConfig, exported
+from cluster.metrics import EVALUATION, TRAINING, Metrics, MetricsConfig, exported, remove_targets
 from tests.ray_cluster import CHECKOUT, free_port, wait_until
 
 
@@ -132,7 +133,7 @@ def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptur
             assert endpoint is None
             metrics.add("images_total", 8)
     (record,) = caplog.records
-    assert "rank 535 serves no metrics: cannot listen on ports 65535 to 65535" in record.message
+    assert "rank 535 serves no metrics: cannot listen on ports 65535 to 65550" in record.message
     assert "--metrics.port" in record.message
     assert list(tmp_path.iterdir()) == []
 
@@ -244,3 +245,19 @@ def test_the_last_values_are_read_before_the_end_where_somebody_reads(tmp_path: 
         reader.join()
         assert math.isnan(seen[2]["instdisc_loss"])
         endpoint.wait_until_read()  # returns although nobody reads any more
+
+
+def test_files_that_nobody_expects_stop_nothing(tmp_path: Path) -> None:
+    """A directory that stands for a target, a target of other bytes, and a run whose name is no text."""
+    (tmp_path / "rank-7.json").mkdir()
+    (tmp_path / "rank-5.json").touch()
+    metrics = Metrics(TRAINING, run=os.fsdecode(b"r\xff3"), rank=0)
+    config = MetricsConfig(port=free_port())
+    with exported(metrics, config, local_rank=0, world_size=1, directory=tmp_path) as endpoint:
+        assert endpoint is not None
+        with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=10) as response:
+            assert 'run="r\ufffd3"' in response.read().decode()
+        (tmp_path / "rank-0.json").write_bytes(b"\xff\xfe")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0.json", "rank-7.json"]
+    remove_targets(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-7.json"]

@@ -80,6 +80,17 @@ def test_refusal_names_the_flag_to_change(group: WorkerGroup, remedy: str) -> No
         require_room(group, LAPTOP)
 
 
+def test_many_nodes_and_parts_of_gpus_are_counted() -> None:
+    def chosen(nodes: list[Node], num_workers: int | None) -> WorkerGroup:
+        return choose_group(
+            nodes, num_workers=num_workers, cpus_per_worker=None, gpus_per_worker=None, strategy="PACK"
+        )
+
+    assert chosen([{"CPU": 96.0}] * 3000, 1) == WorkerGroup(1, 96, 0, "PACK")
+    assert chosen([{"CPU": 4.0, "GPU": 0.5}] * 2, None) == WorkerGroup(2, 4, 0, "PACK")
+    assert chosen([{"CPU": 8.0, "GPU": 1.5}] * 2, None) == WorkerGroup(2, 8, 1, "PACK")
+
+
 def test_enough_room_is_not_refused() -> None:
     require_room(WorkerGroup(2, 4, 0, "PACK"), LAPTOP)
     require_room(WorkerGroup(6, 8, 1, "PACK"), MIXED)
@@ -108,6 +119,10 @@ def test_elastic_workers_keep_their_size() -> None:
     assert cpus(elastic, [gpu_node, {"CPU": 12.0, "GPU": 4.0}, {"CPU": 99.0}]) == (3, 1)
     assert cpus(LaunchConfig(num_workers=8, min_workers=2), [{"CPU": 16.0}] * 2) == (4, 0)
     assert cpus(LaunchConfig(num_workers=32, min_workers=8, gpus_per_worker=1), []) == (None, 1)
+    assert cpus(LaunchConfig(num_workers=8, min_workers=2), [{"CPU": 3.0}]) == (None, 0)
+    for nodes in ([], [{"CPU": 0.0}], [{"CPU": 16.0}] * 0):
+        with pytest.raises(ClusterError, match="--cpus-per-worker how many CPUs"):
+            cpus(LaunchConfig(num_workers=8, min_workers=2, autoscaling=True), nodes)
     assert cpus(LaunchConfig(num_workers=2, min_workers=1, cpus_per_worker=5), [gpu_node]) == (5, 1)
     # Others share what there is at each start.
     assert cpus(LaunchConfig(num_workers=8), [gpu_node]) == (None, 1)

@@ -70,7 +70,7 @@ def test_bytes_are_those_of_a_real_step(objective: str, dtype: str, world_size: 
         dtype=dtype,  # type: ignore[arg-type]
         embedding_dim=DIM,
         batch_size=BATCH,
-        num_negatives=50,
+        num_negatives=getattr(CONFIGS[objective], "num_negatives", None),
     )
     cost = plan.cost(config, ROWS, world_size)
     sent, held = zip(*run_ranks(world_size, step, objective, dtype), strict=True)

@@ -58,6 +58,14 @@ def test_several_ranks_compute_the_formulas(
     assert_formulas(world_size, config, "random", 3 if temperature < 0.1 else 16)
 
 
+@pytest.mark.parametrize("form", ["symmetric", "paper"])
+def test_similarity_to_the_other_view_is_reported_of_both(form: str) -> None:
+    result = step(0, 1, SpreadingConfig(form=form, key_gradient=True), "random", 53, 7).result
+    (first, second), ids = batch("random", 53, 7, views=2)
+    expected = 2 * (first * second).sum(dim=1)[ids >= 0].sum()
+    assert float(result.sums["positive_similarity"]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_first_views_that_would_learn_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="key_gradient"):
         SpreadingConfig(form="paper")

@@ -307,11 +307,17 @@ def test_a_bank_that_does_not_fit_is_refused_before_it_is_made() -> None:
         Trainer(worker, config, 10**9)
 
 
+def test_one_image_cannot_be_told_apart_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.instdisc.test_trainer.GLOBAL_BATCH", 1)
+    with pytest.raises(ConfigError, match=r"--training\.batch-size to 2 or more"):
+        make_trainer(0, 1, objective=SPREADING)
+
+
 def test_a_batch_that_is_told_apart_is_not_cut_into_parts() -> None:
     worker = Worker(0, 1, 0, 1, 0, torch.device("cpu"))
     training = TrainingConfig(batch_size=12, accumulation=2)
     config = RunConfig(data=DataConfig(path="unused"), objective=SpreadingConfig(), training=training)
-    with pytest.raises(ConfigError, match=r"SpreadingConfig.*2 parts.*accumulation at 1"):
+    with pytest.raises(ConfigError, match=r"Spreading tells.*2 parts.*accumulation at 1"):
         Trainer(worker, config, 61)
 
 
