@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _WAIT_SLICE_S = 15.0
 # Elastic groups try the next smaller size instead of waiting longer.
 _ELASTIC_SLICE_S = 5.0
-_GROW_EVERY_S = 30.0
+_GROW_EVERY_S = 15.0
 
 
 def wait_for_room(
