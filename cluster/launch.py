@@ -54,7 +54,8 @@ class LaunchConfig:
     min_workers: int | None = None
     """Go on with fewer workers, down to this many, while the cluster has no room for all. None: never."""
     cpus_per_worker: float | None = None
-    """CPUs reserved for, and threads used by, each worker. None: an equal share of the cluster's."""
+    """CPUs reserved for, and threads used by, each worker. None: an equal share of the cluster's; of an elastic group
+    that at its first start."""
     gpus_per_worker: int | None = None
     """0 or 1. None: 1 if the cluster has GPUs. Say 1 where GPU nodes start on demand."""
     strategy: Strategy = "PACK"

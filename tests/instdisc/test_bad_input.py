@@ -159,6 +159,7 @@ def test_a_second_run_in_the_same_directory_is_refused(run: Run, tmp_path: Path)
         (errno.ENOSYS, 0, "a second run in it would not be noticed"),
         (errno.ENOTSUP, 0, "a second run in it would not be noticed"),
         (errno.EIO, 2, "cannot lock"),
+        (errno.EPERM, 2, "cannot lock"),
     ],
 )
 def test_a_lock_that_cannot_be_had(

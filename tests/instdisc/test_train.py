@@ -86,6 +86,18 @@ def test_targets_of_ranks_that_were_killed_go_with_the_run(
     assert [path.name for path in targets.iterdir()] == ["evaluation-0.json"]
 
 
+@pytest.mark.parametrize(("negatives", "said"), [("20", False), ("50", True)])
+def test_more_negatives_than_images_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, negatives: str, said: bool
+) -> None:
+    images = write_pictures(tmp_path / "train", 20)
+    arguments = ["cifar10-npid", *SMALL, "--data.path", str(images), "--data.test-path", "None"]
+    arguments += ["--backbone.name", "resnet8", "--augmentation.image-size", "16"]
+    arguments += ["--objective.num-negatives", negatives, "--run-dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert ("50 negatives of 20 images: each counts 2.5 times" in caplog.text) == said
+
+
 def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> None:
     _, said, out = run(write_pictures(tmp_path / "train", 17), "--training.epochs", "1")
     moved = ~np.isclose(bank_of(out), random_unit_rows(0, 17, 16, seed=0)).all(axis=1)
