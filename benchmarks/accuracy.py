@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instdisc.config import RunConfig
 from instdisc.objectives import (
     InfoNCEConfig,
     NCEConfig,
@@ -26,8 +25,9 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.recipes import RECIPES
+from instdisc.settings.run import RunConfig
 from instdisc.train import train
 
 # Settings other than the objective are those of the recipe `sample`, but for these.

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.exchange import Exchange
-from instdisc.bank import Bank, random_unit_rows
+from instdisc.model.bank import Bank, random_unit_rows
 from instdisc.objectives import (
     NCE,
     OBJECTIVES,
@@ -39,7 +39,7 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.trainer import evaluate
+from instdisc.training.trainer import evaluate
 
 REPEATS = 9
 LEARNING_RATE = 0.03

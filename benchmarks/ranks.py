@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from cluster.partition import Partition
-from instdisc.bank import Bank, random_unit_rows
+from instdisc.model.bank import Bank, random_unit_rows
 from instdisc.objectives import (
     OBJECTIVES,
     InfoNCEConfig,
@@ -35,7 +35,7 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.trainer import evaluate
+from instdisc.training.trainer import evaluate
 
 WORLD_SIZES = (1, 2, 4)
 DIM, BATCH = 128, 256

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.instdisc.program import measured, snapshot_content
 from tests.ray_cluster import CHECKOUT, processes_of_this_block, wait_until
 

@@ -29,8 +29,8 @@ from cluster.launch import Worker
 from cluster.metrics import TRAINING, Metrics
 from cluster.phases import Phases
 from instdisc.plan import PlanConfig, report
-from instdisc.recipes import RECIPES
-from instdisc.trainer import Trainer
+from instdisc.settings.recipes import RECIPES
+from instdisc.training.trainer import Trainer
 
 WORLD_SIZES = (1, 2, 4)
 ROUNDS = 3

@@ -62,7 +62,7 @@ def choose_actors(config: ActorsConfig) -> WorkerGroup:
     """
     import ray
 
-    from cluster.room import is_granted
+    from cluster.capacity import is_granted
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     group = choose_group(

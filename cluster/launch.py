@@ -187,8 +187,8 @@ def launch(
             value = _run_here(function, payload, signals)
     else:
         with ray_session(), signals:
+            from cluster.capacity import live_nodes, settle_workers
             from cluster.ray_group import run_group  # which imports Ray
-            from cluster.room import live_nodes, settle_workers
 
             run = functools.partial(
                 run_group,

@@ -24,10 +24,10 @@ from ray.train.v2._internal.callbacks import BackendSetupCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
+from cluster.capacity import wait_for_room, watching_for_room
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture, raise_root_cause
 from cluster.launch import JOB_DIRECTORY, LaunchConfig, Worker
-from cluster.room import wait_for_room, watching_for_room
 from cluster.stopping import StopBoard, Stopped, StopSignals, StopWatch
 
 logger = logging.getLogger(__name__)

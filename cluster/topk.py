@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from cluster.actors import ActorsConfig, available_threads, choose_actors, connect, get, share_out
 from cluster.errors import ClusterError
-from cluster.kernels import BLOCK_ROWS, FaissKernel, Kernel, TorchKernel, from_keys
+from cluster.topk_kernels import BLOCK_ROWS, FaissKernel, Kernel, TorchKernel, from_keys
 
 if TYPE_CHECKING:
     from cluster.metrics import Metrics

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from cluster.errors import ClusterError, SnapshotError
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation import finetune, knn, linear, page, statistics, unseen
 from instdisc.evaluation.context import Evaluation, EvaluationConfig, Protocol
 from pipelines.errors import DataError

@@ -16,9 +16,9 @@ import tyro
 from torch import Tensor, nn
 
 from cluster.errors import ClusterError
-from instdisc.backbone import CIFAR_RESNETS, Embedder
-from instdisc.errors import ConfigError
-from instdisc.run_directory import RunDirectory, load_network, network_settings
+from instdisc.common.errors import ConfigError
+from instdisc.model.backbone import CIFAR_RESNETS, Embedder
+from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 
 Format = Literal["torchvision", "safetensors", "onnx"]
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -143,7 +143,7 @@ def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> 
     return "\n".join(
         [
             "from safetensors.torch import load_file",
-            "from instdisc.backbone import BackboneConfig, build_embedder",
+            "from instdisc.model.backbone import BackboneConfig, build_embedder",
             f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']})",
             f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
             "network.backbone.load_state_dict(load_file(FILE))",

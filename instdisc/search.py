@@ -19,7 +19,7 @@ from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
 from cluster.metrics import MetricsConfig
 from cluster.snapshots import SnapshotError
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.gallery import Thumbnails
 from instdisc.evaluation.images import embed

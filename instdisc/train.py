@@ -19,14 +19,14 @@ from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
-from instdisc.backbone import check_backbone
-from instdisc.config import RunConfig
-from instdisc.errors import ConfigError, NonFiniteError
+from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.evaluation.splits import choose_classes
-from instdisc.progress import ProgressBar
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory
-from instdisc.worker import train_on_worker
+from instdisc.model.backbone import check_backbone
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.recipes import RECIPES
+from instdisc.settings.run import RunConfig
+from instdisc.training.progress import ProgressBar
+from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.errors import DataError

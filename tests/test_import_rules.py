@@ -64,16 +64,16 @@ def test_file_imports_what_its_part_may(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("instdisc/trainer.py", "import ray"),
-        ("instdisc/trainer.py", "import torch.distributed as dist"),
-        ("instdisc/trainer.py", "from torch import distributed"),
-        ("instdisc/trainer.py", "import torch\ndef f(): torch.distributed.barrier()"),
-        ("instdisc/knn.py", "def f():\n    from ray.train import report"),
+        ("instdisc/training/trainer.py", "import ray"),
+        ("instdisc/training/trainer.py", "import torch.distributed as dist"),
+        ("instdisc/training/trainer.py", "from torch import distributed"),
+        ("instdisc/training/trainer.py", "import torch\ndef f(): torch.distributed.barrier()"),
+        ("instdisc/model/votes.py", "def f():\n    from ray.train import report"),
         ("instdisc/objectives/nce.py", "from tests.reference import nce"),
         ("pipelines/loader.py", "from nvidia import dali"),
         ("pipelines/order.py", "from cluster.exchange import Exchange"),
         ("cluster/topk.py", "import pipelines"),
-        ("cluster/topk.py", "if True:\n    from instdisc.bank import Bank"),
+        ("cluster/topk.py", "if True:\n    from instdisc.model.bank import Bank"),
     ],
 )
 def test_forbidden_import_is_found(file: str, source: str) -> None:
@@ -88,7 +88,7 @@ def test_forbidden_import_is_found(file: str, source: str) -> None:
         ("pipelines/dali.py", "from .errors import DataError"),
         ("instdisc/objectives/nce.py", "from ..backbone import Backbone\nfrom pipelines.order import Order"),
         (
-            "instdisc/trainer.py",
+            "instdisc/training/trainer.py",
             "import torch\nfrom torch.nn.parallel import DistributedDataParallel\nimport rayon",
         ),
     ],

@@ -20,11 +20,11 @@ from cluster.actors import ActorsConfig, connect, share_out
 from cluster.metrics import EVALUATION, Endpoint, Metrics, MetricsConfig, exported
 from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
 from cluster.topk import RowSource, TopK, read_rows
-from instdisc.backbone import Embedder
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import Queries, QueryConfig, leave_one_out, open_queries
-from instdisc.run_directory import RunDirectory, load_network, network_settings, write_json
+from instdisc.model.backbone import Embedder
+from instdisc.runs.run_directory import RunDirectory, load_network, network_settings, write_json
 from pipelines.augment import Augmentation
 from pipelines.loader import LoaderConfig
 from pipelines.manifest import Manifest
@@ -116,7 +116,7 @@ class Evaluation:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the network was built with: see `instdisc.run_directory.network_settings`."""
+        """What the network was built with: see `instdisc.runs.run_directory.network_settings`."""
         return network_settings(self.snapshot)
 
     @cached_property

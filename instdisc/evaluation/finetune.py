@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from instdisc.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.common.seeding import derive_seed
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.linear import top_k_accuracy
 from instdisc.evaluation.splits import class_balanced_rows
-from instdisc.optim import OptimizerConfig, build_optimizer, learning_rate
-from instdisc.seeding import derive_seed
+from instdisc.model.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.training.optim import OptimizerConfig, build_optimizer, learning_rate
 from pipelines.augment import Augmentation
 from pipelines.loader import LoaderConfig, open_loader
 from pipelines.manifest import Manifest

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instdisc.knn import ranks_of, weighted_votes
+from instdisc.model.votes import ranks_of, weighted_votes
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.features import stage_features, stage_names
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.splits import class_balanced_rows

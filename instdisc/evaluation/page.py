@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from instdisc.evaluation.gallery import Example, best_and_worst
 from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
-from instdisc.run_directory import read_lines, write_text
+from instdisc.runs.run_directory import read_lines, write_text
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation

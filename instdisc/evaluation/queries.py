@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cluster.arrays import is_array, open_array
 from cluster.errors import ClusterError
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.errors import DataError

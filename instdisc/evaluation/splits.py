@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from instdisc.errors import ConfigError
-from instdisc.seeding import derive_seed
+from instdisc.common.errors import ConfigError
+from instdisc.common.seeding import derive_seed
 
 _PARTS = ("all", "first-half", "second-half")
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.images import compute_device
 from pipelines.loader import open_loader
 from pipelines.order import Request

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.queries import open_labelled
 from instdisc.evaluation.splits import choose_classes
-from instdisc.knn import shard_top_k
+from instdisc.model.votes import shard_top_k
 from pipelines.manifest import Manifest
 
 if TYPE_CHECKING:

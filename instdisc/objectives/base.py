@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 
 MergeLogSums = Callable[[Tensor], Tensor]
 """From every rank's logarithms of sums, floating point (…, G), to the logarithms of the sums over all ranks, the same

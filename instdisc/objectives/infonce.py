@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
+from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
 from instdisc.objectives.base import MergeLogSums, Objective, Queries, weighted_rows
 from instdisc.objectives.softmax import SoftmaxConfig, softmax_terms

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.base import (
     MergeLogSums,
     Objective,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
 
 _BLOCK_ROWS = 4096

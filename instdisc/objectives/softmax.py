@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
 from instdisc.objectives.base import (
     MergeLogSums,

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
 
 # Above this probability, which one key has at most, `1 - P` as a difference could lose what is left for the others.

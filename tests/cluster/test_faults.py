@@ -13,9 +13,9 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group
 
+from cluster.capacity import can_grow
 from cluster.launch import ray_session
 from cluster.placement import WorkerGroup
-from cluster.room import can_grow
 from cluster.stopping import StopSignals
 from tests.cluster.counting import Count, counting_program, ray_node
 from tests.ray_cluster import CHECKOUT, RayCluster, ray_head, wait_until

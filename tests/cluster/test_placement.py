@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from cluster.capacity import groups_to_try, settle_workers
 from cluster.errors import ClusterError
 from cluster.launch import LaunchConfig
 from cluster.placement import (
@@ -13,7 +14,6 @@ from cluster.placement import (
     fitting_groups,
     require_room,
 )
-from cluster.room import groups_to_try, settle_workers
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]

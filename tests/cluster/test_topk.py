@@ -13,9 +13,9 @@ import pytest
 
 from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
-from cluster.kernels import FaissKernel, Kernel, TorchKernel, from_keys, to_keys
 from cluster.metrics import EVALUATION, Metrics
 from cluster.topk import TopK, cut, read_rows
+from cluster.topk_kernels import FaissKernel, Kernel, TorchKernel, from_keys, to_keys
 from tests.ray_cluster import RayCluster
 
 HERE = ActorsConfig(num_actors=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
 SHORT = ["--training.epochs", "1", "--data.root", "DATA"]

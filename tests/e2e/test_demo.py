@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 
 SMALL = [
     "--num-workers",

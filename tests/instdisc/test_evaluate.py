@@ -25,8 +25,8 @@ from instdisc.evaluation import knn
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.knn import knn_accuracies
 from instdisc.evaluation.queries import QueryConfig
-from instdisc.knn import ranks_of
-from instdisc.run_directory import NETWORK, RunDirectory, load_network
+from instdisc.model.votes import ranks_of
+from instdisc.runs.run_directory import NETWORK, RunDirectory, load_network
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
-from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.export import main
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import NETWORK
+from instdisc.model.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.runs.run_directory import NETWORK
+from instdisc.settings.recipes import RECIPES
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 
 from cluster.launch import Worker
 from instdisc import plan
-from instdisc.backbone import BackboneConfig
-from instdisc.config import BankConfig, DataConfig, RunConfig, TrainingConfig
+from instdisc.model.backbone import BackboneConfig
 from instdisc.objectives import (
     InfoNCEConfig,
     NCEConfig,
@@ -18,7 +17,8 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.trainer import Trainer
+from instdisc.settings.run import BankConfig, DataConfig, RunConfig, TrainingConfig
+from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from instdisc.bank import random_unit_rows
-from instdisc.run_directory import RunDirectory
+from instdisc.model.bank import random_unit_rows
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import main
 from pipelines.manifest import Manifest
 from tests.instdisc.program import (

@@ -10,8 +10,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from torch.nn import functional as F
 
-from instdisc.backbone import BackboneConfig, build_embedder
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.features import pooled, stage_features, stage_names
 from instdisc.evaluation.linear import (
     CLASSIFIERS,
@@ -23,6 +22,7 @@ from instdisc.evaluation.linear import (
     squared_hinge,
     top_k_accuracy,
 )
+from instdisc.model.backbone import BackboneConfig, build_embedder
 
 
 def clouds(count: int, spread: float, classes: int = 4, seed: int = 0) -> Split:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from instdisc.backbone import BackboneConfig
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation import finetune, linear, statistics, unseen
 from instdisc.evaluation.context import Evaluation, EvaluationConfig
 from instdisc.evaluation.queries import QueryConfig
+from instdisc.model.backbone import BackboneConfig
 from tests.instdisc.program import BLUE, RED, solid
 
 QUICK = linear.LinearConfig(max_dims=64, regularisations=(1.0, 0.1), iterations=50)
