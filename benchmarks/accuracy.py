@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instdisc.objectives import (
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ObjectiveConfig,
@@ -25,7 +26,6 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.run import RunConfig
 from instdisc.train import train
@@ -72,7 +72,7 @@ def configured(name: str, epochs: int, seed: int, directory: Path) -> RunConfig:
         optimizer=optimizer,
         bank=dataclasses.replace(base.bank, momentum=changes.get("bank_momentum", base.bank.momentum)),
         training=dataclasses.replace(base.training, epochs=epochs, seed=seed),
-        probe=dataclasses.replace(base.probe, every=0),
+        knn=dataclasses.replace(base.knn, every=0),
         launch=dataclasses.replace(base.launch, num_workers=0),
         metrics=dataclasses.replace(base.metrics, port=0),
         run_dir=directory,

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import (
-    OBJECTIVES,
+from instdisc.objectives import OBJECTIVES
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ObjectiveConfig,
@@ -35,7 +36,6 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.training.trainer import evaluate
 
 WORLD_SIZES = (1, 2, 4)
 DIM, BATCH = 128, 256
@@ -75,7 +75,7 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     mine = slice(rank * local, (rank + 1) * local)
     own = embeddings[:, mine].flatten(0, 1)
     draws = torch.Generator().manual_seed(rank)
-    result, all_ids = evaluate(objective, bank, exchange, own, ids[mine].repeat(views), draws)
+    result, all_ids = loss_and_gradient(objective, bank, exchange, own, ids[mine].repeat(views), draws)
     # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound, a stop.
     exchange.sum(torch.zeros(len(result.sums) + 3 + world_size, dtype=torch.float64))
     held = bank.rows.numel() * bank.rows.element_size()

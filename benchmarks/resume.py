@@ -27,7 +27,7 @@ from tests.instdisc.program import measured, snapshot_content
 from tests.ray_cluster import CHECKOUT, processes_of_this_block, wait_until
 
 OPTIONS = ["--training.log-every", "1", "--snapshots.every-steps", "5", "--snapshots.keep", "2"]
-OPTIONS += ["--probe.every", "0", "--metrics.port", "0"]
+OPTIONS += ["--knn.every", "0", "--metrics.port", "0"]
 STEPS_PER_EPOCH = 39
 
 

@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.launch import Worker
-from cluster.metrics import TRAINING, Metrics
+from cluster.group import Worker
+from cluster.metrics import Metrics
 from cluster.phases import Phases
+from instdisc.common.metrics import TRAINING
 from instdisc.plan import PlanConfig, report
 from instdisc.settings.recipes import RECIPES
 from instdisc.training.trainer import Trainer

@@ -17,7 +17,6 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.errors import ClusterError
-from cluster.launch import LaunchConfig
 from cluster.placement import (
     Node,
     WorkerGroup,
@@ -27,6 +26,7 @@ from cluster.placement import (
     fitting_groups,
     require_room,
 )
+from cluster.settings import LaunchConfig
 from cluster.stopping import draining_nodes
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ BLOCK_ROWS = 1024
 NO_ROW = np.uint64(2**64 - 1)
 """The key of no row; behind all others."""
 _SLICE = 8 * BLOCK_ROWS  # rows whose scores are all kept at a time where ties make that necessary
-_SPARE = 8  # neighbours beyond k, so that rounding to equal scores at the end rarely costs a second search
+_SPARE = 8  # neighbors beyond k, so that rounding to equal scores at the end rarely costs a second search
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -54,7 +54,7 @@ def from_keys(keys: Keys) -> tuple[Floats, npt.NDArray[np.int64]]:
     return np.where(none, np.float32(-np.inf), scores), np.where(none, -1, rows)
 
 
-class Kernel(ABC):
+class TopKKernel(ABC):
     """Rows held by one process, and the search among them.
 
     Args:
@@ -131,7 +131,7 @@ class Kernel(ABC):
         """Scores and positions of rows first … last - 1 in any order, (Q, last - first)."""
 
 
-class FaissKernel(Kernel):
+class FaissKernel(TopKKernel):
     """On the CPU, with one chunk of queries per thread."""
 
     chunk = 256
@@ -166,10 +166,10 @@ class FaissKernel(Kernel):
         return scores, positions + first
 
 
-class TorchKernel(Kernel):
+class TorchKernel(TopKKernel):
     """On a GPU: a half-precision product finds candidates, float32 ranks them.
 
-    Neighbouring rows form groups of 32. Of every group only the largest score is kept; the best rows are in the groups
+    Neighboring rows form groups of 32. Of every group only the largest score is kept; the best rows are in the groups
     with the largest of these, so that the selection reads a 32nd of the scores.
     """
 
@@ -246,7 +246,7 @@ class TorchKernel(Kernel):
     def _products(
         self, queries_cD: torch.Tensor, rows_SD: torch.Tensor, positions_cR: torch.Tensor
     ) -> torch.Tensor:
-        """Inner products of every query with its own rows, one by one, so that none depends on its neighbours."""
+        """Inner products of every query with its own rows, one by one, so that none depends on its neighbors."""
         import torch
 
         step = max(1, self._MOST_PRODUCTS // (positions_cR.shape[1] * queries_cD.shape[1]))

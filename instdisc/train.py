@@ -19,8 +19,8 @@ from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
+from instdisc.common.classes import choose_classes
 from instdisc.common.errors import ConfigError, NonFiniteError
-from instdisc.evaluation.splits import choose_classes
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.recipes import RECIPES
@@ -177,9 +177,9 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         pieces = num_workers * config.training.accumulation
         return batch_size % pieces == 0 and num_workers <= Partition(len(train_images), 1).num_blocks
 
-    followed = run.metrics if goes_on else run.next.metrics
+    followed = run.journal if goes_on else run.next.journal
     try:
-        with ProgressBar(followed, run.metrics):
+        with ProgressBar(followed, run.journal):
             return launch(
                 train_on_worker,
                 (recipe, config, run),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.augment import Augmentation
-from pipelines.loader import LoaderConfig, open_loader
+from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+from pipelines.settings import LoaderConfig
 
 _BATCH = 256
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torchvision
@@ -12,23 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from instdisc.common.errors import ConfigError
+from instdisc.settings.model import BackboneConfig
 
 _SMALL_IMAGE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """The network from pixels to embeddings."""
-
-    name: str = "resnet50"
-    """A torchvision classification network (resnet18, resnet50, alexnet, vgg16_bn, googlenet, …), or resnet8, resnet20,
-    resnet32: the CIFAR ResNets of He et al. 2016 with 16, 32 and 64 channels."""
-    embedding_dim: int = 128
-    """D, entries of an embedding."""
-
-    def __post_init__(self) -> None:
-        if self.embedding_dim < 2:
-            raise ValueError(f"embedding_dim is {self.embedding_dim}, it must be at least 2: 128 is usual")
 
 
 class Embedder(nn.Module):

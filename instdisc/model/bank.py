@@ -42,7 +42,7 @@ def random_unit_rows(
     return rows
 
 
-def check_room(
+def check_memory(
     num_rows: int, dim: int, dtype: torch.dtype, device: torch.device, sharing: int, copies: int
 ) -> None:
     """Refuse a shard that the device cannot hold or compute with, before anything of its size is made.

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al. 2018, section 3.4), on local tensors."""
+"""Weighted k-nearest-neighbor classification (Wu et al. 2018, section 3.4), on local tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def shard_top_k(
     Args:
         queries_GD: (G, D).
         rows_SD: (S, D).
-        k: Neighbours per query, at least 1.
+        k: Neighbors per query, at least 1.
         excluded_G: int64 (G,), position of a row that does not count for the query, negative for none.
 
     Returns:
@@ -41,13 +41,13 @@ def shard_top_k(
 def weighted_votes(
     similarities_BK: Tensor, labels_BK: Tensor, num_classes: int, *, temperature: float
 ) -> Tensor:
-    """Votes for every class: each neighbour gives its class `exp(similarity / τ)`.
+    """Votes for every class: each neighbor gives its class `exp(similarity / τ)`.
 
-    Votes are relative to the nearest neighbour's, so that no temperature overflows; the order of classes is the same.
+    Votes are relative to the nearest neighbor's, so that no temperature overflows; the order of classes is the same.
 
     Args:
-        similarities_BK: float32 (B, K), minus infinity for no neighbour.
-        labels_BK: int64 (B, K), negative where the neighbour has no label; it then gives no vote.
+        similarities_BK: float32 (B, K), minus infinity for no neighbor.
+        labels_BK: int64 (B, K), negative where the neighbor has no label; it then gives no vote.
         num_classes: C.
         temperature: τ, above 0.
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from instdisc.objectives.base import MergeLogSums, Objective, Queries, Result
-from instdisc.objectives.infonce import InfoNCE, InfoNCEConfig
-from instdisc.objectives.nce import NCE, NCEConfig
-from instdisc.objectives.parametric import ParametricSoftmax, ParametricSoftmaxConfig
-from instdisc.objectives.softmax import Softmax, SoftmaxConfig
-from instdisc.objectives.spreading import Spreading, SpreadingConfig
-
-ObjectiveConfig = NCEConfig | SoftmaxConfig | InfoNCEConfig | ParametricSoftmaxConfig | SpreadingConfig
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective, Result
+from instdisc.objectives.infonce import InfoNCE
+from instdisc.objectives.nce import NCE
+from instdisc.objectives.parametric import ParametricSoftmax
+from instdisc.objectives.softmax import Softmax
+from instdisc.objectives.spreading import Spreading
+from instdisc.settings.objectives import (
+    InfoNCEConfig,
+    NCEConfig,
+    ObjectiveConfig,
+    ParametricSoftmaxConfig,
+    SoftmaxConfig,
+    SpreadingConfig,
+)
 
 OBJECTIVES: dict[type[ObjectiveConfig], type[Objective]] = {
     NCEConfig: NCE,
@@ -22,6 +28,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], type[Objective]] = {
 __all__ = [
     "NCE",
     "OBJECTIVES",
+    "BatchQueries",
     "InfoNCE",
     "InfoNCEConfig",
     "MergeLogSums",
@@ -30,7 +37,6 @@ __all__ = [
     "ObjectiveConfig",
     "ParametricSoftmax",
     "ParametricSoftmaxConfig",
-    "Queries",
     "Result",
     "Softmax",
     "SoftmaxConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ MergeLogSums = Callable[[Tensor], Tensor]
 on all of them."""
 
 
-class Queries(NamedTuple):
+class BatchQueries(NamedTuple):
     """The embeddings of all ranks: rank by rank, and of every rank its first views, then its second views.
 
     Attributes:
@@ -73,7 +72,7 @@ class Objective(ABC):
 
     @abstractmethod
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """The owner's part for the queries of all ranks.
 
@@ -106,7 +105,7 @@ class Objective(ABC):
 
         Args:
             learning_rate: The rate of this step.
-            num_queries: Queries of all ranks and parts; the loss is their mean.
+            num_queries: BatchQueries of all ranks and parts; the loss is their mean.
         """
 
     def tables(self) -> dict[str, Tensor]:
@@ -138,23 +137,3 @@ def weighted_rows(weights_GK: Tensor, rows_GKD: Tensor) -> Tensor:
     unit_G1 = weights_GK.amax(dim=1, keepdim=True).clamp_min(tiny) * max(1, weights_GK.shape[1] / 2**15)
     summed_G1D = torch.matmul((weights_GK / unit_G1)[:, None].to(rows_GKD.dtype), rows_GKD)
     return summed_G1D[:, 0].float() * unit_G1
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a τ that exponentials of `similarity/τ` cannot bear.
-
-    Raises:
-        ValueError: τ is below 0.005 or not a number.
-    """
-    if not 0.005 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, it must be at least 0.005: 0.07 to 0.2 are usual")
-
-
-def check_proximal_weight(weight: float) -> None:
-    """Refuse a negative λ.
-
-    Raises:
-        ValueError: λ is below 0 or not a number.
-    """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"proximal_weight is {weight}, it must be 0 or above")

@@ -20,7 +20,8 @@ from safetensors.torch import load
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
-from instdisc.model.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
 from instdisc.common.errors import ConfigError
 from pipelines.manifest import Manifest
@@ -66,7 +67,7 @@ class RunDirectory:
         self.path = path.absolute()
         self.manifest = self.path / "manifest"
         self.test_manifest = self.path / "test_manifest"
-        self.metrics = self.path / "metrics.jsonl"
+        self.journal = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
         self.snapshots = self.path / "snapshots"
         self.summary = self.path / "summary.json"
@@ -178,8 +179,16 @@ class RunDirectory:
             given.save_root(place)
 
     def _owned(self) -> list[Path]:
-        """The files of a run, the configuration last."""
-        return [owned for name, owned in vars(self).items() if name != "path"]
+        """The files of a run, which `begin` replaces; the configuration last, by which a run counts as begun."""
+        return [
+            self.manifest,
+            self.test_manifest,
+            self.journal,
+            self.corrupt_images,
+            self.snapshots,
+            self.summary,
+            self.config,
+        ]
 
     def prepare(self, recipe: str, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
         """Write what is known before training into `next`, empty metrics file included.
@@ -195,7 +204,7 @@ class RunDirectory:
             train.save(following.manifest)
             if test is not None:
                 test.save(following.test_manifest)
-            following.metrics.touch()
+            following.journal.touch()
             for manifest in (train,) if test is None else (train, test):
                 for image in manifest.rejected:
                     following.add_corrupt_image(manifest, image.name, image.reason)
@@ -232,25 +241,25 @@ class RunDirectory:
         test = next((each.test_manifest for each in places if each.test_manifest.exists()), None)
         return next(each.manifest for each in places if each.manifest.exists()), test
 
-    def rewind_metrics(self, step: int, steps_per_epoch: int) -> None:
+    def rewind_journal(self, step: int, steps_per_epoch: int) -> None:
         """Drop the lines of steps after `step`, which will be written again."""
         kept = [
             line
-            for line in self.metrics.read_text().splitlines(keepends=True)
+            for line in self.journal.read_text().splitlines(keepends=True)
             if _step_of(line, steps_per_epoch) <= step
         ]
-        write_text(self.metrics, "".join(kept))
+        write_text(self.journal, "".join(kept))
 
     def baselines(self) -> dict[str, float | None]:
         """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
-        for row in read_lines(self.metrics):
+        for row in read_lines(self.journal):
             if row["kind"] == "baselines":
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
 
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
-        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.metrics))
+        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""

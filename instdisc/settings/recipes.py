@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from instdisc.model.backbone import BackboneConfig
-from instdisc.objectives import (
+from instdisc.settings.model import BackboneConfig
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ParametricSoftmaxConfig,
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.settings.run import DataConfig, ProbeConfig, RunConfig, TrainingConfig
-from instdisc.training.optim import OptimizerConfig
+from instdisc.settings.optimizer import OptimizerConfig
+from instdisc.settings.run import DataConfig, KnnMonitorConfig, RunConfig, TrainingConfig
 from pipelines.augment import Augmentation
 
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
                 learning_rate=0.06, schedule="cosine", warmup_epochs=3, weight_decay=5e-4
             ),
             training=TrainingConfig(epochs=46, batch_size=128),
-            probe=ProbeConfig(every=10),
+            knn=KnnMonitorConfig(every=10),
         ),
     ),
     "cifar10-npid": Recipe(
@@ -103,10 +103,10 @@ RECIPES: dict[str, Recipe] = {
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the settings of Wu et al. 2018: 200 epochs, "
         "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160; but Z is followed "
         "all along, there is no proximal term, and the bank's momentum of 0.5 is that of their code. Its README "
-        "reports 46.8% nearest-neighbour top-1 (cited, not measured here).",
+        "reports 46.8% nearest-neighbor top-1 (cited, not measured here).",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
-            probe=ProbeConfig(every=20, baselines=False),
+            knn=KnnMonitorConfig(every=20, baselines=False),
         ),
     ),
     "imagenet-resnet50-infonce": Recipe(
@@ -116,7 +116,7 @@ RECIPES: dict[str, Recipe] = {
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             objective=InfoNCEConfig(),
-            probe=ProbeConfig(every=20, baselines=False),
+            knn=KnnMonitorConfig(every=20, baselines=False),
         ),
     ),
     "imagenet-resnet50-softmax": Recipe(
@@ -125,7 +125,7 @@ RECIPES: dict[str, Recipe] = {
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
             objective=SoftmaxConfig(),
-            probe=ProbeConfig(every=20, baselines=False),
+            knn=KnnMonitorConfig(every=20, baselines=False),
         ),
     ),
 }

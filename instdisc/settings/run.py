@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cluster.launch import LaunchConfig
-from cluster.metrics import MetricsConfig
-from instdisc.model.backbone import BackboneConfig
-from instdisc.objectives import NCEConfig, ObjectiveConfig
-from instdisc.training.optim import OptimizerConfig
+from cluster.settings import LaunchConfig, MetricsConfig
+from instdisc.settings.model import BackboneConfig, BankConfig
+from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
+from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
-from pipelines.loader import LoaderConfig
+from pipelines.settings import LoaderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +38,6 @@ class DataConfig:
     verify: bool = False
     """Decode every image before training and leave out the broken ones. Without it a broken image is found when its
     turn comes, named, and given no weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BankConfig:
-    """The memory bank."""
-
-    momentum: float = 0.5
-    """Weight of the old row in an update, 0 to below 1; 0 replaces the row, as in Wu et al. 2018, 0.5 is their public
-    code."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the rows and of the queries sent to them; half precision halves the memory of the bank."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"bank momentum is {self.momentum}, it must be in [0, 1): 0.5 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +69,12 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class KnnMonitorConfig:
     """Weighted kNN accuracy while training."""
 
     every: int = 10
     """Epochs between two measurements; the last epoch is always measured. 0: at the end only."""
-    neighbours: int = 200
+    k: int = 200
     """k."""
     temperature: float = 0.07
     """τ of the vote."""
@@ -98,9 +82,9 @@ class ProbeConfig:
     """Measure raw pixels and the untrained network too: one more pass over the images."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.neighbours < 1 or not self.temperature > 0:
+        if self.every < 0 or self.k < 1 or not self.temperature > 0:
             raise ValueError(
-                f"probe every is {self.every}, neighbours {self.neighbours}, temperature {self.temperature}: "
+                f"knn every is {self.every}, k {self.k}, temperature {self.temperature}: "
                 "they must be at least 0, at least 1 and above 0"
             )
 
@@ -135,7 +119,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=NCEConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    knn: KnnMonitorConfig = field(default_factory=KnnMonitorConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
@@ -152,7 +136,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: not how and where the run is carried out or where its images are."""
-        practical = ("data", "probe", "snapshots", "loader", "launch", "metrics", "run_dir", "overwrite")
+        practical = ("data", "knn", "snapshots", "loader", "launch", "metrics", "run_dir", "overwrite")
         settings = self.settings()
         for name in ("log_every", "compile"):
             del settings["training"][name]

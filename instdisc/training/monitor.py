@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from cluster.partition import Partition
+from instdisc.common.classes import match_classes
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.queries import match_classes
 from instdisc.model.votes import shard_top_k, weighted_votes
-from instdisc.settings.run import ProbeConfig
+from instdisc.settings.run import KnnMonitorConfig
 from instdisc.training.trainer import Trainer
 from pipelines.loader import Batch, open_loader
 from pipelines.manifest import Manifest
@@ -45,7 +45,7 @@ def raw_pixels(images: Tensor) -> Tensor:
     return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
 
 
-class Probe:
+class KnnMonitor:
     """Measures kNN accuracy of any embedding of the training images on this rank's share of the queries.
 
     Queries are the labelled test images, or, without a test set, up to 10,000 labelled training images, each classified
@@ -118,7 +118,7 @@ class Probe:
             name: knn_top1(
                 trainer.exchange,
                 trainer.partition,
-                trainer.config.probe,
+                trainer.config.knn,
                 (query, labels),
                 own_rows,
                 (rows, rows_labels),
@@ -189,7 +189,7 @@ def embed_rows(
 def knn_top1(
     exchange: Exchange,
     partition: Partition,
-    config: ProbeConfig,
+    config: KnnMonitorConfig,
     queries: tuple[Tensor, Tensor],
     self_rows: Tensor | None,
     shard: tuple[Tensor, Tensor],
@@ -213,7 +213,7 @@ def knn_top1(
     (embeddings_QD, labels_Q), (rows_SD, row_labels_S) = queries, shard
     device = rows_SD.device
     most = int(exchange.maximum(torch.tensor(len(labels_Q), device=device)))
-    neighbours = min(config.neighbours, partition.num_rows)
+    neighbors = min(config.k, partition.num_rows)
     start = partition.start(exchange.rank)
     padding = most - len(labels_Q)
     embeddings_QD = F.pad(embeddings_QD, (0, 0, 0, padding))
@@ -224,11 +224,11 @@ def knn_top1(
     for first in range(0, most, _QUERIES_AT_A_TIME):
         chosen = slice(first, first + _QUERIES_AT_A_TIME)
         queries_GD, self_G = exchange.gather(embeddings_QD[chosen].to(rows_SD.dtype), self_Q[chosen])
-        scores_GK, positions_GK = shard_top_k(queries_GD, rows_SD, neighbours, excluded_G=self_G - start)
+        scores_GK, positions_GK = shard_top_k(queries_GD, rows_SD, neighbors, excluded_G=self_G - start)
         labels_GK = torch.where(positions_GK >= 0, row_labels_S[positions_GK.clamp(min=0)], -1)
         parts_WBK2 = exchange.to_askers(torch.stack([scores_GK, labels_GK.float()], dim=-1))
         merged_BK2 = parts_WBK2.transpose(0, 1).flatten(1, 2)
-        best_BK, order_BK = merged_BK2[..., 0].topk(neighbours, dim=1)
+        best_BK, order_BK = merged_BK2[..., 0].topk(neighbors, dim=1)
         votes_BC = weighted_votes(
             best_BK,
             merged_BK2[..., 1].gather(1, order_BK).long(),

@@ -38,7 +38,7 @@ _ROWS_READ_AT_A_TIME = 1 << 18
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far training is, beside what the trainer knows.
 
     Attributes:
@@ -50,7 +50,7 @@ class Progress:
     means: dict[str, float] = field(default_factory=dict)
 
 
-class Checkpoints:
+class RunSnapshots:
     """Saves this rank's part of a run, and restores it.
 
     Args:
@@ -83,7 +83,7 @@ class Checkpoints:
         }
         self.committed_step, self.committed_time = 0, time.time()
 
-    def restore(self) -> Progress | None:
+    def restore(self) -> TrainingProgress | None:
         """Put the trainer where the newest snapshot stands; None if there is none.
 
         Raises:
@@ -93,7 +93,7 @@ class Checkpoints:
         Collectives: one all-reduce; every rank must call.
         """
         trainer = self._trainer
-        newest = (newest_step(self._url) if trainer.worker.is_first else 0) or 0
+        newest = (newest_step(self._url) if trainer.worker.is_rank_zero else 0) or 0
         step = int(trainer.exchange.sum(torch.tensor(newest, device=trainer.worker.device)))
         if not step:
             return None
@@ -105,7 +105,7 @@ class Checkpoints:
                 "command again"
             ) from error
 
-    def _restore(self, snapshot: Snapshot) -> Progress:
+    def _restore(self, snapshot: Snapshot) -> TrainingProgress:
         trainer, noted = self._trainer, snapshot.attributes
         self._check(noted)
         start, stop = trainer.bank.start, trainer.bank.stop
@@ -121,7 +121,7 @@ class Checkpoints:
         trainer.objective.load_state_dict(noted["objective"])
         trainer.steps = self.committed_step = snapshot.step
         self.committed_time = snapshot.time
-        return Progress(noted["train_seconds"], noted["means"])
+        return TrainingProgress(noted["train_seconds"], noted["means"])
 
     def _check(self, noted: dict[str, Any]) -> None:
         """Refuse a snapshot that is not of this run."""
@@ -145,7 +145,7 @@ class Checkpoints:
             "run_id": self._run_id,
         }
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: TrainingProgress) -> None:
         """Copy this rank's part and start writing it; returns while it is being written.
 
         Where the last one is still being written on some rank, this one is left out.
@@ -154,13 +154,13 @@ class Checkpoints:
         """
         trainer, config = self._trainer, self._config
         if self._busy():
-            if trainer.worker.is_first:
+            if trainer.worker.is_rank_zero:
                 logger.warning("no snapshot of step %d: the last one is still being written", trainer.steps)
             return
         statistics = trainer.buffers()
         averaged = trainer.averaged_buffers()
         files = {_statistics(trainer.worker.rank): save(statistics)}
-        if trainer.worker.is_first:
+        if trainer.worker.is_rank_zero:
             files[NETWORK] = save(_on_cpu(trainer.embedder.backbone.state_dict()) | averaged)
             files[_OPTIMIZER] = save(_optimizer_tensors(trainer.optimizer))
         settings = config.settings()
@@ -195,7 +195,7 @@ class Checkpoints:
         Collectives: one all-reduce; every rank must call.
         """
         # The first rank alone knows: the others only of their own part.
-        saved = self._trainer.worker.is_first and self.committed_step == self._trainer.steps > 0
+        saved = self._trainer.worker.is_rank_zero and self.committed_step == self._trainer.steps > 0
         flag = torch.tensor(float(saved), device=self._trainer.worker.device)
         return bool(self._trainer.exchange.sum(flag) > 0)
 

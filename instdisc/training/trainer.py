@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.exchange import Exchange
-from cluster.launch import Worker
+from cluster.group import Worker
 from cluster.partition import Partition
 from cluster.phases import Phases
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
 from instdisc.model.backbone import build_embedder
-from instdisc.model.bank import Bank, check_room, random_unit_rows
-from instdisc.objectives import OBJECTIVES, Objective, Queries, Result
+from instdisc.model.bank import Bank, check_memory, random_unit_rows
+from instdisc.objectives import OBJECTIVES, Result
+from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
 from instdisc.training.optim import build_optimizer
 
@@ -80,7 +81,7 @@ class Trainer:
                 f"{objective.__name__} tells the images of a batch apart, of which there is 1: set "
                 "--training.batch-size to 2 or more, 128 is usual"
             )
-        check_room(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
         self.bank = Bank(rows, start)
@@ -179,7 +180,7 @@ class Trainer:
                     embeddings_QD = self._network(images_QCHW)
                 detached_QD = embeddings_QD.detach()
                 with self.phases("objective"):
-                    result, ids_G = evaluate(
+                    result, ids_G = loss_and_gradient(
                         self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
                     )
                 result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
@@ -256,51 +257,9 @@ class Trainer:
         return contextlib.nullcontext()
 
 
-def evaluate(
-    objective: Objective,
-    bank: Bank,
-    exchange: Exchange,
-    embeddings_QD: Tensor,
-    instance_ids_Q: Tensor,
-    generator: torch.Generator,
-) -> tuple[Result, Tensor]:
-    """Queries to all owners, their parts back.
-
-    Args:
-        objective: With its state.
-        bank: This rank's rows.
-        exchange: Of the ranks.
-        embeddings_QD: float32 (Q, D), unit rows, first all first views, then all second ones.
-        instance_ids_Q: int64 (Q,), -1 for none.
-        generator: For what the objective draws.
-
-    Returns:
-        Loss and gradient of this rank's embeddings, and the ids of all ranks, int64 (G,).
-
-    Collectives: all-gather, all-to-all, and those of `Exchange.log_sum_exp` as the objective needs; every rank must
-    call.
-    """
-    queries_GD, ids_G = exchange.gather(embeddings_QD.to(bank.rows.dtype), instance_ids_Q)
-    local = slice(exchange.rank * len(embeddings_QD), (exchange.rank + 1) * len(embeddings_QD))
-    queries = Queries(queries_GD, ids_G, objective.views, local)
-    terms_GC = objective.shard_terms(queries, bank, generator, exchange.log_sum_exp)
-    result = objective.merge(exchange.to_askers(terms_GC), instance_ids_Q)
-    result.sums["negative_similarity"] = _similarity_to_others(queries)
-    return result, ids_G
-
-
 def _note_norms(norms: list[Tensor], backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
     """Keep in `norms` the lengths (Q,) of the embeddings before they are made unit."""
     norms[:] = [outputs.detach().float().norm(dim=1)]
-
-
-def _similarity_to_others(queries: Queries) -> Tensor:
-    """Mean cosine similarity to the embeddings of other images of the global batch, summed over this rank's own."""
-    present_G = queries.instance_ids_G >= 0
-    embeddings_GD = queries.embeddings_GD.double() * present_G[:, None]
-    images_BD = embeddings_GD[queries.local].view(queries.views, -1, embeddings_GD.shape[1]).sum(dim=0)
-    others = (present_G.sum() - queries.views).clamp(min=1)
-    return (images_BD.sum(dim=0) @ embeddings_GD.sum(dim=0) - images_BD.square().sum()) / others
 
 
 class _Observed(NamedTuple):

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from cluster.errors import SnapshotError
-from cluster.launch import Worker
-from cluster.metrics import TRAINING, Endpoint, Metrics, exported
+from cluster.group import Worker
+from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import take_over
 from cluster.stopping import Stopped
 from instdisc.common.errors import NonFiniteError
+from instdisc.common.metrics import TRAINING
 from instdisc.runs.run_directory import RunDirectory, append_line, write_json
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import Probe, raw_pixels
+from instdisc.training.monitor import KnnMonitor, raw_pixels
 from instdisc.training.optim import learning_rate
-from instdisc.training.saving import Checkpoints, Progress
+from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer, training_dtype
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
@@ -51,9 +52,9 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     """
     recipe, config, run = job
     metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
-    if worker.is_first:
+    if worker.is_rank_zero:
         metrics.add(
-            "restarts_total", worker.losses
+            "restarts_total", worker.restarts
         )  # before anybody can read it: a counter must not rise from 0
     with exported(
         metrics,
@@ -63,7 +64,7 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
         directory=run.targets,
     ) as endpoint:
         try:
-            result = _Run(worker, recipe, config, run, metrics).complete()
+            result = TrainingRun(worker, recipe, config, run, metrics).complete()
         except (NonFiniteError, SnapshotError):
             _let_read(endpoint)
             raise
@@ -77,7 +78,7 @@ def _let_read(endpoint: Endpoint | None) -> None:
         endpoint.wait_until_read()
 
 
-class _Run:
+class TrainingRun:
     """One rank's part of one run."""
 
     def __init__(
@@ -93,7 +94,7 @@ class _Run:
         if test is not None and config.data.classes is not None:
             test = test.of_classes(self.manifest.class_names)
         self.trainer = Trainer(worker, config, len(self.manifest))
-        self.probe = Probe(self.trainer, self.manifest, test, self._on_corrupt)
+        self.monitor = KnnMonitor(self.trainer, self.manifest, test, self._on_corrupt)
         self.order = Order(
             num_instances=len(self.manifest),
             global_batch=config.training.batch_size,
@@ -117,23 +118,23 @@ class _Run:
     def complete(self) -> dict[str, Any] | Stopped:
         """Start or go on, train, last measurements, last snapshot."""
         self.trainer.exchange.barrier()
-        if self.worker.is_first and self.is_new:
+        if self.worker.is_rank_zero and self.is_new:
             take_over(self.url, self.run.next.settings()["run_id"])
             self.run.begin()
         self.trainer.exchange.barrier()
         run_id = self.run.settings().get("run_id")
-        self.checkpoints = Checkpoints(self.trainer, self.manifest, self.config, self.url, run_id)
+        self.snapshots = RunSnapshots(self.trainer, self.manifest, self.config, self.url, run_id)
         try:
             return self._complete()
         finally:
-            self.checkpoints.abandon()
+            self.snapshots.abandon()
 
     def _complete(self) -> dict[str, Any] | Stopped:
-        progress = self.checkpoints.restore()
+        progress = self.snapshots.restore()
         self.clock = Clock(progress.train_seconds if progress else 0.0)
         self.means = progress.means if progress else {}
-        if self.worker.is_first:
-            self.metrics.set(snapshot_timestamp_seconds=self.checkpoints.committed_time)
+        if self.worker.is_rank_zero:
+            self.metrics.set(snapshot_timestamp_seconds=self.snapshots.committed_time)
         self._announce(resumed=progress is not None)
         try:
             reason = self._train()
@@ -151,21 +152,21 @@ class _Run:
 
     def _announce(self, *, resumed: bool) -> None:
         """Say where training starts, and measure the baselines if that is the beginning."""
-        if self.worker.is_first and not self.is_new:
-            self.run.rewind_metrics(self.trainer.steps, self.order.steps_per_epoch)
+        if self.worker.is_rank_zero and not self.is_new:
+            self.run.rewind_journal(self.trainer.steps, self.order.steps_per_epoch)
             where = (
                 f"from the snapshot of step {self.trainer.steps}"
                 if resumed
                 else "from the beginning: no snapshot"
             )
             self._say(f"going on {where}, {self.worker.world_size} worker(s)")
-        if not self.probe.possible:
+        if not self.monitor.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
-        if self.config.probe.baselines and self.probe.possible and not resumed:
+        if self.config.knn.baselines and self.monitor.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
-            values = self.probe.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
-            if self.worker.is_first and not self.run.baselines():
-                append_line(self.run.metrics, {"kind": "baselines", **values})
+            values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
+            if self.worker.is_rank_zero and not self.run.baselines():
+                append_line(self.run.journal, {"kind": "baselines", **values})
         self._measure_if_due()  # where the run ended between a snapshot and the measurement that followed
 
     def _train(self) -> str | None:
@@ -188,7 +189,7 @@ class _Run:
                 rate = learning_rate(
                     self.config.optimizer, self.trainer.steps / steps_per_epoch, training.epochs
                 )
-                reason = self.worker.stop_requested() if self.worker.is_first else None
+                reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
                 self.means = self.trainer.step(
                     batch.images, batch.instance_ids, rate, stop=reason is not None
                 )
@@ -196,16 +197,16 @@ class _Run:
                 self._record(seconds, rate)
                 if done % training.log_every == 0 or done in (1, self.total_steps):
                     self._log(rate)
-                self._report(self.checkpoints.poll())
+                self._report(self.snapshots.poll())
                 if self.trainer.stop_agreed and done < self.total_steps:
                     return reason or "another rank"
                 if done % self.config.snapshots.every_steps == 0 and done < self.total_steps:
-                    self.checkpoints.save(self._progress())
+                    self.snapshots.save(self._progress())
                 self._measure_if_due()
         return None
 
-    def _progress(self) -> Progress:
-        return Progress(self.clock.train_seconds, self.means)
+    def _progress(self) -> TrainingProgress:
+        return TrainingProgress(self.clock.train_seconds, self.means)
 
     def _save_now(self) -> None:
         """Save where training stands and wait until it is committed.
@@ -215,13 +216,13 @@ class _Run:
         Raises:
             SnapshotError: On the first rank, if it could not be written.
         """
-        self._report(self.checkpoints.wait())
-        if self.checkpoints.is_saved():
+        self._report(self.snapshots.wait())
+        if self.snapshots.is_saved():
             return
-        self.checkpoints.save(self._progress())
-        reports = self.checkpoints.wait()
+        self.snapshots.save(self._progress())
+        reports = self.snapshots.wait()
         self._report(reports)
-        if self.worker.is_first and reports[-1].error:
+        if self.worker.is_rank_zero and reports[-1].error:
             raise SnapshotError(
                 f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
                 f"in {self.url} and run the same command again, which goes on from the one before"
@@ -238,28 +239,28 @@ class _Run:
                 )
                 continue
             self.metrics.observe("snapshot_seconds", report.seconds)
-            if self.worker.is_first:  # others only know of their own part
+            if self.worker.is_rank_zero:  # others only know of their own part
                 self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
 
     def _measure_if_due(self) -> None:
         """Measure after an epoch that is to be measured, unless it was, or is the last one."""
         epoch, step = divmod(self.trainer.steps, self.order.steps_per_epoch)
-        every = self.config.probe.every
+        every = self.config.knn.every
         if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
             self._measure(epoch)
 
     def _measure(self, epoch: int) -> dict[str, float | None]:
         """KNN accuracy with re-computed embeddings and with the bank as it stands."""
-        if not self.probe.possible:
+        if not self.monitor.possible:
             return {}
         with self.trainer.with_averaged_buffers():
-            accuracies = self.probe.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+            accuracies = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
         self.metrics.set(
             knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
         )
-        if self.worker.is_first and not self.run.has_accuracy(epoch):
+        if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
             values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
-            append_line(self.run.metrics, {"kind": "knn", "epoch": epoch, **values})
+            append_line(self.run.journal, {"kind": "knn", "epoch": epoch, **values})
         return accuracies
 
     def _record(self, seconds: float, rate: float) -> None:
@@ -286,10 +287,10 @@ class _Run:
 
     def _log(self, rate: float) -> None:
         images_per_second, waited = self.clock.lap()
-        if not self.worker.is_first or not self.means:
+        if not self.worker.is_rank_zero or not self.means:
             return
         append_line(
-            self.run.metrics,
+            self.run.journal,
             {
                 "kind": "train",
                 "step": self.trainer.steps,
@@ -307,14 +308,14 @@ class _Run:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
-        baselines = self.run.baselines() if self.worker.is_first else {}
+        baselines = self.run.baselines() if self.worker.is_rank_zero else {}
         summary = {
             "recipe": self.recipe,
             "knn_top1": accuracies.get("recomputed"),
             "knn_top1_bank": accuracies.get("bank"),
             "knn_top1_raw_pixels": baselines.get("raw_pixels"),
             "knn_top1_untrained": baselines.get("untrained"),
-            "knn_protocol": self.probe.protocol,
+            "knn_protocol": self.monitor.protocol,
             "loss": self.means.get("loss"),
             "epochs": training.epochs,
             "steps": self.trainer.steps,
@@ -328,14 +329,14 @@ class _Run:
             "loader_wait_fraction": float(waited) / self.worker.world_size,
             "corrupt_images": self.run.count_corrupt_images(),
         }
-        if self.worker.is_first:
+        if self.worker.is_rank_zero:
             write_json(self.run.summary, summary)
         return summary
 
     def _say(self, message: str) -> None:
         """Tell the user, through the metrics file that the progress bar follows."""
-        if self.worker.is_first:
-            append_line(self.run.metrics, {"kind": "status", "message": message})
+        if self.worker.is_rank_zero:
+            append_line(self.run.journal, {"kind": "status", "message": message})
 
     def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
         path = manifest.root / name

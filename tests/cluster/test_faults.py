@@ -14,8 +14,8 @@ import ray
 from ray.util.placement_group import placement_group
 
 from cluster.capacity import can_grow
-from cluster.launch import ray_session
 from cluster.placement import WorkerGroup
+from cluster.session import ray_session
 from cluster.stopping import StopSignals
 from tests.cluster.counting import Count, counting_program, ray_node
 from tests.ray_cluster import CHECKOUT, RayCluster, ray_head, wait_until
@@ -103,7 +103,7 @@ def test_worker_that_is_sent_sigterm_saves_first(ray_cluster: RayCluster, tmp_pa
         job.enough()
         said, _ = program.communicate(timeout=120)
     assert program.returncode == 0, said
-    assert job.groups[1]["losses"] == 0
+    assert job.groups[1]["restarts"] == 0
     assert f"rank 1 was sent SIGTERM: saved at number {begin}, going on from there" in said
 
 

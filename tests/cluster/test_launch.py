@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture
-from cluster.launch import LaunchConfig, Worker, launch
+from cluster.group import Worker
+from cluster.launch import launch
+from cluster.settings import LaunchConfig
 from tests.ray_cluster import CHECKOUT, RayCluster, free_port, processes_of_this_block, wait_until
 
 HERE = LaunchConfig(num_workers=0)
@@ -54,9 +56,9 @@ def raise_on_last(worker: Worker, error: BaseException) -> None:
 def die_once(worker: Worker, marks: Path) -> int:
     """Kill rank 1 of the first group; later groups return how many came before."""
     groups_before = len(list(marks.iterdir()))
-    assert worker.losses == groups_before
+    assert worker.restarts == groups_before
     dist.barrier()
-    if worker.is_first:
+    if worker.is_rank_zero:
         (marks / str(groups_before)).touch()
     dist.barrier()
     if groups_before == 0 and worker.rank == 1:
@@ -104,7 +106,8 @@ def test_ray_is_not_imported_for_zero_workers(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from cluster.launch import LaunchConfig, launch
+from cluster.launch import launch
+from cluster.settings import LaunchConfig
 def function(worker, payload):
     assert worker.world_size == 1
 launch(function, None, LaunchConfig(num_workers=0), name="test", storage=Path({str(tmp_path)!r}))

@@ -19,7 +19,9 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import EVALUATION, TRAINING, Metrics, MetricsConfig, exported, remove_targets
+from cluster.metrics import Metrics, exported, remove_targets
+from cluster.settings import MetricsConfig
+from instdisc.common.metrics import EVALUATION, TRAINING
 from tests.ray_cluster import CHECKOUT, free_port, wait_until
 
 

@@ -4,16 +4,8 @@ import pytest
 
 from cluster.capacity import groups_to_try, settle_workers
 from cluster.errors import ClusterError
-from cluster.launch import LaunchConfig
-from cluster.placement import (
-    Node,
-    Strategy,
-    WorkerGroup,
-    choose_group,
-    describe,
-    fitting_groups,
-    require_room,
-)
+from cluster.placement import Node, WorkerGroup, choose_group, describe, fitting_groups, require_room
+from cluster.settings import LaunchConfig, Strategy
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]

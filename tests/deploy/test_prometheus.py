@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.metrics import EVALUATION, PREFIX, TRAINING, Metrics, MetricsConfig, exported
+from cluster.metrics import Metrics, exported
+from cluster.settings import MetricsConfig
+from instdisc.common.metrics import EVALUATION, PREFIX, TRAINING
 from tests.deploy.live import watched_run
 from tests.deploy.manifests import DEPLOY
 from tests.deploy.prometheus import Prometheus, program, prometheus

@@ -21,7 +21,7 @@ from tests.e2e.three_nodes import (
 )
 from tests.ray_cluster import wait_until
 
-SHORT = ["--training.epochs", "1", "--snapshots.every-steps", "4", "--probe.no-baselines"]
+SHORT = ["--training.epochs", "1", "--snapshots.every-steps", "4", "--knn.no-baselines"]
 LOOPBACK = [Place(f"127.0.0.{number}") for number in (1, 2, 3)]
 
 

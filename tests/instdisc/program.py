@@ -23,7 +23,7 @@ SMALL = [
     "--backbone.embedding-dim",
     "16",
 ]
-SMALL += ["--probe.neighbours", "5", "--optimizer.warmup-epochs", "0", "--metrics.port", "0"]
+SMALL += ["--knn.k", "5", "--optimizer.warmup-epochs", "0", "--metrics.port", "0"]
 
 Run = Callable[..., tuple[int, str, Path]]
 

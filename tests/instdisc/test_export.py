@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
 from instdisc.export import main
-from instdisc.model.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.runs.run_directory import NETWORK
+from instdisc.settings.model import BackboneConfig
 from instdisc.settings.recipes import RECIPES
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.launch import Worker
+from cluster.group import Worker
 from instdisc import plan
-from instdisc.model.backbone import BackboneConfig
-from instdisc.objectives import (
+from instdisc.settings.model import BackboneConfig, BankConfig
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ParametricSoftmaxConfig,
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.settings.run import BankConfig, DataConfig, RunConfig, TrainingConfig
+from instdisc.settings.run import DataConfig, RunConfig, TrainingConfig
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks

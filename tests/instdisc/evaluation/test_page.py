@@ -44,7 +44,7 @@ def made(evaluation: Evaluation) -> Path:
         "unseen", unseen.run(evaluation, unseen.UnseenConfig(classes="second-half", ranks=(1, 2)))
     )
     evaluation.write("statistics", statistics.run(evaluation, statistics.StatisticsConfig()))
-    result = page.run(evaluation, page.PageConfig(examples=3, neighbours=4))
+    result = page.run(evaluation, page.PageConfig(examples=3, neighbors=4))
     assert result["summary"] == {"pictures": 30}
     return Path(result["page"])
 
@@ -134,7 +134,7 @@ def test_text_is_escaped() -> None:
             {"edges": [-1, 0, 1], "pairs": {name: {"counts": [1, 3], "mean": 0.2}}}
         ),
         tables=[page.Table(name, (name,), [(name,)], name)],
-        galleries=[(name, [Example(query=picture, neighbours=(picture,))])],
+        galleries=[(name, [Example(query=picture, neighbors=(picture,))])],
         footer=name,
     )
     text = page.render(contents)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from instdisc.common.errors import ConfigError
-from instdisc.model.backbone import BackboneConfig, build_embedder, check_backbone
+from instdisc.model.backbone import build_embedder, check_backbone
+from instdisc.settings.model import BackboneConfig
 
 
 @pytest.mark.parametrize("size", [32, 224])

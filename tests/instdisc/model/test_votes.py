@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from cluster.exchange import Exchange
-from cluster.launch import Worker
+from cluster.group import Worker
 from cluster.partition import Partition
-from instdisc.model.backbone import BackboneConfig
 from instdisc.model.bank import random_unit_rows
 from instdisc.model.votes import shard_top_k, weighted_votes
-from instdisc.settings.run import DataConfig, ProbeConfig, RunConfig, TrainingConfig
-from instdisc.training.monitor import Probe, knn_top1, raw_pixels
+from instdisc.settings.model import BackboneConfig
+from instdisc.settings.run import DataConfig, KnnMonitorConfig, RunConfig, TrainingConfig
+from instdisc.training.monitor import KnnMonitor, knn_top1, raw_pixels
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
@@ -79,7 +79,7 @@ def sharded(rank: int, world_size: int, leave_one_out: bool, k: int) -> float:
     else:
         chosen = torch.arange(31)[rank::world_size]
         queries, own_rows = (random_unit_rows(0, 31, 8, seed=5)[chosen], chosen % 6), None
-    config = dataclasses.replace(ProbeConfig(), neighbours=k)
+    config = dataclasses.replace(KnnMonitorConfig(), neighbors=k)
     return knn_top1(
         Exchange(rank, world_size), partition, config, queries, own_rows, (rows[mine], labels[mine]), 5
     )
@@ -111,13 +111,13 @@ def measure_one(rank: int, world_size: int, directory: str) -> dict[str, float |
         augmentation=Augmentation(image_size=32),
         backbone=BackboneConfig(name="resnet8", embedding_dim=16),
         training=TrainingConfig(batch_size=12),
-        probe=ProbeConfig(neighbours=3),
+        knn=KnnMonitorConfig(k=3),
         loader=LoaderConfig(backend="host", threads=1),
     )
     trainer = Trainer(Worker(rank, world_size, rank, world_size, 0, torch.device("cpu")), config, 24)
     train, test = Manifest.load(f"{directory}/train.manifest"), Manifest.load(f"{directory}/test.manifest")
-    probe = Probe(trainer, train, test, lambda *_: None)
-    return probe.measure({"network": trainer.embed, "raw": raw_pixels}, bank_as="bank")
+    monitor = KnnMonitor(trainer, train, test, lambda *_: None)
+    return monitor.measure({"network": trainer.embed, "raw": raw_pixels}, bank_as="bank")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import OBJECTIVES, Objective, ObjectiveConfig, Result
-from instdisc.training.trainer import evaluate
+from instdisc.objectives import OBJECTIVES, Objective, Result
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.settings.objectives import ObjectiveConfig
 
 GLOBAL_BATCH = 6
 KINDS = ("random", "all equal", "duplicates", "opposite")
@@ -69,7 +70,7 @@ def step(
     embeddings, ids = batch(kind, num_instances, dim, objective.views)
     embeddings = embeddings.to(rounded_to).float()
     mine = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    result, _ = evaluate(
+    result, _ = loss_and_gradient(
         objective,
         bank,
         exchange,

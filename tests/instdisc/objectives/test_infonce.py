@@ -8,7 +8,8 @@ import torch
 
 from instdisc.common.errors import ConfigError
 from instdisc.model.bank import Bank
-from instdisc.objectives import InfoNCE, InfoNCEConfig, Queries
+from instdisc.objectives import BatchQueries, InfoNCE
+from instdisc.settings.objectives import InfoNCEConfig
 from tests import reference
 from tests.instdisc.objectives.objective_steps import KINDS, batch, rows_like, step, whole_batch
 from tests.processes import run_ranks
@@ -17,7 +18,7 @@ from tests.processes import run_ranks
 def drawn_by(rank: int, config: InfoNCEConfig, bank: Bank, num_instances: int, dim: int) -> tuple:
     """The negatives of a rank as instance ids, one row per query, and the weight of each draw."""
     (embeddings,), ids = batch("random", num_instances, dim)
-    queries = Queries(embeddings, ids, 1, slice(0, 0))
+    queries = BatchQueries(embeddings, ids, 1, slice(0, 0))
     objective = InfoNCE(config, num_instances, bank)
     negatives, weight = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
     start, stop, rows, total = bank.start, bank.stop, len(bank.rows), num_instances
@@ -93,7 +94,7 @@ def test_shared_negatives_cover_the_rows_outside_of_the_batch_evenly() -> None:
     config = InfoNCEConfig(num_negatives=60_000)
     bank = Bank(rows_like("random", 20, 8)[5:15], 5)
     ids = torch.tensor([5, 14, 9, -1, 9, 3, 10])
-    queries = Queries(torch.zeros(len(ids), 8), ids, 1, slice(0, 0))
+    queries = BatchQueries(torch.zeros(len(ids), 8), ids, 1, slice(0, 0))
     negatives, _ = InfoNCE(config, 20, bank).draw(queries, bank, torch.Generator().manual_seed(0))
     counts = torch.bincount(negatives, minlength=10)
     assert (counts == 0).tolist() == [position + 5 in ids.tolist() for position in range(10)]

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE, NCEConfig
-from instdisc.training.trainer import evaluate
+from instdisc.objectives import NCE
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.settings.objectives import NCEConfig
 from tests import reference
 from tests.processes import run_ranks
 
@@ -39,7 +40,7 @@ def step(rank: int, world_size: int, num_instances: int, config: NCEConfig, dtyp
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
     embeddings, ids = unit(12, 1)[mine], all_ids(num_instances)[mine]
     generator = torch.Generator().manual_seed(100 + rank)
-    result, all_rank_ids = evaluate(objective, bank, exchange, embeddings, ids, generator)
+    result, all_rank_ids = loss_and_gradient(objective, bank, exchange, embeddings, ids, generator)
     negatives, weight = objective.draw(12, bank, generator.manual_seed(100 + rank))
     sums = exchange.sum(torch.stack([*result.sums.values(), (ids >= 0).sum().double()]))
     objective.observe(dict(zip(result.sums, (sums[:-1] / sums[-1]).tolist(), strict=True)))
@@ -128,7 +129,7 @@ def test_gradient_is_the_derivative_of_the_loss() -> None:
 
     def loss_and_gradient(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        result, _ = evaluate(objective, bank, Exchange(0, 1), queries.float(), ids, generator)
+        result, _ = loss_and_gradient(objective, bank, Exchange(0, 1), queries.float(), ids, generator)
         return float(result.loss_Q[0]), result.gradient_QD[0]
 
     delta = 1e-2
@@ -215,7 +216,9 @@ def test_the_smallest_temperature_overflows_nowhere(dim: int) -> None:
     objective = NCE(NCEConfig(temperature=0.005, num_negatives=20), 30, bank)
     for queries in (bank.rows[:4], -bank.rows[:4]):
         ids = torch.arange(4)
-        result, _ = evaluate(objective, bank, Exchange(0, 1), queries, ids, torch.Generator().manual_seed(1))
+        result, _ = loss_and_gradient(
+            objective, bank, Exchange(0, 1), queries, ids, torch.Generator().manual_seed(1)
+        )
         objective.observe({name: float(value) / 4 for name, value in result.sums.items()})
         assert math.isfinite(objective.log_partition)
         assert torch.isfinite(result.loss_Q).all()

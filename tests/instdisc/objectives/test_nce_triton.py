@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE, NCEConfig
+from instdisc.objectives import NCE
 from instdisc.objectives.nce import gpu_kernel
+from instdisc.settings.objectives import NCEConfig
 
 Shape = tuple[int, int, int, int]  # queries, rows, negatives, dimension
 SHAPES: list[Shape] = [(1, 1, 1, 1), (3, 7, 5, 3), (2, 50, 300, 128), (5, 2000, 601, 33), (2, 400, 31, 257)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from instdisc.objectives import ParametricSoftmaxConfig
+from instdisc.settings.objectives import ParametricSoftmaxConfig
 from tests.instdisc.objectives.objective_steps import KINDS, batch, rows_like, step
 from tests.processes import run_ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instdisc.objectives import SoftmaxConfig
+from instdisc.settings.objectives import SoftmaxConfig
 from tests import reference
 from tests.instdisc.objectives.objective_steps import KINDS, Step, batch, rows_like, step, whole_batch
 from tests.processes import run_ranks

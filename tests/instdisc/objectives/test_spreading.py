@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from instdisc.objectives import SpreadingConfig
+from instdisc.settings.objectives import SpreadingConfig
 from tests import reference
 from tests.instdisc.objectives.objective_steps import KINDS, batch, step, whole_batch
 from tests.processes import run_ranks

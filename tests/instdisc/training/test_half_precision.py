@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from instdisc.common.errors import ConfigError
-from instdisc.model.bank import Bank, check_room
-from instdisc.objectives import (
-    NCE,
+from instdisc.model.bank import Bank, check_memory
+from instdisc.objectives import NCE
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ObjectiveConfig,
@@ -65,4 +65,4 @@ def test_a_device_without_the_dtype_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         ConfigError, match=r"cpu cannot compute with a bank of float16: use --bank\.dtype float32"
     ):
-        check_room(10, 8, torch.float16, torch.device("cpu"), sharing=1, copies=0)
+        check_memory(10, 8, torch.float16, torch.device("cpu"), sharing=1, copies=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from instdisc.training.optim import OptimizerConfig, learning_rate
+from instdisc.settings.optimizer import OptimizerConfig
+from instdisc.training.optim import learning_rate
 
 
 def test_steps_drop_at_the_milestones() -> None:

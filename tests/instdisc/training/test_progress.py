@@ -59,16 +59,16 @@ def test_every_line_is_shown_once_though_the_file_moves_and_is_rewound(
 ) -> None:
     first = run.path / "first.jsonl"
     first.touch()
-    with ProgressBar(first, run.metrics):
+    with ProgressBar(first, run.journal):
         say(first, "hello")
-        first.rename(run.metrics)
-        measured(run.metrics, 1, 0.25)
-        measured(run.metrics, 2, 0.5)
+        first.rename(run.journal)
+        measured(run.journal, 1, 0.25)
+        measured(run.journal, 2, 0.5)
         printed.wait_for("epoch 2")
         for _ in range(2):
-            run.rewind_metrics(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
-            say(run.metrics, "going on from step 2")
-        measured(run.metrics, 2, 0.75)
+            run.rewind_journal(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+            say(run.journal, "going on from step 2")
+        measured(run.journal, 2, 0.75)
     assert printed.text.splitlines() == [
         "hello",
         "epoch 1: kNN top-1 recomputed 25.0%",
@@ -80,14 +80,14 @@ def test_every_line_is_shown_once_though_the_file_moves_and_is_rewound(
 
 
 def test_a_run_that_goes_on_does_not_show_its_history(run: RunDirectory, printed: Printed) -> None:
-    say(run.metrics, "long ago")
-    train(run.metrics, 2)
+    say(run.journal, "long ago")
+    train(run.journal, 2)
     with run.metrics.open("a") as file:
         file.write('{"kind": "tra')  # by a process that was killed
-    with ProgressBar(run.metrics, run.metrics):
-        run.rewind_metrics(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
-        say(run.metrics, "going on from step 2")
-        train(run.metrics, 3)
+    with ProgressBar(run.journal, run.journal):
+        run.rewind_journal(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+        say(run.journal, "going on from step 2")
+        train(run.journal, 3)
     shown = printed.text.splitlines()
     assert shown[0] == "going on from step 2"
     assert shown[1].startswith("step 3/10, epoch 1.5, loss 1, 300 images/s")
@@ -96,18 +96,18 @@ def test_a_run_that_goes_on_does_not_show_its_history(run: RunDirectory, printed
 
 def test_steps_that_are_done_again_count_from_there(run: RunDirectory, printed: Printed) -> None:
     run.metrics.touch()
-    with ProgressBar(run.metrics, run.metrics):
-        train(run.metrics, 8)
+    with ProgressBar(run.journal, run.journal):
+        train(run.journal, 8)
         printed.wait_for("step 8/10")
-        run.rewind_metrics(0, STEPS_PER_EPOCH)
-        train(run.metrics, 1)
+        run.rewind_journal(0, STEPS_PER_EPOCH)
+        train(run.journal, 1)
         printed.wait_for("step 1/10")
-        train(run.metrics, 10)
+        train(run.journal, 10)
     assert re.findall(r"step (\d+)/10, epoch .*, loss", printed.text) == ["8", "1", "10"]
 
 
 def test_a_measurement_without_a_value(run: RunDirectory, printed: Printed) -> None:
     run.metrics.touch()
-    with ProgressBar(run.metrics, run.metrics):
-        measured(run.metrics, 1, None)
+    with ProgressBar(run.journal, run.journal):
+        measured(run.journal, 1, None)
     assert printed.text == "epoch 1: kNN top-1 recomputed –\n"

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.launch import Worker
+from cluster.group import Worker
 from cluster.snapshots import newest_step, owner_of, take_over
 from cluster.stopping import Stopped
 from instdisc.common.errors import ConfigError
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.train import parse
-from instdisc.training.saving import Checkpoints
+from instdisc.training.saving import RunSnapshots
 from instdisc.training.trainer import Trainer
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest
@@ -33,7 +33,7 @@ from tests.ray_cluster import CHECKOUT, wait_until
 
 # 3 steps of 12 images in an epoch of 40.
 OPTIONS = ["--training.epochs", "3", "--training.batch-size", "12", "--training.log-every", "1"]
-OPTIONS += ["--backbone.embedding-dim", "16", "--probe.every", "1", "--probe.neighbours", "5"]
+OPTIONS += ["--backbone.embedding-dim", "16", "--knn.every", "1", "--knn.k", "5"]
 OPTIONS += [
     "--num-workers",
     "0",
@@ -109,7 +109,7 @@ def restored(rank: int, world_size: int, recipe: str, images: Path, run_dir: Pat
     config, run = configured(recipe, images, run_dir), RunDirectory(run_dir)
     manifest = Manifest.load(run.manifest)
     trainer = Trainer(worker_of(rank, world_size), config, len(manifest))
-    checkpoints = Checkpoints(trainer, manifest, config, run.snapshots, run.settings()["run_id"])
+    checkpoints = RunSnapshots(trainer, manifest, config, run.snapshots, run.settings()["run_id"])
     checkpoints.restore()
     checkpoints.abandon()
     return {"embeddings": trainer.bank.rows, **trainer.objective.tables()}

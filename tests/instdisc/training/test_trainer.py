@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.launch import Worker
-from instdisc import backbone
+from cluster.group import Worker
 from instdisc.common.errors import ConfigError, NonFiniteError
-from instdisc.model.backbone import BackboneConfig
-from instdisc.objectives import NCEConfig, ParametricSoftmaxConfig, SpreadingConfig
-from instdisc.settings.run import BankConfig, DataConfig, RunConfig, TrainingConfig
-from instdisc.training.optim import OptimizerConfig
+from instdisc.model import backbone
+from instdisc.settings.model import BackboneConfig, BankConfig
+from instdisc.settings.objectives import NCEConfig, ParametricSoftmaxConfig, SpreadingConfig
+from instdisc.settings.optimizer import OptimizerConfig
+from instdisc.settings.run import DataConfig, RunConfig, TrainingConfig
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.errors import SnapshotError
-from cluster.launch import Worker
+from cluster.group import Worker
 from cluster.stopping import Stopped
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import parse
