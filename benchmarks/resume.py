@@ -40,7 +40,7 @@ def command(run: RunDirectory, epochs: int, kills: int) -> list[str]:
 def last_step(run: RunDirectory) -> int:
     """The last step logged; 0 before the first one."""
     try:
-        rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     except (OSError, ValueError):  # not there yet, or a line that is being written
         return 0
     return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
@@ -48,7 +48,7 @@ def last_step(run: RunDirectory) -> int:
 
 def resumed_at(run: RunDirectory) -> list[str]:
     """The messages of workers that went on from a snapshot."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     return [row["message"] for row in rows if row["kind"] == "status" and "going on from" in row["message"]]
 
 

@@ -83,9 +83,9 @@ def test_age_counts_from_its_timestamp() -> None:
 
 
 def test_names_are_unique_and_in_base_units() -> None:
-    names = [metric.name for metric in TRAINING + EVALUATION]
+    names = [metric.name for metric in TRAINING.metrics + EVALUATION.metrics]
     assert len(names) == len(set(names))
-    for metric in TRAINING + EVALUATION:
+    for metric in TRAINING.metrics + EVALUATION.metrics:
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.kind != "histogram" or metric.name.endswith("_seconds"), metric.name
         assert not metric.name.endswith(("_ms", "_percent", "_mb", "_count")), metric.name

@@ -83,7 +83,7 @@ def test_the_dashboard_shows_every_metric_and_stands_in_rows() -> None:
     variables = {each["name"] for each in DASHBOARD["templating"]["list"]}
     assert variables == {"datasource", "run", "rank"}
     names = set(re.findall(rf"{PREFIX}\w+?(?=_sum|_count|_bucket|\b)", " ".join(EXPRESSIONS)))
-    assert names == {PREFIX + metric.name for metric in TRAINING + EVALUATION}
+    assert names == {PREFIX + metric.name for metric in TRAINING.metrics + EVALUATION.metrics}
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in CHARTS:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])

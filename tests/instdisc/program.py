@@ -65,7 +65,7 @@ def snapshot_content(run: RunDirectory) -> dict[str, Any]:
 def measured(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the metrics file without times and messages."""
     timings = ("images_per_second", "loader_wait_fraction")
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     return [
         {name: value for name, value in row.items() if name not in timings}
         for row in rows

@@ -167,7 +167,7 @@ def test_a_named_snapshot_brings_its_own_network(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     names = [run.path, *(tmp_path / "elsewhere").glob("step-*")]
     for step, source in ((6, run.path), *((int(each.name[5:]), each) for each in names[1:])):
-        snapshot = Evaluation(EvaluationConfig(source=str(source))).snapshot
+        snapshot = Evaluation(EvaluationConfig(source=str(source))).source.snapshot
         assert snapshot.step == step
         for name, value in load(snapshot.read_file(NETWORK)).items():
             assert torch.equal(load_network(snapshot).backbone.state_dict()[name], value)

@@ -79,7 +79,7 @@ def sharded(rank: int, world_size: int, leave_one_out: bool, k: int) -> float:
     else:
         chosen = torch.arange(31)[rank::world_size]
         queries, own_rows = (random_unit_rows(0, 31, 8, seed=5)[chosen], chosen % 6), None
-    config = dataclasses.replace(KnnMonitorConfig(), neighbors=k)
+    config = dataclasses.replace(KnnMonitorConfig(), k=k)
     return knn_top1(
         Exchange(rank, world_size), partition, config, queries, own_rows, (rows[mine], labels[mine]), 5
     )

@@ -127,7 +127,7 @@ def test_gradient_is_the_derivative_of_the_loss() -> None:
     objective = NCE(config, 30, bank)
     f, ids = unit(2, 5).double(), torch.tensor([3, 4])
 
-    def loss_and_gradient(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def at(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
         result, _ = loss_and_gradient(objective, bank, Exchange(0, 1), queries.float(), ids, generator)
         return float(result.loss_Q[0]), result.gradient_QD[0]
@@ -136,8 +136,8 @@ def test_gradient_is_the_derivative_of_the_loss() -> None:
     ahead, behind = f.clone(), f.clone()
     ahead[0, 6] += delta
     behind[0, 6] -= delta
-    numeric = (loss_and_gradient(ahead)[0] - loss_and_gradient(behind)[0]) / (2 * delta)
-    assert loss_and_gradient(f)[1][6].item() == pytest.approx(numeric, rel=1e-2)
+    numeric = (at(ahead)[0] - at(behind)[0]) / (2 * delta)
+    assert at(f)[1][6].item() == pytest.approx(numeric, rel=1e-2)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -82,7 +82,7 @@ def test_every_line_is_shown_once_though_the_file_moves_and_is_rewound(
 def test_a_run_that_goes_on_does_not_show_its_history(run: RunDirectory, printed: Printed) -> None:
     say(run.journal, "long ago")
     train(run.journal, 2)
-    with run.metrics.open("a") as file:
+    with run.journal.open("a") as file:
         file.write('{"kind": "tra')  # by a process that was killed
     with ProgressBar(run.journal, run.journal):
         run.rewind_journal(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_does_not_show_its_history(run: RunDirectory, printed
 
 
 def test_steps_that_are_done_again_count_from_there(run: RunDirectory, printed: Printed) -> None:
-    run.metrics.touch()
+    run.journal.touch()
     with ProgressBar(run.journal, run.journal):
         train(run.journal, 8)
         printed.wait_for("step 8/10")
@@ -107,7 +107,7 @@ def test_steps_that_are_done_again_count_from_there(run: RunDirectory, printed: 
 
 
 def test_a_measurement_without_a_value(run: RunDirectory, printed: Printed) -> None:
-    run.metrics.touch()
+    run.journal.touch()
     with ProgressBar(run.journal, run.journal):
         measured(run.journal, 1, None)
     assert printed.text == "epoch 1: kNN top-1 recomputed –\n"

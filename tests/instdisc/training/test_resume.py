@@ -160,7 +160,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     command += ["--data.path", str(images), "--data.test-path", "None", "--run-dir", str(tmp_path / "run")]
     run = RunDirectory(tmp_path / "run")
     program = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: run.metrics.exists() and '"step": 7,' in run.metrics.read_text(), timeout_s=120)
+    wait_until(lambda: run.journal.exists() and '"step": 7,' in run.journal.read_text(), timeout_s=120)
     program.send_signal(number)
     _, said = program.communicate(timeout=120)
     assert program.returncode == 130, said
@@ -170,10 +170,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     assert step is not None
     assert step >= 7
     program = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: f'"step": {step + 3},' in run.metrics.read_text(), timeout_s=120)
+    wait_until(lambda: f'"step": {step + 3},' in run.journal.read_text(), timeout_s=120)
     os.kill(program.pid, signal.SIGKILL)
     program.communicate()
-    messages = [json.loads(line).get("message") for line in run.metrics.read_text().splitlines()]
+    messages = [json.loads(line).get("message") for line in run.journal.read_text().splitlines()]
     assert f"going on from the snapshot of step {step}, 1 worker(s)" in messages
 
 

@@ -308,7 +308,7 @@ def test_a_bank_that_does_not_fit_is_refused_before_it_is_made() -> None:
 
 
 def test_one_image_cannot_be_told_apart_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.instdisc.test_trainer.GLOBAL_BATCH", 1)
+    monkeypatch.setattr("tests.instdisc.training.test_trainer.GLOBAL_BATCH", 1)
     with pytest.raises(ConfigError, match=r"--training\.batch-size to 2 or more"):
         make_trainer(0, 1, objective=SPREADING)
 

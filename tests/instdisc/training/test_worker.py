@@ -50,7 +50,7 @@ def exported(job: Job, name: str) -> float:
 
 
 def worker(losses: int, in_every_step: Callable[[], str | None]) -> Worker:
-    return Worker(0, 1, 0, 1, 0, torch.device("cpu"), losses=losses, stop_watch=in_every_step)
+    return Worker(0, 1, 0, 1, 0, torch.device("cpu"), restarts=losses, stop_watch=in_every_step)
 
 
 def test_restarts_are_losses_and_not_every_new_start(job: Job) -> None:
