@@ -207,6 +207,7 @@ def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCa
         assert ray.is_initialized()  # whoever connected shall disconnect
 
 
+@pytest.mark.ray
 def test_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -225,6 +226,7 @@ def test_submitted_job_runs_on_the_cluster(ray_cluster: RayCluster, tmp_path: Pa
     assert "give an absolute path" in job.stdout
 
 
+@pytest.mark.ray
 def test_own_cluster_leaves_nothing_running(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     with processes_of_this_block(environment) as alive:
@@ -244,6 +246,7 @@ def test_own_cluster_leaves_nothing_running(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(expected), program.stdout
 
 
+@pytest.mark.ray
 def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     with processes_of_this_block(environment) as alive:

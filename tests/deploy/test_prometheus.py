@@ -16,9 +16,10 @@ import yaml
 from cluster.metrics import Metrics, exported
 from cluster.settings import MetricsConfig
 from instdisc.common.metrics import EVALUATION, PREFIX, TRAINING
+from tests.debian import need
 from tests.deploy.live import watched_run
 from tests.deploy.manifests import DEPLOY
-from tests.deploy.prometheus import Prometheus, program, prometheus
+from tests.deploy.prometheus import Prometheus, prometheus
 from tests.ray_cluster import free_port, wait_until
 
 RULES = [
@@ -34,7 +35,7 @@ EXPRESSIONS = [target["expr"] for panel in CHARTS for target in panel["targets"]
 
 def promtool(*arguments: str) -> None:
     done = subprocess.run(
-        [program("promtool"), *arguments],
+        [need("promtool", package="prometheus"), *arguments],
         cwd=DEPLOY / "prometheus",
         capture_output=True,
         text=True,
@@ -104,7 +105,7 @@ def has_data(live: tuple[Prometheus, float], expression: str) -> bool:
 @pytest.mark.parametrize("panel", CHARTS, ids=[panel["title"] for panel in CHARTS])
 def test_every_chart_has_data(live: tuple[Prometheus, float], panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", "30s")
+        expression = target["expr"].replace("$__rate_interval", "2m")
         expression = expression.replace("$run", "live").replace("$rank", ".*")
         assert "$" not in expression
         assert has_data(live, expression), expression
@@ -144,6 +145,7 @@ def worker(directory: Path, rank: int) -> Iterator[str]:
         yield endpoint.address
 
 
+@pytest.mark.prometheus
 def test_the_list_of_targets_follows_workers_that_end_and_start_again(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     directory = tmp_path / ".metrics"

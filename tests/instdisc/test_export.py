@@ -55,6 +55,7 @@ def printed_network(printed: str) -> Any:
     return names["network"].eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size"), [("resnet18", 32), ("resnet18", 96), ("alexnet", 64)])
 def test_torchvision(trained: Any, capsys: pytest.CaptureFixture[str], name: str, image_size: int) -> None:
     run, network = trained(name, image_size)
@@ -95,6 +96,7 @@ def test_safetensors(trained: Any, capsys: pytest.CaptureFixture[str], tmp_path:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size"), [("resnet8", 32), ("resnet18", 96)])
 def test_onnx(trained: Any, name: str, image_size: int) -> None:
     run, network = trained(name, image_size)

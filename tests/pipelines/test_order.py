@@ -45,6 +45,7 @@ def test_epochs_and_seeds_differ() -> None:
         assert np.count_nonzero(one == other) < 15  # one expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_instances", [3, 4, 6, 10, 100])
 def test_positions_and_neighbors_are_uniform(num_instances: int) -> None:
     trials = 4000

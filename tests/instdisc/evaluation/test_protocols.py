@@ -125,6 +125,7 @@ def test_statistics_of_a_run(evaluation: Evaluation) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_protocols_that_need_test_images(trained: Path, evaluation: Evaluation, tmp_path: Path) -> None:
     np.save(tmp_path / "vectors.npy", np.eye(4, 16, dtype=np.float32))
     np.save(tmp_path / "labels.npy", np.arange(4) % 3)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from pipelines.datasets import resolve
 from pipelines.manifest import Manifest
 from tests.instdisc.program import Run, measured, refused, snapshot_content, write_pictures
 from tests.processes import run_ranks
-from tests.ray_cluster import CHECKOUT, wait_until
+from tests.ray_cluster import killed_at_last, wait_until
 
 # 3 steps of 12 images in an epoch of 40.
 OPTIONS = ["--training.epochs", "3", "--training.batch-size", "12", "--training.log-every", "1"]
@@ -89,6 +87,7 @@ def train(rank: int, world_size: int, recipe: str, images: Path, run_dir: Path, 
     return train_on_worker(worker_of(rank, world_size, stop_after), job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, recipe: str, world_size: int) -> None:
@@ -115,6 +114,7 @@ def restored(rank: int, world_size: int, recipe: str, images: Path, run_dir: Pat
     return {"embeddings": trainer.bank.rows, **trainer.objective.tables()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_moves_to_another_number_of_ranks(tmp_path: Path, recipe: str) -> None:
     images = write_pictures(tmp_path / "images", 40)
@@ -133,6 +133,7 @@ def test_a_run_moves_to_another_number_of_ranks(tmp_path: Path, recipe: str) -> 
     assert steps == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_an_image_is_seen_once_in_an_epoch_though_the_number_of_ranks_changes(tmp_path: Path) -> None:
     """With momentum 0 a row becomes its embedding; a row that no step of the epoch met keeps its first value."""
     images = write_pictures(tmp_path / "images", 40)
@@ -153,26 +154,25 @@ def restored_rows(run: RunDirectory, images: Path) -> Any:
     return Trainer(worker_of(0, 1), config, 40).bank.rows.numpy().copy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     images = write_pictures(tmp_path / "images", 40, classes=4)
     command = [sys.executable, "-m", "instdisc.train", "sample", *OPTIONS, "--training.epochs", "300"]
     command += ["--data.path", str(images), "--data.test-path", "None", "--run-dir", str(tmp_path / "run")]
     run = RunDirectory(tmp_path / "run")
-    program = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: run.journal.exists() and '"step": 7,' in run.journal.read_text(), timeout_s=120)
-    program.send_signal(number)
-    _, said = program.communicate(timeout=120)
+    with killed_at_last(command) as program:
+        wait_until(lambda: run.journal.exists() and '"step": 7,' in run.journal.read_text(), timeout_s=120)
+        program.send_signal(number)
+        said, _ = program.communicate(timeout=120)
     assert program.returncode == 130, said
     assert f"stopped by {number.name} at step" in said
     assert "Traceback" not in said
     step = newest_step(run.snapshots)
     assert step is not None
     assert step >= 7
-    program = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: f'"step": {step + 3},' in run.journal.read_text(), timeout_s=120)
-    os.kill(program.pid, signal.SIGKILL)
-    program.communicate()
+    with killed_at_last(command):
+        wait_until(lambda: f'"step": {step + 3},' in run.journal.read_text(), timeout_s=120)
     messages = [json.loads(line).get("message") for line in run.journal.read_text().splitlines()]
     assert f"going on from the snapshot of step {step}, 1 worker(s)" in messages
 

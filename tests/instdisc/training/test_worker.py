@@ -65,6 +65,7 @@ def test_restarts_are_losses_and_not_every_new_start(job: Job) -> None:
     assert seen == [0, 0, 2, 2]
 
 
+@pytest.mark.slow
 def test_that_the_last_snapshot_failed_is_read_before_the_end(job: Job) -> None:
     run = job[2]
     seen: list[float] = []
