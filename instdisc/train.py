@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe, config = parse(sys.argv[1:] if arguments is None else arguments)
-        run = RunDirectory((config.run_dir or Path("runs") / recipe).expanduser())
+        run = RunDirectory(_run_directory(recipe, config))
         summary = train(recipe, config, run)
     except (ConfigError, DataError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -90,27 +90,54 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
+    config = _parsed(name, recipe.config, arguments[1:])
+    run = RunDirectory(_run_directory(name, config))
+    base = recipe.config
+    if run.config.exists() and not config.overwrite:
+        # What was not typed stays as the run has it, whatever the recipe says by now. How it is carried out may change.
+        stored_recipe, stored = run.stored_config()
+        if stored_recipe != name:
+            raise ConfigError(
+                f"{run.path} holds a run of recipe {stored_recipe}, not {name}: choose another --run-dir, or replace "
+                "the run there with --overwrite"
+            )
+        base = dataclasses.replace(
+            stored,
+            launch=base.launch,
+            loader=base.loader,
+            metrics=base.metrics,
+            run_dir=None,
+            overwrite=False,
+        )
+        config = _parsed(name, base, arguments[1:])
+    url = config.snapshots.url
+    if url is not None and "://" not in url:
+        # Workers, and whoever evaluates the run, may have another working directory.
+        snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
+        config = dataclasses.replace(config, snapshots=snapshots)
+    if config.data.path != base.data.path and config.data.test_path == base.data.test_path:
+        # A recipe's test images are for its own training images.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None))
+    return name, config
+
+
+def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfig:
     try:
         config: RunConfig = tyro.cli(
             RunConfig,
-            default=recipe.config,
-            args=arguments[1:],
+            default=default,
+            args=arguments,
             prog=f"python -m instdisc.train {name}",
-            description=recipe.description,
+            description=RECIPES[name].description,
             config=(tyro.conf.AvoidSubcommands,),
         )
     except ValueError as error:  # of the options without a group, which tyro does not catch
         raise ConfigError(str(error)) from error
-    url = config.snapshots.url
-    if url is not None and "://" not in url:
-        # Workers, and whoever evaluates the run, may stand elsewhere.
-        snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
-        config = dataclasses.replace(config, snapshots=snapshots)
-    own, theirs = config.data, recipe.config.data
-    if own.path != theirs.path and own.test_path == theirs.test_path:
-        # A recipe's test images are for its own training images.
-        config = dataclasses.replace(config, data=dataclasses.replace(own, test_path=None))
-    return name, config
+    return config
+
+
+def _run_directory(recipe: str, config: RunConfig) -> Path:
+    return (config.run_dir or Path("runs") / recipe).expanduser()
 
 
 def _usage() -> str:
