@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -14,12 +15,12 @@ from typing import Any, Literal
 import tyro
 
 from cluster.errors import ClusterError
-from cluster.launch import launch
+from cluster.launch import connected, launch
 from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
-from instdisc.common.classes import choose_classes
+from instdisc.common.classes import choose_classes, labels_among, match_classes
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
@@ -163,23 +164,31 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """Check in the order of the price: the settings, the cluster, the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
-    goes_on = not config.overwrite and run.holds_run()
-    train_images = _open_images(config, "path")
-    batch_size = config.training.batch_size
-    if len(train_images) < batch_size:
-        raise ConfigError(
-            f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
-            f"{batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
-            "of the number of workers"
-        )
-    test_images = None if config.data.test_path is None else _open_images(config, "test_path")
-    if goes_on:
-        run.continue_with(config, train_images, test_images)
-        summary = run.read_summary()
+    resumes = not config.overwrite and run.holds_run()
+    summary = run.read_summary() if resumes else None
+    with contextlib.nullcontext() if summary is not None else connected(config.launch):
+        train_images, test_images = _open_all_images(config)
+        _prepare(recipe, config, run, train_images, test_images, resumes=resumes)
         if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
+        return _launch(recipe, config, run, train_images, resumes=resumes)
+
+
+def _prepare(
+    recipe: str,
+    config: RunConfig,
+    run: RunDirectory,
+    train_images: Manifest,
+    test_images: Manifest | None,
+    *,
+    resumes: bool,
+) -> None:
+    """Make sure that the run to resume is this one, or prepare a new one beside whatever is there."""
+    if resumes:
+        run.continue_with(config, train_images, test_images)
     else:
         url = config.snapshots.url
         taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
@@ -192,6 +201,11 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
 
+
+def _launch(
+    recipe: str, config: RunConfig, run: RunDirectory, train_images: Manifest, *, resumes: bool
+) -> dict[str, Any]:
+    """Run the workers and show their progress; the summary."""
     drawn = getattr(config.objective, "num_negatives", 0)
     if drawn > len(train_images):
         logger.warning(
@@ -202,9 +216,12 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
     def is_allowed(num_workers: int) -> bool:
         pieces = num_workers * config.training.accumulation
-        return batch_size % pieces == 0 and num_workers <= Partition(len(train_images), 1).num_blocks
+        return (
+            config.training.batch_size % pieces == 0
+            and num_workers <= Partition(len(train_images), 1).num_blocks
+        )
 
-    followed = run.journal if goes_on else run.next.journal
+    followed = run.journal if resumes else run.next.journal
     try:
         with ProgressBar(followed, run.journal):
             return launch(
@@ -217,6 +234,36 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             )
     finally:
         remove_targets(run.targets)
+
+
+def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
+    """The training and the test images, checked against the settings and each other."""
+    train_images = _open_images(config, "path")
+    num_images, batch_size = len(train_images), config.training.batch_size
+    if num_images < batch_size:
+        raise ConfigError(
+            f"{config.data.path} holds {num_images} images, fewer than one batch of {batch_size}: set "
+            f"--training.batch-size to at most {num_images}, and a multiple of the number of workers"
+        )
+    try:
+        Partition(num_images, config.launch.min_workers or config.launch.num_workers or 1)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.data.test_path is None:
+        return train_images, None
+    test_images = _open_images(config, "test_path")
+    if train_images.has_labels:
+        chosen = test_images
+        if config.data.classes is not None:
+            chosen = test_images.of_classes(train_images.class_names)
+        labels_among(chosen, train_images)
+        missing = match_classes(chosen.class_names, train_images.class_names)[1]
+        if missing:
+            logger.warning(
+                "%d classes of the test images are not among the training classes, e.g. %s",
+                *(len(missing), missing[0]),
+            )
+    return train_images, test_images
 
 
 def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:

@@ -133,7 +133,7 @@ def test_classes_are_matched_by_name(run: Run, tmp_path: Path) -> None:
     status, said, out = run(train, test=solid(tmp_path / "test", {"b": GREEN, "c": BLUE, "d": RED}, 4))
     assert status == 0, said
     assert summary_of(out)["knn_top1_raw_pixels"] == pytest.approx(2 / 3)
-    assert "1 classes of the test images are not in training, e.g. d" in said
+    assert "1 classes of the test images are not among the training classes, e.g. d" in said
 
 
 def test_no_class_in_common(run: Run, tmp_path: Path) -> None:
