@@ -9,8 +9,18 @@ those, and DALI gets their pixels.
 from __future__ import annotations
 
 import os
+from zlib import crc32
 
-from pipelines.containers import DAMAGED, FRAMES, JPEG, PNG, START_OF_SCAN, jpeg_segments, png_chunks
+from pipelines.containers import (
+    DAMAGED,
+    FRAMES,
+    JPEG,
+    PNG,
+    START_OF_SCAN,
+    jpeg_is_in_order,
+    jpeg_segments,
+    png_chunks,
+)
 
 os.environ.setdefault(
     "PYNVIMGCODEC_VERBOSITY", "0"
@@ -43,7 +53,7 @@ def may_go_to_dali(data: bytes, height: int, width: int) -> bool:
     if data.startswith(JPEG):
         known = _is_usual_jpeg(data)
     elif data.startswith(PNG):
-        known = _is_still_png(data)
+        known = _is_whole_png(data)
     else:
         known = data[:4] == b"RIFF" and data[12:16] != b"VP8X"  # extended WebP may be animated
     if not known:
@@ -61,17 +71,21 @@ def may_go_to_dali(data: bytes, height: int, width: int) -> bool:
 
 def _is_usual_jpeg(data: bytes) -> bool:
     """Whether a JPEG looks whole, and is coded in a way that is tested."""
-    marker = DAMAGED
-    for marker, _, _ in jpeg_segments(data):
+    marker, stop = DAMAGED, 0
+    for marker, _, stop in jpeg_segments(data):  # noqa: B007  the last ones count
         if marker in FRAMES and marker not in _HUFFMAN_FRAMES:
             return False
-    return marker == START_OF_SCAN and _JPEG_END in data[-_END_WITHIN:]
+    return marker == START_OF_SCAN and _JPEG_END in data[-_END_WITHIN:] and jpeg_is_in_order(data, stop)
 
 
-def _is_still_png(data: bytes) -> bool:
-    """Whether a PNG looks whole and is not animated."""
-    for kind, _, _ in png_chunks(data):
+def _is_whole_png(data: bytes) -> bool:
+    """Whether a PNG has an end, is not animated, and what comes before its pixels is not damaged."""
+    before_pixels = True
+    for kind, start, stop in png_chunks(data):
+        before_pixels = before_pixels and kind != b"IDAT"
         if kind == b"acTL":
+            return False
+        if before_pixels and crc32(data[start - 4 : stop]) != int.from_bytes(data[stop : stop + 4]):
             return False
         if kind == b"IEND":
             return True

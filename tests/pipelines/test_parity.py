@@ -17,6 +17,7 @@ from pipelines.headers import image_size
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 from pipelines.reader import ImageReader
+from tests.pipelines.agreement import compare
 from tests.pipelines.forms import HEIGHT, WIDTH, forms
 from tests.pipelines.images import collector, encode, in_order, load, photo, photos, pixels, write_images
 
@@ -100,6 +101,12 @@ def test_every_form_looks_right(of_all_forms: Manifest, backend: str) -> None:
         assert (got - expected).abs().mean() <= (3 if form.lossy else 1), name
 
 
+def test_all_decoders_agree_on_every_form(of_all_forms: Manifest) -> None:
+    for name, worst in compare(of_all_forms, list(forms())).items():
+        assert worst.mean <= 1, (name, worst)
+        assert worst.quantile <= 8, (name, worst)
+
+
 @pytest.mark.parametrize("backend", ["dali", "host"])
 def test_crops_and_flips_are_torchvisions(tmp_path: Path, backend: str) -> None:
     manifest = photos(tmp_path, 12)
@@ -115,7 +122,9 @@ def test_crops_and_flips_are_torchvisions(tmp_path: Path, backend: str) -> None:
         expected = v2.functional.resized_crop(image, *box, [24, 24], antialias=True)
         if views.flip[row, 0]:
             expected = v2.functional.horizontal_flip(expected)
-        assert (got - expected.float()).abs().max() <= 2
+        apart = (got - expected.float()).abs()
+        assert apart.mean() <= 0.5
+        assert apart[:, 1:-1, 1:-1].max() <= 2  # at the border torchvision looks at fewer pixels
     assert 0 < views.flip.sum() < 12
 
 
