@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.augment import ViewParameters
 from pipelines.batch import Batch, Loader, LoaderJob
-from pipelines.decode import CorruptImage, decode_rgb
+from pipelines.decode import CorruptImage
 from pipelines.order import Request
 from pipelines.reader import Ahead, ImageReader
 
@@ -50,15 +50,14 @@ class HostLoader(Loader):
         return job.to_batch(images, request.rows, failures)
 
     def _load(self, request: Request) -> _Piece:
-        size, manifest = self._job.side, self._job.manifest
+        size = self._job.side
         views = self._job.view_parameters(request)
         colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)
         failures: dict[int, str] = {}
         for index, row in enumerate(request.rows.tolist()):
             try:
-                data = self._reader.read(row)
-                image = decode_rgb(data, int(manifest.heights[row]), int(manifest.widths[row]))
+                image = self._reader.decode(row)
             except CorruptImage as corrupt:
                 failures[row] = str(corrupt)
                 continue

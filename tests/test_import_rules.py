@@ -19,6 +19,7 @@ OWNERS = {
     "zarr": "cluster/",
     "prometheus_client": "cluster/",
     "nvidia.dali": "pipelines/dali.py",
+    "nvidia.nvimgcodec": "pipelines/dali_forms.py",
 }
 
 
