@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +19,8 @@ from cluster.snapshots import SnapshotError
 from instdisc.common.errors import ConfigError
 from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.gallery import Thumbnails
-from instdisc.evaluation.images import embed
+from instdisc.evaluation.images import check_decoded, embed, open_images
 from instdisc.settings.evaluation import EvaluationConfig
-from pipelines.build import build_manifest
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.settings import LoaderConfig
@@ -113,9 +110,7 @@ def search(config: SearchConfig) -> str:
     with evaluation:
         # Here, not in the actors: their nodes may not see the images.
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
-        broken = np.flatnonzero(~np.isfinite(embeddings[:, 0]))
-        if len(broken):
-            raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")
+        check_decoded(embeddings, manifest)
         scores, rows = evaluation.search(embeddings, config.k)
         labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
         found = [
@@ -145,26 +140,6 @@ def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
             evaluation.source.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys")
         )
     return evaluation.source.class_names[label] if label >= 0 else "-", name
-
-
-def open_images(paths: Sequence[Path]) -> Manifest:
-    """A manifest of single images, in their order.
-
-    Raises:
-        DataError: One is missing or no image.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        listing = Path(folder) / "images.csv"
-        with listing.open("w", newline="") as file:
-            csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
-        try:
-            manifest = build_manifest(listing, show_progress=False)
-        except DataError as error:
-            raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
-    if manifest.rejected:
-        name, reason = manifest.rejected[0]
-        raise DataError(f"{name} is no image that can be used: {reason}")
-    return manifest
 
 
 def _table(neighbors: Sequence[Neighbor]) -> list[str]:

@@ -64,12 +64,16 @@ def jpeg_is_in_order(data: bytes, scan: int) -> bool:
 
 
 def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included."""
+    """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included.
+
+    Pixels (`IDAT`) are yielded as soon as their chunk begins: whoever looks for what comes before them need not read on.
+    """
     position, end = len(PNG), len(head)
     while position + 12 <= end:
         start = position + 8
         stop = start + int.from_bytes(head[position : position + 4])
-        if stop + 4 > end:
+        kind = head[position + 4 : start]
+        if stop + 4 > end and kind != b"IDAT":
             return
-        yield head[position + 4 : start], start, stop
+        yield kind, start, stop
         position = stop + 4
