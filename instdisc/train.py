@@ -165,13 +165,8 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
 
-    drawn = getattr(config.objective, "num_negatives", 0)
-    if drawn > len(train_images):
-        logger.warning(
-            "%d negatives of %d images: each counts %.3g times; lower --objective.num-negatives, or take a -softmax "
-            "recipe, which compares with every image once",
-            *(drawn, len(train_images), drawn / len(train_images)),
-        )
+    for warning in config.objective.warnings(len(train_images)):
+        logger.warning("%s", warning)
 
     def is_allowed(num_workers: int) -> bool:
         pieces = num_workers * config.training.accumulation
