@@ -206,13 +206,8 @@ def _launch(
     recipe: str, config: RunConfig, run: RunDirectory, train_images: Manifest, *, resumes: bool
 ) -> dict[str, Any]:
     """Run the workers and show their progress; the summary."""
-    drawn = getattr(config.objective, "num_negatives", 0)
-    if drawn > len(train_images):
-        logger.warning(
-            "%d negatives of %d images: each counts %.3g times; lower --objective.num-negatives, or take a -softmax "
-            "recipe, which compares with every image once",
-            *(drawn, len(train_images), drawn / len(train_images)),
-        )
+    for warning in config.objective.warnings(len(train_images)):
+        logger.warning("%s", warning)
 
     def is_allowed(num_workers: int) -> bool:
         pieces = num_workers * config.training.accumulation

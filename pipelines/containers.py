@@ -66,7 +66,7 @@ def jpeg_is_in_order(data: bytes, scan: int) -> bool:
 def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included.
 
-    Pixels (`IDAT`) are yielded as soon as their chunk begins: whoever looks for what comes before them need not read on.
+    Pixels (`IDAT`) are yielded as soon as their chunk begins: a search for what comes before them need not read on.
     """
     position, end = len(PNG), len(head)
     while position + 12 <= end:

@@ -95,7 +95,10 @@ def test_more_negatives_than_images_are_told(
     arguments += ["--backbone.name", "resnet8", "--augmentation.image-size", "16"]
     arguments += ["--objective.num-negatives", negatives, "--run-dir", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert ("50 negatives of 20 images: each counts 2.5 times" in caplog.text) == said
+    warning = (
+        "drawing 50 negatives from only 20 images: each image is used 2.5 times per step on average; lower"
+    )
+    assert (warning in caplog.text) == said
 
 
 def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> None:
