@@ -131,6 +131,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         training, workers = self.training, self.launch.num_workers
+        if self.objective.within_batch and training.accumulation > 1:
+            raise ValueError(
+                f"{self.objective.name} tells the images of a batch apart, which {training.accumulation} parts would "
+                "make smaller: leave --training.accumulation at 1"
+            )
+        if self.objective.within_batch and training.batch_size < 2:
+            raise ValueError(
+                f"{self.objective.name} tells the images of a batch apart, of which there is 1: set "
+                "--training.batch-size to 2 or more, 128 is usual"
+            )
         if workers is None or self.launch.min_workers is not None:
             return  # known only when the workers have been found
         pieces = max(workers, 1) * training.accumulation

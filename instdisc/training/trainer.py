@@ -71,16 +71,6 @@ class Trainer:
         objective, dtype = config.objective, getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim
         sharing = worker.local_world_size if worker.device.type == "cpu" else 1
-        if objective.within_batch and config.training.accumulation > 1:
-            raise ConfigError(
-                f"{objective.name} tells the images of a batch apart, which {config.training.accumulation} parts "
-                "would make smaller: leave --training.accumulation at 1"
-            )
-        if objective.within_batch and config.training.batch_size < 2:
-            raise ConfigError(
-                f"{objective.name} tells the images of a batch apart, of which there is 1: set "
-                "--training.batch-size to 2 or more, 128 is usual"
-            )
         check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
