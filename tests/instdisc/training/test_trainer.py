@@ -317,11 +317,11 @@ def test_a_batch_that_is_told_apart_is_not_cut_into_parts() -> None:
     worker = Worker(0, 1, 0, 1, 0, torch.device("cpu"))
     training = TrainingConfig(batch_size=12, accumulation=2)
     config = RunConfig(data=DataConfig(path="unused"), objective=SpreadingConfig(), training=training)
-    with pytest.raises(ConfigError, match=r"Spreading tells.*2 parts.*accumulation at 1"):
+    with pytest.raises(ConfigError, match=r"spreading tells.*2 parts.*accumulation at 1"):
         Trainer(worker, config, 61)
 
 
 def test_the_loader_must_give_as_many_views_as_the_objective_compares() -> None:
     images, ids = my_part(0, 1)
-    with pytest.raises(ConfigError, match=r"NCEConfig compares 1 view.*the loader gives 2.*views=1"):
+    with pytest.raises(ConfigError, match=r"nce compares 1 view.*the loader gives 2.*views=1"):
         make_trainer(0, 1).step(images.repeat(2, 1, 1, 1, 1), ids, learning_rate=RATE)
