@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+FIRST_CHUNK = 33  # where the chunk after the header of a PNG begins
 APP1, START_OF_SCAN, DAMAGED = 0xE1, 0xDA, 0
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frame: size and kind of the coding
 _END_OF_IMAGE = 0xD9
@@ -65,11 +66,10 @@ def jpeg_is_in_order(data: bytes, scan: int) -> bool:
 
 def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included."""
-    position, end = len(PNG), len(head)
-    while position + 12 <= end:
-        start = position + 8
-        stop = start + int.from_bytes(head[position : position + 4])
+    start, end = len(PNG) + 8, len(head)
+    while start + 4 <= end:
+        stop = start + int.from_bytes(head[start - 8 : start - 4])
         if stop + 4 > end:
             return
-        yield head[position + 4 : start], start, stop
-        position = stop + 4
+        yield head[start - 4 : start], start, stop
+        start = stop + 12
