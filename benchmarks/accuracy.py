@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instdisc.config import RunConfig
-from instdisc.objectives import (
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ObjectiveConfig,
@@ -26,8 +26,8 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory
+from instdisc.settings.recipes import RECIPES
+from instdisc.settings.run import RunConfig
 from instdisc.train import train
 
 # Settings other than the objective are those of the recipe `sample`, but for these.
@@ -72,7 +72,7 @@ def configured(name: str, epochs: int, seed: int, directory: Path) -> RunConfig:
         optimizer=optimizer,
         bank=dataclasses.replace(base.bank, momentum=changes.get("bank_momentum", base.bank.momentum)),
         training=dataclasses.replace(base.training, epochs=epochs, seed=seed),
-        probe=dataclasses.replace(base.probe, every=0),
+        knn=dataclasses.replace(base.knn, every=0),
         launch=dataclasses.replace(base.launch, num_workers=0),
         metrics=dataclasses.replace(base.metrics, port=0),
         run_dir=directory,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instdisc.bank import random_unit_rows
+from instdisc.model.bank import random_unit_rows
 from instdisc.objectives.attention import (
     Kernel,
     attend_in_blocks,

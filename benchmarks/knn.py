@@ -26,8 +26,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from cluster.actors import ActorsConfig, available_threads, connect
+from cluster.actors import available_threads, connect
 from cluster.partition import Partition
+from cluster.settings import ActorsConfig
 from cluster.snapshot_writer import SnapshotWriter
 from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
 from cluster.topk import TopK

@@ -21,9 +21,10 @@ import torch
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
-from pipelines.loader import LoaderConfig, open_loader
+from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
+from pipelines.settings import LoaderConfig
 
 CASES = {"evaluation": (False, 1), "training, 1 view": (True, 1), "training, 2 views": (True, 2)}
 BACKENDS = ("dali", "host")

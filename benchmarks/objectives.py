@@ -26,20 +26,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.exchange import Exchange
-from instdisc.bank import Bank, random_unit_rows
-from instdisc.objectives import (
-    NCE,
-    OBJECTIVES,
+from instdisc.model.bank import Bank, random_unit_rows
+from instdisc.objectives.base import BatchQueries, Objective, build_objective
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.objectives.nce import NCE
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
-    Objective,
     ObjectiveConfig,
     ParametricSoftmaxConfig,
-    Queries,
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.trainer import evaluate
 
 REPEATS = 9
 LEARNING_RATE = 0.03
@@ -94,7 +92,7 @@ class Step:
         """Loss (Q,) and gradient (Q, D)."""
         exchange = Exchange(0, 1)
         queries, ids, generator = self.queries, self.ids, self.generator.manual_seed(3)
-        result, _ = evaluate(self.objective, self.bank, exchange, queries, ids, generator)
+        result, _ = loss_and_gradient(self.objective, self.bank, exchange, queries, ids, generator)
         self.objective.update(LEARNING_RATE, len(queries))
         return result.loss_Q, result.gradient_QD
 
@@ -135,7 +133,7 @@ def linear_layer(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
 def gather_then_mm(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
     """InfoNCE as public code computes it: logits of the positive and the gathered shared rows, then autograd."""
     bank, temperature = step.bank.rows, step.objective.config.temperature
-    sample = Queries(step.queries, step.ids, 1, slice(0, 0))
+    sample = BatchQueries(step.queries, step.ids, 1, slice(0, 0))
     negatives, _ = step.objective.draw(sample, step.bank, step.generator.manual_seed(3))
     queries = step.queries.detach().to(bank.dtype).requires_grad_()
     positives = (queries * bank[step.ids]).sum(dim=1, keepdim=True)
@@ -184,15 +182,14 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
     num_instances, dim, batch = sizes
     exact = random_unit_rows(0, num_instances, dim, seed=0).to(device)
     generator = torch.Generator().manual_seed(1)
-    kind = OBJECTIVES[type(case.config)]
-    queries = F.normalize(torch.randn(batch, dim, generator=generator), dim=1).repeat(kind.views, 1)
+    queries = F.normalize(torch.randn(batch, dim, generator=generator), dim=1).repeat(case.config.views, 1)
     queries = F.normalize(queries + 0.05 * torch.randn(queries.shape, generator=generator), dim=1).to(device)
-    ids = torch.randperm(num_instances, generator=generator)[:batch].repeat(kind.views).to(device)
+    ids = torch.randperm(num_instances, generator=generator)[:batch].repeat(case.config.views).to(device)
     draws = torch.Generator(device)
 
     def step_on(dtype: torch.dtype) -> Step:
         bank = Bank(exact.to(dtype))
-        return Step(kind(case.config, num_instances, bank), bank, queries, ids, draws)
+        return Step(build_objective(case.config, num_instances, bank), bank, queries, ids, draws)
 
     step, peer_step = step_on(case.dtype), step_on(case.peer_dtype)
     noise_config = case.config if isinstance(case.config, NCEConfig) else NCEConfig()
@@ -210,7 +207,7 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
         torch.testing.assert_close(trained, expected, rtol=tolerance, atol=tolerance * LEARNING_RATE)
     seconds, peer_seconds = alternate(step.ours, peer, device)
     # Tables that ours keeps for itself between steps; the peer makes them anew.
-    own_tables = kind.tables_beside_bank - len(step.objective.tables())
+    own_tables = case.config.tables_beside_bank - len(step.objective.tables())
     own_bytes = own_tables * exact.numel() * exact.element_size()
     return Row(
         objective=case.name,

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from cluster.partition import Partition
-from instdisc.bank import Bank, random_unit_rows
-from instdisc.objectives import (
-    OBJECTIVES,
+from instdisc.model.bank import Bank, random_unit_rows
+from instdisc.objectives.base import build_objective
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
     ObjectiveConfig,
@@ -35,7 +36,6 @@ from instdisc.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from instdisc.trainer import evaluate
 
 WORLD_SIZES = (1, 2, 4)
 DIM, BATCH = 128, 256
@@ -67,15 +67,15 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     exchange, partition = Exchange(rank, world_size), Partition(num_instances, world_size)
     start, stop = partition.start(rank), partition.stop(rank)
     bank = Bank(random_unit_rows(start, stop, DIM, seed=0), start)
-    objective = OBJECTIVES[type(config)](config, num_instances, bank)
-    views, generator = objective.views, torch.Generator().manual_seed(5)
+    objective = build_objective(config, num_instances, bank)
+    views, generator = config.views, torch.Generator().manual_seed(5)
     ids = torch.randperm(num_instances, generator=generator)[:BATCH]
     embeddings = F.normalize(torch.randn(views, BATCH, DIM, generator=generator), dim=2)
     local = BATCH // world_size
     mine = slice(rank * local, (rank + 1) * local)
     own = embeddings[:, mine].flatten(0, 1)
     draws = torch.Generator().manual_seed(rank)
-    result, all_ids = evaluate(objective, bank, exchange, own, ids[mine].repeat(views), draws)
+    result, all_ids = loss_and_gradient(objective, bank, exchange, own, ids[mine].repeat(views), draws)
     # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound, a stop.
     exchange.sum(torch.zeros(len(result.sums) + 3 + world_size, dtype=torch.float64))
     held = bank.rows.numel() * bank.rows.element_size()

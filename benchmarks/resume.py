@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.instdisc.program import measured, snapshot_content
 from tests.ray_cluster import CHECKOUT, processes_of_this_block, wait_until
 
 OPTIONS = ["--training.log-every", "1", "--snapshots.every-steps", "5", "--snapshots.keep", "2"]
-OPTIONS += ["--probe.every", "0", "--metrics.port", "0"]
+OPTIONS += ["--knn.every", "0", "--metrics.port", "0"]
 STEPS_PER_EPOCH = 39
 
 
@@ -40,7 +40,7 @@ def command(run: RunDirectory, epochs: int, kills: int) -> list[str]:
 def last_step(run: RunDirectory) -> int:
     """The last step logged; 0 before the first one."""
     try:
-        rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     except (OSError, ValueError):  # not there yet, or a line that is being written
         return 0
     return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
@@ -48,7 +48,7 @@ def last_step(run: RunDirectory) -> int:
 
 def resumed_at(run: RunDirectory) -> list[str]:
     """The messages of workers that went on from a snapshot."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     return [row["message"] for row in rows if row["kind"] == "status" and "going on from" in row["message"]]
 
 

@@ -25,12 +25,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.launch import Worker
-from cluster.metrics import TRAINING, Metrics
+from cluster.group import Worker
+from cluster.metrics import Metrics
 from cluster.phases import Phases
+from instdisc.common.metrics import TRAINING
 from instdisc.plan import PlanConfig, report
-from instdisc.recipes import RECIPES
-from instdisc.trainer import Trainer
+from instdisc.settings.recipes import RECIPES
+from instdisc.training.trainer import Trainer
 
 WORLD_SIZES = (1, 2, 4)
 ROUNDS = 3
@@ -72,7 +73,7 @@ def train(rank: int, world_size: int, threads: int, directory: str, arguments: a
     worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
     trainer = Trainer(worker, config, arguments.instances)
     local = arguments.batch // world_size
-    images = torch.randn(trainer.objective.views, local, 3, 32, 32)
+    images = torch.randn(trainer.config.objective.views, local, 3, 32, 32)
     order = torch.randperm(arguments.instances, generator=torch.Generator().manual_seed(0))
     steps: list[tuple[float, float, int]] = []
     for number in range(WARM_UP + arguments.steps):

@@ -1,1 +1,1 @@
-"""Many processes, many machines: launch, exchange, snapshots. Moves rows; knows nothing of images, labels or losses."""
+"""Many processes, many machines: launch, exchange, snapshots. Moves rows; knows nothing of images or labels."""

@@ -6,36 +6,15 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.placement import WorkerGroup, choose_group, describe
+from cluster.settings import ActorsConfig
 
 logger = logging.getLogger(__name__)
 
 _WAIT_SLICE_S, _LONGEST_WAIT_S = 15, 1800
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActorsConfig:
-    """Where the actors run and what each of them gets."""
-
-    num_actors: int | None = None
-    """Actors, each with an equal share of the rows. None: one per GPU of the cluster, two on a cluster without any.
-    0: this process, without Ray."""
-    cpus_per_actor: float | None = None
-    """CPUs reserved for, and threads used by, each actor. None: an equal share of the cluster's."""
-    gpus_per_actor: int | None = None
-    """0 or 1. None: 1 if the cluster has GPUs."""
-
-    def __post_init__(self) -> None:
-        if self.num_actors is not None and self.num_actors < 0:
-            raise ValueError(f"num_actors must be 0 or more, got {self.num_actors}")
-        if self.cpus_per_actor is not None and not self.cpus_per_actor > 0:
-            raise ValueError(f"cpus_per_actor must be above 0, got {self.cpus_per_actor}")
-        if self.gpus_per_actor not in (None, 0, 1):
-            raise ValueError(f"gpus_per_actor must be 0 or 1, got {self.gpus_per_actor}")
 
 
 @contextlib.contextmanager
@@ -48,7 +27,7 @@ def connect(config: ActorsConfig) -> Iterator[None]:
     if config.num_actors == 0:
         yield
         return
-    from cluster.launch import ray_session  # imports torch, which actors can do without
+    from cluster.session import ray_session
 
     with ray_session():
         yield
@@ -62,7 +41,7 @@ def choose_actors(config: ActorsConfig) -> WorkerGroup:
     """
     import ray
 
-    from cluster.room import is_granted
+    from cluster.capacity import is_granted
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     group = choose_group(

@@ -16,9 +16,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIServer
@@ -26,13 +26,13 @@ from wsgiref.simple_server import WSGIServer
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.settings import MetricsConfig
+
 logger = logging.getLogger(__name__)
 
-PREFIX = "instdisc_"
 LABELS = ("run", "rank")
 
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_SNAPSHOT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _PORTS_TRIED = 16
 _OWN_PORT_S = 5.0
 _TRY_EVERY_S = 0.2
@@ -58,82 +58,21 @@ class Metric:
     since: str | None = None
 
 
-TRAINING = (
-    Metric("step_seconds", "histogram", "A whole step, from asking for a batch to the bank's update."),
-    Metric("data_wait_seconds", "histogram", "Waiting for the batch of a step."),
-    Metric(
-        "exchange_seconds",
-        "histogram",
-        "Exchange between ranks in a step, waiting for slower ranks included.",
-    ),
-    Metric("objective_seconds", "histogram", "Loss and gradient of a step from this rank's rows."),
-    Metric("optimizer_seconds", "histogram", "The optimizer's part of a step."),
-    Metric("snapshot_seconds", "histogram", "Writing and committing a snapshot.", buckets=_SNAPSHOT_BUCKETS),
-    Metric("images_total", "counter", "Images trained on."),
-    Metric("exchange_bytes_total", "counter", "Bytes sent to other ranks, without DDP's gradients."),
-    Metric("corrupt_images_total", "counter", "Different images that could not be decoded."),
-    Metric(
-        "restarts_total",
-        "counter",
-        "Of the run, from rank 0: times that the group was started again after a loss, since the command was.",
-    ),
-    Metric("snapshot_failures_total", "counter", "Snapshots that could not be written or committed."),
-    Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
-    Metric("learning_rate", "gauge", "Of the run: rate of the last step."),
-    Metric("gradient_norm", "gauge", "Of the run: L2 norm of the last step's gradient."),
-    Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before they are made unit."),
-    Metric("positive_similarity", "gauge", "Of the run: mean cosine of an embedding and its own row."),
-    Metric("negative_similarity", "gauge", "Of the run: mean cosine of an embedding and other rows."),
-    Metric("log_partition", "gauge", "Of the run: logarithm of the normalising constant Z."),
-    Metric("knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN, embeddings computed anew."),
-    Metric("bank_knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN by the bank as it stands."),
-    Metric("bank_rows", "gauge", "Rows of the bank that this rank owns."),
-    Metric("bank_bytes", "gauge", "Memory of those rows."),
-    Metric("bank_element_bytes", "gauge", "Bytes of one number of the bank: 4 is float32, 2 half precision."),
-    Metric("epoch", "gauge", "Of the run: epochs done, with fraction."),
-    Metric("epochs", "gauge", "Of the run: epochs to do in all."),
-    Metric("world_size", "gauge", "Of the run: ranks in the group."),
-    Metric("snapshot_bytes", "gauge", "Of the run, from rank 0: size of the newest snapshot."),
-    Metric(
-        "snapshot_timestamp_seconds",
-        "gauge",
-        "Of the run, from rank 0: Unix time at which the newest snapshot was committed; before the first one, of the "
-        "start.",
-    ),
-    Metric(
-        "snapshot_age_seconds",
-        "gauge",
-        "Of the run, from rank 0: time since snapshot_timestamp_seconds.",
-        since="snapshot_timestamp_seconds",
-    ),
-)
-"""What the workers of a training run export."""
-
-EVALUATION = (
-    Metric("evaluation_queries_total", "counter", "Queries answered."),
-    Metric("evaluation_search_seconds", "histogram", "Answering one block of queries by all shards of rows."),
-    Metric("evaluation_actor_restarts_total", "counter", "Actors that were lost and started again."),
-    Metric("evaluation_actors", "gauge", "Actors that hold rows."),
-    Metric("evaluation_rows", "gauge", "Rows that are searched."),
-    Metric("evaluation_knn_top1_ratio", "gauge", "Top-1 accuracy of weighted kNN."),
-    Metric("evaluation_knn_top5_ratio", "gauge", "Top-5 accuracy of weighted kNN."),
-)
-"""What the evaluation job exports, from its driver, which is rank 0."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
-    """Where workers serve their metrics."""
+class MetricTable:
+    """All metrics of one kind of process.
 
-    port: int | None = 9500
-    """Port of the first worker of a node; the next workers use the ports above it. 0 or None: no metrics are served."""
+    Attributes:
+        metrics: The metrics.
+        prefix: Put before each metric's name.
+        targets: Beginning of the names of the files by which Prometheus finds such processes: `TARGETS-RANK.json`.
+        labels: Further labels of their targets.
+    """
 
-    def __post_init__(self) -> None:
-        """Refuse what is no port."""
-        if self.port is not None and not (self.port == 0 or 1024 <= self.port <= 65_000):
-            raise ValueError(
-                f"metrics port is {self.port}, it must be from 1024 to 65000, or 0 for no metrics"
-            )
+    metrics: tuple[Metric, ...]
+    prefix: str
+    targets: str = "rank"
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 class Metrics:
@@ -142,12 +81,12 @@ class Metrics:
     Recording costs about a microsecond and is done whether or not the values are served.
 
     Args:
-        table: `TRAINING` or `EVALUATION`.
+        table: The metrics that it may tell.
         run: Name of the run, the same for its training and its evaluation, over all restarts.
         rank: This process among those of the run.
     """
 
-    def __init__(self, table: tuple[Metric, ...], *, run: str, rank: int) -> None:
+    def __init__(self, table: MetricTable, *, run: str, rank: int) -> None:
         # A directory's name may hold bytes that are no text.
         self.table, self.run, self.rank = table, os.fsencode(run).decode(errors="replace"), rank
         # Otherwise every counter and histogram exports its time of creation as a metric of its own.
@@ -156,10 +95,10 @@ class Metrics:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
-        self._ages = {metric.since: metric.name for metric in table if metric.since}
+        self._ages = {metric.since: metric.name for metric in table.metrics if metric.since}
         self._labels = (self.run, str(rank))
-        for metric in table:
-            name, text = PREFIX + metric.name, metric.help
+        for metric in table.metrics:
+            name, text = table.prefix + metric.name, metric.help
             if metric.kind == "gauge":
                 self._gauges[metric.name] = Gauge(name, text, LABELS, registry=self.registry)
             elif metric.kind == "counter":
@@ -340,11 +279,9 @@ class _Target:
     """The file by which Prometheus finds one endpoint."""
 
     def __init__(self, metrics: Metrics, address: str, directory: Path) -> None:
-        self._kind = "evaluation" if metrics.table is EVALUATION else "rank"
+        self._kind = metrics.table.targets
         self._path = directory / f"{self._kind}-{metrics.rank}.json"
-        labels = {"run": metrics.run, "rank": str(metrics.rank)}
-        if metrics.table is EVALUATION:  # alerts on lost workers ask for the job of the configuration
-            labels["job"] = "instdisc-evaluation"
+        labels = {"run": metrics.run, "rank": str(metrics.rank), **metrics.table.labels}
         self._content = (json.dumps([{"targets": [address], "labels": labels}]) + "\n").encode()
 
     def write(self, world_size: int) -> None:

@@ -6,11 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from cluster.errors import ClusterError
+from cluster.settings import Strategy
 
-Strategy = Literal["PACK", "SPREAD", "STRICT_SPREAD"]
 Node = Mapping[str, float]
 """What a node has in all, free or not, by Ray's resource names: `{"CPU": 16.0, "GPU": 2.0, …}`."""
 

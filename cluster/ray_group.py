@@ -24,10 +24,11 @@ from ray.train.v2._internal.callbacks import BackendSetupCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
+from cluster.capacity import wait_for_room, watching_for_room
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture, raise_root_cause
-from cluster.launch import JOB_DIRECTORY, LaunchConfig, Worker
-from cluster.room import wait_for_room, watching_for_room
+from cluster.group import JOB_DIRECTORY, Worker
+from cluster.settings import LaunchConfig
 from cluster.stopping import StopBoard, Stopped, StopSignals, StopWatch
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run_group(
     config: LaunchConfig,
     *,
     restarting: bool,
-    losses: int,
+    restarts: int,
     is_allowed: Callable[[int], bool],
     signals: StopSignals,
     name: str,
@@ -59,7 +60,7 @@ def run_group(
     group = wait_for_room(config, is_allowed, restarting=restarting)
     logger.info("starting %s", group)
     board = StopBoard(secrets.token_hex(16))
-    task: Any = functools.partial(_run_on_worker, function, payload, Path.cwd(), board, losses)
+    task: Any = functools.partial(_run_on_worker, function, payload, Path.cwd(), board, restarts)
     trainer: Any = _Trainer(
         task,
         torch_config=TorchConfig(
@@ -157,7 +158,7 @@ class _SigtermCallback(WorkerCallback):
 
 
 def _run_on_worker(
-    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard, losses: int
+    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard, restarts: int
 ) -> R | None:
     """What Ray Train runs in every worker process: set up the worker, call the function, catch its error.
 
@@ -166,12 +167,12 @@ def _run_on_worker(
         payload: Its argument.
         directory: Where the caller of `launch` is. A worker starts where its node's Ray was started.
         board: Where the group is asked to stop.
-        losses: As in `Worker`.
+        restarts: As in `Worker`.
     """
     # What all threads are doing goes to the worker's standard error, which Ray shows to whoever launched.
     faulthandler.register(signal.SIGUSR1, file=2)
     try:
-        worker = _this_worker(board, losses)
+        worker = _this_worker(board, restarts)
         _set_up_logging(worker)
         # A submitted job's worker already is in its node's copy of the working directory.
         if JOB_DIRECTORY not in directory.as_posix():
@@ -182,10 +183,10 @@ def _run_on_worker(
         value = function(worker, payload)
     except BaseException as error:
         raise capture(error) from None
-    return value if worker.is_first else None
+    return value if worker.is_rank_zero else None
 
 
-def _this_worker(board: StopBoard, losses: int) -> Worker:
+def _this_worker(board: StopBoard, restarts: int) -> Worker:
     """Collectives: one; every worker must call."""
     context = ray.train.get_context()
     nodes = [""] * context.get_world_size()
@@ -197,14 +198,14 @@ def _this_worker(board: StopBoard, losses: int) -> Worker:
         local_world_size=context.get_local_world_size(),
         node_rank=context.get_node_rank(),
         device=ray.train.torch.get_device(),
-        losses=losses,
+        restarts=restarts,
         stop_watch=StopWatch(board, frozenset(nodes)),
     )
 
 
 def _set_up_logging(worker: Worker) -> None:
     logging.basicConfig(
-        level=logging.INFO if worker.is_first else logging.WARNING,
+        level=logging.INFO if worker.is_rank_zero else logging.WARNING,
         format=f"%(asctime)s [{worker.rank}/{worker.world_size}] %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         force=True,

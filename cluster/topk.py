@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from cluster.actors import ActorsConfig, available_threads, choose_actors, connect, get, share_out
+from cluster.actors import available_threads, choose_actors, connect, get, share_out
 from cluster.errors import ClusterError
-from cluster.kernels import BLOCK_ROWS, FaissKernel, Kernel, TorchKernel, from_keys
+from cluster.settings import ActorsConfig
+from cluster.topk_kernels import BLOCK_ROWS, FaissKernel, TopKKernel, TorchKernel, from_keys
 
 if TYPE_CHECKING:
     from cluster.metrics import Metrics
@@ -97,7 +98,7 @@ class Shard:
         return self._identity
 
     @functools.cached_property
-    def _kernel(self) -> Kernel:
+    def _kernel(self) -> TopKKernel:
         rows = self._load()
         if self._use_gpu:
             return TorchKernel(rows, self._start, "cuda")
@@ -106,7 +107,7 @@ class Shard:
     def search(
         self, queries: Floats, excluded: Ids, first: int, last: int, k: int
     ) -> tuple[str, npt.NDArray[np.uint64]]:
-        """`ready`, and `Kernel.search` for queries first … last - 1."""
+        """`ready`, and `TopKKernel.search` for queries first … last - 1."""
         return self.ready(), self._kernel.search(queries[first:last], k, excluded[first:last])
 
 

@@ -4,7 +4,7 @@
 
 reads `train/<class>/<name>.png` and `test/<class>/<name>.png` and writes, beside this script,
 `sample-train.tar.gz` (500 images of each class) and `sample-test.tar.gz` (100 of each) in WebDataset
-layout, and `classnames.txt`. The images are drawn at random: within a class, neighbours in the list look
+layout, and `classnames.txt`. The images are drawn at random: within a class, neighbors in the list look
 alike, so the first images would be an easier data set. Compressed, because headers and padding of a tar take
 more room than images as small as these; `pipelines.datasets.resolve("sample")` unpacks it.
 """

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from cluster.errors import ClusterError, SnapshotError
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation import finetune, knn, linear, page, statistics, unseen
-from instdisc.evaluation.context import Evaluation, EvaluationConfig, Protocol
+from instdisc.evaluation.context import Evaluation, ProtocolFunction
+from instdisc.settings.evaluation import EvaluateConfig
 from pipelines.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS: dict[str, Protocol] = {
+PROTOCOLS: dict[str, ProtocolFunction] = {
     "knn": knn.run,
     "linear": linear.run,
     "finetune": finetune.run,
@@ -28,21 +28,6 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """Run in this order, whatever the order they are asked for in: the page shows what the others found. The field of the
 same name of `EvaluateConfig` holds the settings of each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to measure, of what."""
-
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
-    protocols: str = "knn"
-    """Which protocols to run, separated by commas."""
-    knn: Annotated[knn.KnnConfig, tyro.conf.arg(name="")] = field(default_factory=knn.KnnConfig)
-    linear: linear.LinearConfig = field(default_factory=linear.LinearConfig)
-    finetune: finetune.FinetuneConfig = field(default_factory=finetune.FinetuneConfig)
-    unseen: unseen.UnseenConfig = field(default_factory=unseen.UnseenConfig)
-    statistics: statistics.StatisticsConfig = field(default_factory=statistics.StatisticsConfig)
-    page: page.PageConfig = field(default_factory=page.PageConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,8 +106,8 @@ def evaluate(config: EvaluateConfig) -> None:
         logger.info(
             "%s: snapshot of step %d with %d rows; results go to %s",
             config.evaluation.source,
-            evaluation.snapshot.step,
-            evaluation.snapshot.num_rows,
+            evaluation.source.snapshot.step,
+            evaluation.source.snapshot.num_rows,
             evaluation.output,
         )
         failed: list[str] = []

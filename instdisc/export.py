@@ -16,9 +16,9 @@ import tyro
 from torch import Tensor, nn
 
 from cluster.errors import ClusterError
-from instdisc.backbone import CIFAR_RESNETS, Embedder
-from instdisc.errors import ConfigError
-from instdisc.run_directory import RunDirectory, load_network, network_settings
+from instdisc.common.errors import ConfigError
+from instdisc.model.backbone import CIFAR_RESNETS, Embedder
+from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 
 Format = Literal["torchvision", "safetensors", "onnx"]
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -69,11 +69,13 @@ def export(config: ExportConfig) -> str:
     """
     run = RunDirectory(config.run.expanduser())
     snapshot = run.open_snapshot()
-    network, settings = load_network(snapshot), network_settings(snapshot)
+    network, (backbone, augmentation) = load_network(snapshot), network_settings(snapshot)
     facts = {
-        "backbone": settings["backbone"]["name"],
-        "embedding_dim": settings["backbone"]["embedding_dim"],
-        **{name: settings["augmentation"][name] for name in ("image_size", "mean", "std")},
+        "backbone": backbone.name,
+        "embedding_dim": backbone.embedding_dim,
+        "image_size": augmentation.image_size,
+        "mean": list(augmentation.mean),
+        "std": list(augmentation.std),
     }
     suffix = _SUFFIXES[config.format]
     path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
@@ -143,7 +145,8 @@ def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> 
     return "\n".join(
         [
             "from safetensors.torch import load_file",
-            "from instdisc.backbone import BackboneConfig, build_embedder",
+            "from instdisc.model.backbone import build_embedder",
+            "from instdisc.settings.model import BackboneConfig",
             f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']})",
             f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
             "network.backbone.load_state_dict(load_file(FILE))",

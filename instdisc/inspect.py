@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.snapshots import Snapshot, open_snapshot, snapshot_steps, step_folder
-from instdisc.errors import ConfigError
-from instdisc.run_directory import RunDirectory
+from instdisc.common.errors import ConfigError
+from instdisc.runs.run_directory import RunDirectory
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +13,17 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
-from cluster.metrics import MetricsConfig
+from cluster.settings import ActorsConfig, MetricsConfig
 from cluster.snapshots import SnapshotError
-from instdisc.errors import ConfigError
-from instdisc.evaluation.context import Evaluation, EvaluationConfig
+from instdisc.common.errors import ConfigError
+from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.gallery import Thumbnails
-from instdisc.evaluation.images import embed
-from pipelines.build import build_manifest
+from instdisc.evaluation.images import check_decoded, embed, open_images
+from instdisc.settings.evaluation import EvaluationConfig
 from pipelines.errors import DataError
-from pipelines.loader import LoaderConfig
 from pipelines.manifest import Manifest
+from pipelines.settings import LoaderConfig
 
 _SIDE, _GAP, _CAPTION = 112, 10, 34  # pixels of the drawing
 
@@ -56,7 +53,7 @@ class SearchConfig:
             raise ValueError(f"num_actors is {self.num_actors}, it must be 0 or more")
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A row of the bank that is near an image."""
 
     row: int
@@ -113,22 +110,20 @@ def search(config: SearchConfig) -> str:
     with evaluation:
         # Here, not in the actors: their nodes may not see the images.
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
-        broken = np.flatnonzero(~np.isfinite(embeddings[:, 0]))
-        if len(broken):
-            raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")
+        check_decoded(embeddings, manifest)
         scores, rows = evaluation.search(embeddings, config.k)
         labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
         found = [
             [
-                Neighbour(row, float(score), *labels[row])
+                Neighbor(row, float(score), *labels[row])
                 for row, score in zip(rows[query].tolist(), scores[query], strict=True)
             ]
             for query in range(len(manifest))
         ]
-        train = evaluation.train if evaluation.has_run else None
+        train = evaluation.source.train if evaluation.source.has_run else None
     lines = []
-    for query, neighbours in enumerate(found):
-        lines += [manifest.name(query), *_table(neighbours), ""]
+    for query, neighbors in enumerate(found):
+        lines += [manifest.name(query), *_table(neighbors), ""]
     if train is None:
         return "\n".join([*lines, "not drawn: a snapshot has no images; give its run directory to see them"])
     output = config.output.expanduser()
@@ -138,51 +133,32 @@ def search(config: SearchConfig) -> str:
 
 def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
     """Name of the row's class, `-` for none, and of its image."""
-    if evaluation.has_run:
-        label, name = int(evaluation.train.labels[row]), evaluation.train.name(row)
+    if evaluation.source.has_run:
+        label, name = int(evaluation.source.train.labels[row]), evaluation.source.train.name(row)
     else:
-        label, name = (evaluation.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys"))
-    return evaluation.class_names[label] if label >= 0 else "-", name
+        label, name = (
+            evaluation.source.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys")
+        )
+    return evaluation.source.class_names[label] if label >= 0 else "-", name
 
 
-def open_images(paths: Sequence[Path]) -> Manifest:
-    """A manifest of single images, in their order.
-
-    Raises:
-        DataError: One is missing or no image.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        listing = Path(folder) / "images.csv"
-        with listing.open("w", newline="") as file:
-            csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
-        try:
-            manifest = build_manifest(listing, show_progress=False)
-        except DataError as error:
-            raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
-    if manifest.rejected:
-        name, reason = manifest.rejected[0]
-        raise DataError(f"{name} is no image that can be used: {reason}")
-    return manifest
-
-
-def _table(neighbours: Sequence[Neighbour]) -> list[str]:
-    width = max(len(each.label) for each in neighbours)
+def _table(neighbors: Sequence[Neighbor]) -> list[str]:
+    width = max(len(each.label) for each in neighbors)
     return [
-        f"  {each.similarity:6.3f}  {each.label:<{width}}  {each.name} (row {each.row})"
-        for each in neighbours
+        f"  {each.similarity:6.3f}  {each.label:<{width}}  {each.name} (row {each.row})" for each in neighbors
     ]
 
 
-def draw(queries: Manifest, train: Manifest, found: Sequence[Sequence[Neighbour]]) -> Image.Image:
+def draw(queries: Manifest, train: Manifest, found: Sequence[Sequence[Neighbor]]) -> Image.Image:
     """A line for every query: the image, and to its right its nearest rows with similarity and class."""
-    columns = 1 + max(len(neighbours) for neighbours in found)
+    columns = 1 + max(len(neighbors) for neighbors in found)
     width, height = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
     sheet = Image.new("RGB", (columns * width + 2 * _GAP, len(found) * height + _GAP), "white")
     with Thumbnails(queries, _SIDE) as asked, Thumbnails(train, _SIDE) as stored:
-        for number, neighbours in enumerate(found):
+        for number, neighbors in enumerate(found):
             top = _GAP + number * height
             _place(sheet, asked.image(number), (_GAP, top), ["query"])
-            for column, each in enumerate(neighbours, 1):
+            for column, each in enumerate(neighbors, 1):
                 place = (2 * _GAP + column * width, top)
                 _place(sheet, stored.image(each.row), place, [f"{each.similarity:.3f}", each.label])
     return sheet

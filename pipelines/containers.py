@@ -65,11 +65,14 @@ def jpeg_is_in_order(data: bytes, scan: int) -> bool:
 
 
 def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included."""
+    """Yield (kind, start, stop) of the chunks of a PNG that lie in `head` whole, checksum included.
+
+    Pixels (`IDAT`) are yielded as soon as their chunk begins: a search for what comes before them need not read on.
+    """
     start, end = len(PNG) + 8, len(head)
     while start + 4 <= end:
-        stop = start + int.from_bytes(head[start - 8 : start - 4])
-        if stop + 4 > end:
+        kind, stop = head[start - 4 : start], start + int.from_bytes(head[start - 8 : start - 4])
+        if stop + 4 > end and kind != b"IDAT":
             return
-        yield head[start - 4 : start], start, stop
+        yield kind, start, stop
         start = stop + 12

@@ -178,6 +178,18 @@ def processes_of_this_block(environment: dict[str, str]) -> Iterator[Callable[[]
             time.sleep(0.1)
 
 
+@contextmanager
+def killed_at_last(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a program in the checkout, its output and errors piped into one; kill it at the end of the block."""
+    with subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
 def free_port() -> int:
     """Return a TCP port that is free at this moment."""
     with socket.socket() as probe:

@@ -6,46 +6,28 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 
-from cluster.actors import ActorsConfig, connect, share_out
-from cluster.metrics import EVALUATION, Endpoint, Metrics, MetricsConfig, exported
-from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
+from cluster.actors import connect, share_out
+from cluster.metrics import Endpoint, Metrics, exported
+from cluster.snapshots import SnapshotRows
 from cluster.topk import RowSource, TopK, read_rows
-from instdisc.backbone import Embedder
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
+from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
-from instdisc.evaluation.queries import Queries, QueryConfig, leave_one_out, open_queries
-from instdisc.run_directory import RunDirectory, load_network, network_settings, write_json
-from pipelines.augment import Augmentation
-from pipelines.loader import LoaderConfig
+from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
+from instdisc.evaluation.source import Source
+from instdisc.runs.run_directory import write_json
+from instdisc.settings.evaluation import EvaluationConfig
 from pipelines.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What is evaluated, on what, and where."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
-    queries: QueryConfig = field(default_factory=QueryConfig)
-    recompute: bool = False
-    """Compare with fresh embeddings of the training images instead of those stored while training."""
-    actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    output: Path | None = None
-    """Where the results go; RUN/evaluation/step-… by default, evaluation/NAME/step-… for a snapshot by itself."""
 
 
 class Evaluation:
@@ -59,16 +41,17 @@ class Evaluation:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
+        self.source = Source(config.source)
         self._open = contextlib.ExitStack()
         self._endpoint: Endpoint | None = None
         self._top_k: TopK | None = None
-        self._neighbours: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
+        self._neighbors: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
 
     def __enter__(self) -> Self:
         self._open.enter_context(connect(self.config.actors))
         self._open.callback(self._release)
-        if self.has_run:
-            place = self.run.targets
+        if self.source.has_run:
+            place = self.source.run.targets
             self._endpoint = self._open.enter_context(
                 exported(self.metrics, self.config.metrics, local_rank=0, world_size=1, directory=place)
             )
@@ -85,56 +68,24 @@ class Evaluation:
     @cached_property
     def metrics(self) -> Metrics:
         """What this job tells Prometheus, under the name of the run."""
-        name = self.run.path.name if self.has_run else self.config.source.rstrip("/").rpartition("/")[2]
+        name = (
+            self.source.run.path.name
+            if self.source.has_run
+            else self.config.source.rstrip("/").rpartition("/")[2]
+        )
         return Metrics(EVALUATION, run=name, rank=0)
-
-    @cached_property
-    def has_run(self) -> bool:
-        """Whether the source is, or lies in, a run directory that can be read here."""
-        return self._run is not None
-
-    @property
-    def run(self) -> RunDirectory:
-        """The run directory; raises ConfigError where only a snapshot is at hand."""
-        if self._run is None:
-            raise ConfigError(
-                f"{self.config.source} is a snapshot outside of its run: this needs the run's list of images, so give "
-                "the run directory"
-            )
-        return self._run
-
-    @cached_property
-    def _run(self) -> RunDirectory | None:
-        if "://" in self.config.source:
-            return None
-        path = Path(self.config.source).expanduser().absolute()
-        for place in (path, path.parent, path.parent.parent):
-            run = RunDirectory(place)
-            if run.config.exists() and run.manifest.exists():
-                return run
-        return None
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the network was built with: see `instdisc.run_directory.network_settings`."""
-        return network_settings(self.snapshot)
-
-    @cached_property
-    def snapshot(self) -> Snapshot:
-        """The snapshot named, or the newest one; what is read of it is checked as it is read."""
-        source: Path | str = self.config.source
-        if "://" not in self.config.source:
-            source = Path(source).expanduser().absolute()  # actors may work elsewhere
-        is_run = self.has_run and source == self.run.path
-        return self.run.open_snapshot() if is_run else open_snapshot(source)
 
     @cached_property
     def output(self) -> Path:
         """Where the results go; exists."""
         path = self.config.output
         if path is None:
-            base = self.run.path / "evaluation" if self.has_run else Path("evaluation", self.metrics.run)
-            step = f"step-{self.snapshot.step:09d}"
+            base = (
+                self.source.run.path / "evaluation"
+                if self.source.has_run
+                else Path("evaluation", self.metrics.run)
+            )
+            step = f"step-{self.source.snapshot.step:09d}"
             path = base if base.name == step else base / step
         path = path.expanduser().absolute()
         try:
@@ -144,90 +95,39 @@ class Evaluation:
         return path
 
     @cached_property
-    def network(self) -> Embedder:
-        """The trained network on the CPU, in evaluation mode."""
-        return load_network(self.snapshot)
-
-    @cached_property
-    def augmentation(self) -> Augmentation:
-        """Size and normalisation that the network was trained with."""
-        values = self.settings["augmentation"]
-        fields: Any = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return Augmentation(**fields)
-
-    @cached_property
-    def train(self) -> Manifest:
-        """The training images: row = row of the bank."""
-        manifest = Manifest.load(self.run.manifest)
-        stored = self.snapshot.attributes.get("manifest_fingerprint")
-        if len(manifest) != self.snapshot.num_rows or stored not in (None, manifest.fingerprint):
-            raise ConfigError(
-                f"the snapshot's {self.snapshot.num_rows} rows are not of the {len(manifest)} images listed in "
-                f"{self.run.manifest}: name a snapshot of this run"
-            )
-        return manifest
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the bank's classes, by number; empty without labels."""
-        if self.has_run:
-            return self.train.class_names
-        return tuple(self.snapshot.attributes.get("class_names", ()))
-
-    @cached_property
-    def bank_labels(self) -> npt.NDArray[np.int64]:
-        """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
-        labels = None
-        if "labels" in self.snapshot.tables:
-            labels = self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
-        if labels is None or not (labels >= 0).any():
-            raise ConfigError(
-                f"the bank of {self.config.source} has no labels, accuracy needs them: evaluate a run on labelled "
-                "images, or choose --protocols that need none"
-            )
-        return labels
-
-    @cached_property
     def bank(self) -> RowSource:
         """The rows that queries are compared with, stored or re-computed; read in the actors, never whole here."""
         if self.config.recompute:
-            return self.image_rows(self.train, embed)
-        return SnapshotRows(self.snapshot, "embeddings")
-
-    @property
-    def embedding_dim(self) -> int:
-        """D, entries of an embedding."""
-        return int(self.snapshot.tables["embeddings"][0][1])
+            return self.image_rows(self.source.train, embed)
+        return SnapshotRows(self.source.snapshot, "embeddings")
 
     @cached_property
-    def queries(self) -> Queries:
+    def queries(self) -> LabelledQueries:
         """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
         queries = self._open_queries()
         logger.info(
             "%d queries (%s), compared with %d %s rows",
             len(queries),
             queries.kind,
-            self.snapshot.num_rows,
+            self.source.snapshot.num_rows,
             "re-computed" if self.config.recompute else "stored",
         )
         return queries
 
-    def _open_queries(self) -> Queries:
+    def _open_queries(self) -> LabelledQueries:
         config = self.config.queries
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
-        if config.path is None and not (self.has_run and self.run.test_manifest.exists()):
-            return leave_one_out(self)
-        return open_queries(self, config)
+        if config.path is None and not (self.source.has_run and self.source.run.test_manifest.exists()):
+            return leave_one_out(self.source, self.compute)
+        return open_queries(self.source, self.compute, config)
 
-    def neighbours(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    def neighbors(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """`search` for the k nearest rows of `queries`; kept, so that asking for fewer costs nothing."""
-        if self._neighbours is None or self._neighbours[0].shape[1] < k:
+        if self._neighbors is None or self._neighbors[0].shape[1] < k:
             queries = self.queries
-            self._neighbours = self.search(queries.embeddings, k, queries.excluded)
-        scores, rows = self._neighbours
+            self._neighbors = self.search(queries.embeddings, k, queries.excluded)
+        scores, rows = self._neighbors
         return scores[:, :k], rows[:, :k]
 
     def search(
@@ -237,7 +137,7 @@ class Evaluation:
 
         Args:
             queries: float32 (Q, D).
-            k: Neighbours per query.
+            k: Neighbors per query.
             excluded: int64 (Q,), a row that does not count for the query, negative for none.
 
         Returns:
@@ -246,7 +146,7 @@ class Evaluation:
         Raises:
             ConfigError: K beyond the bank.
         """
-        others = self.snapshot.num_rows - (excluded is not None)
+        others = self.source.snapshot.num_rows - (excluded is not None)
         if k > others:
             raise ConfigError(f"k is {k}, but a query has only {others} rows to compare with: lower --k")
         if self._top_k is None:
@@ -263,9 +163,9 @@ class Evaluation:
         """A table with a row for every image, computed by the trained network as it is read."""
         return ImageRows(
             manifest=manifest,
-            network=self.network,
+            network=self.source.network,
             function=function,
-            augmentation=self.augmentation,
+            augmentation=self.source.augmentation,
             loader=self.config.loader,
         )
 
@@ -313,9 +213,9 @@ class Evaluation:
 
     @property
     def _snapshot_identity(self) -> dict[str, Any]:
-        return {"step": self.snapshot.step, "attempt": self.snapshot.document["attempt"]}
+        return {"step": self.source.snapshot.step, "attempt": self.source.snapshot.document["attempt"]}
 
 
-Protocol = Callable[[Evaluation, Any], dict[str, Any]]
+ProtocolFunction = Callable[[Evaluation, Any], dict[str, Any]]
 """Called with the evaluation and the protocol's own settings. Returns the JSON values of `output/NAME.json`; `summary`
 among them holds the figures of the printed table, by name: shares of 1, or other numbers."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from instdisc.backbone import Embedder
+from instdisc.model.backbone import Embedder
 
 FEATURES, EMBEDDINGS = "features", "embeddings"
 _MOST_CONVOLUTIONS = 5  # AlexNet's: every one is a stage

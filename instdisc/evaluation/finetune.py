@@ -14,56 +14,24 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from instdisc.backbone import BackboneConfig, Embedder, build_embedder
+from instdisc.common.seeding import derive_seed
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.linear import top_k_accuracy
 from instdisc.evaluation.splits import class_balanced_rows
-from instdisc.optim import OptimizerConfig, build_optimizer, learning_rate
-from instdisc.seeding import derive_seed
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.settings.evaluation import FinetuneConfig
+from instdisc.settings.model import BackboneConfig
+from instdisc.training.optim import build_optimizer, learning_rate
 from pipelines.augment import Augmentation
-from pipelines.loader import LoaderConfig, open_loader
+from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
+from pipelines.settings import LoaderConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Fine-tuning with few labels; SGD with momentum 0.9 and a half cosine, the same for every fraction."""
-
-    fractions: tuple[float, ...] = (0.01, 0.02, 0.04, 0.1, 0.2)
-    """Shares of each class's labels, at least one image; a smaller one's images are among a larger one's."""
-    epochs: int = 30
-    """Passes over the labelled images."""
-    batch_size: int = 64
-    """Images per step, fewer where there are not as many."""
-    min_steps: int = 300
-    """Steps at least: the epochs are as many more as a few images need to come to this."""
-    rate: float = 0.05
-    """The highest learning rate."""
-    weight_decay: float = 5e-4
-    """0 or above."""
-    seed: int = 0
-    """Of the choice of labels, the new weights, the order and the views."""
-
-    def __post_init__(self) -> None:
-        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError(f"fractions are {self.fractions}: expected shares above 0, at most 1")
-        if min(self.epochs, self.min_steps) < 1 or self.batch_size < 2:
-            raise ValueError(
-                f"epochs is {self.epochs}, min_steps {self.min_steps} and batch_size {self.batch_size}: they must be "
-                "at least 1, the batch at least 2"
-            )
-        _ = self.optimizer
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """Settings of the optimizer; raises ValueError for those that are out of range."""
-        return OptimizerConfig(learning_rate=self.rate, schedule="cosine", weight_decay=self.weight_decay)
 
 
 def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
@@ -72,17 +40,17 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
-    labels, queries = evaluation.bank_labels, evaluation.queries
+    labels, queries = evaluation.source.bank_labels, evaluation.queries
     test = queries.test_images("fine-tuning")
-    job = _Job(
-        network=evaluation.network,
-        backbone=BackboneConfig(**evaluation.settings["backbone"]),
-        augmentation=evaluation.augmentation,
+    job = _FinetuneJob(
+        network=evaluation.source.network,
+        backbone=evaluation.source.backbone,
+        augmentation=evaluation.source.augmentation,
         loader=evaluation.config.loader,
-        train=evaluation.train,
+        train=evaluation.source.train,
         train_labels=labels,
         test=test,
-        num_classes=len(evaluation.class_names),
+        num_classes=len(evaluation.source.class_names),
         config=config,
     )
     test_labels = torch.from_numpy(queries.labels)
@@ -116,7 +84,7 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
+class _FinetuneJob:
     """What all fine-tunings need.
 
     Attributes:
@@ -142,7 +110,7 @@ class _Job:
     config: FinetuneConfig
 
 
-def _finetune(job: _Job, case: tuple[float, str]) -> tuple[int, npt.NDArray[np.float32]]:
+def _finetune(job: _FinetuneJob, case: tuple[float, str]) -> tuple[int, npt.NDArray[np.float32]]:
     """Fine-tune with one share of the labels from one start.
 
     Returns:
@@ -191,7 +159,7 @@ def new_classifier(
     return network
 
 
-def _train(job: _Job, network: nn.Module, manifest: Manifest, labels: npt.NDArray[np.int64]) -> None:
+def _train(job: _FinetuneJob, network: nn.Module, manifest: Manifest, labels: npt.NDArray[np.int64]) -> None:
     """Train the network in place with cross-entropy on random views, as the run's own training varies them."""
     config, device = job.config, compute_device()
     optimizer = build_optimizer(config.optimizer, network.parameters())

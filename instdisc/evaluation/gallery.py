@@ -38,7 +38,7 @@ class Example:
     """A query and its nearest rows, nearest first."""
 
     query: Picture
-    neighbours: tuple[Picture, ...]
+    neighbors: tuple[Picture, ...]
 
 
 class Thumbnails:
@@ -86,11 +86,11 @@ def agreement(
     *,
     temperature: float,
 ) -> npt.NDArray[np.float64]:
-    """Share of the neighbours' votes `exp(similarity/τ)` that go to the query's class.
+    """Share of the neighbors' votes `exp(similarity/τ)` that go to the query's class.
 
     Args:
         scores_QK: float32 (Q, K), similarities, largest first.
-        labels_QK: int64 (Q, K), classes of the neighbours, negative for none.
+        labels_QK: int64 (Q, K), classes of the neighbors, negative for none.
         labels_Q: int64 (Q,), classes of the queries.
         temperature: τ.
 
@@ -103,34 +103,36 @@ def agreement(
 
 
 def best_and_worst(
-    evaluation: Evaluation, *, count: int, neighbours: int, side: int, temperature: float
+    evaluation: Evaluation, *, count: int, neighbors: int, side: int, temperature: float
 ) -> tuple[list[Example], list[Example]]:
-    """The queries whose neighbours agree most and least with their class, the most extreme first.
+    """The queries whose neighbors agree most and least with their class, the most extreme first.
 
     Args:
         evaluation: With queries that are images.
         count: Queries of either kind.
-        neighbours: Nearest rows shown.
+        neighbors: Nearest rows shown.
         side: Of the pictures, in pixels.
         temperature: τ of the votes.
     """
-    queries, bank_labels = evaluation.queries, evaluation.bank_labels
+    queries, bank_labels = evaluation.queries, evaluation.source.bank_labels
     assert queries.manifest is not None
-    scores, rows = evaluation.neighbours(neighbours)
+    scores, rows = evaluation.neighbors(neighbors)
     agreements = agreement(scores, bank_labels[rows], queries.labels, temperature=temperature)
     order = np.argsort(-agreements, kind="stable")
     count = min(count, len(order) // 2 or 1)
-    with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.train, side) as stored:
+    with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.source.train, side) as stored:
 
         def example(query: int) -> Example:
             row = int(queries.rows[query])
             names, label = queries.manifest.class_names, int(queries.manifest.labels[row])  # type: ignore[union-attr]
             return Example(
                 query=Picture(queries.manifest.name(row), names[label], asked.uri(row)),  # type: ignore[union-attr]
-                neighbours=tuple(
+                neighbors=tuple(
                     Picture(
-                        evaluation.train.name(row),
-                        evaluation.class_names[bank_labels[row]] if bank_labels[row] >= 0 else "no label",
+                        evaluation.source.train.name(row),
+                        evaluation.source.class_names[bank_labels[row]]
+                        if bank_labels[row] >= 0
+                        else "no label",
                         stored.uri(row),
                         float(score),
                         bool(bank_labels[row] == queries.labels[query]),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.augment import Augmentation
-from pipelines.loader import LoaderConfig, open_loader
+from pipelines.build import build_manifest
+from pipelines.errors import DataError
+from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+from pipelines.settings import LoaderConfig
 
 _BATCH = 256
 
@@ -92,3 +98,38 @@ class ImageRows:
 
     def _warn(self, row: int, name: str, reason: str) -> None:
         logger.warning("%s: %s", self.manifest.root / name, reason)
+
+
+def open_images(paths: Sequence[Path]) -> Manifest:
+    """A manifest of single images, in their order.
+
+    Raises:
+        DataError: One is missing or no image.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "images.csv"
+        with listing.open("w", newline="") as file:
+            csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
+        try:
+            manifest = build_manifest(listing, show_progress=False)
+        except DataError as error:
+            raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
+    if manifest.rejected:
+        name, reason = manifest.rejected[0]
+        raise DataError(f"{name} is no image that can be used: {reason}")
+    return manifest
+
+
+def check_decoded(rows: npt.NDArray[np.float32], manifest: Manifest) -> None:
+    """Refuse rows of `ImageRows` that were to be computed from images that cannot be decoded.
+
+    Args:
+        rows: float32 (N, F).
+        manifest: The N images.
+
+    Raises:
+        DataError: There are such rows; names the first image.
+    """
+    broken = np.flatnonzero(~np.isfinite(rows[:, 0]))
+    if len(broken):
+        raise DataError(f"{manifest.name(int(broken[0]))} cannot be decoded: give another image")

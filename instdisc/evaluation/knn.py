@@ -1,36 +1,20 @@
-"""Weighted k-nearest-neighbour accuracy (Wu et al. 2018, section 3.4) over the whole bank."""
+"""Weighted k-nearest-neighbor accuracy (Wu et al. 2018, section 3.4) over the whole bank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from instdisc.knn import ranks_of, weighted_votes
+from instdisc.model.votes import ranks_of, weighted_votes
+from instdisc.settings.evaluation import KnnConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
 _MOST_VOTES = 1 << 24  # held at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnnConfig:
-    """Weighted kNN."""
-
-    k: int = 200
-    """Neighbours that vote; the nearest one alone is reported too."""
-    temperature: float = 0.07
-    """τ of the votes exp(similarity/τ)."""
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"k is {self.k} and temperature {self.temperature}: they must be at least 1 and above 0"
-            )
 
 
 def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
@@ -39,8 +23,8 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
     Raises:
         ConfigError: The bank has no labels, or fewer rows than k.
     """
-    bank_labels, queries = evaluation.bank_labels, evaluation.queries
-    scores, rows = evaluation.neighbours(config.k)
+    bank_labels, queries = evaluation.source.bank_labels, evaluation.queries
+    scores, rows = evaluation.neighbors(config.k)
     accuracies = {
         f"k{k}": knn_accuracies(
             scores[:, :k], bank_labels[rows[:, :k]], queries.labels, temperature=config.temperature
@@ -59,7 +43,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         },
         "queries": len(queries),
         "query_kind": queries.kind,
-        "rows": evaluation.snapshot.num_rows,
+        "rows": evaluation.source.snapshot.num_rows,
         "bank": "recomputed" if evaluation.config.recompute else "stored",
         "k": config.k,
         "temperature": config.temperature,
@@ -78,7 +62,7 @@ def knn_accuracies(
     """Share of the queries whose class has the most votes, and is among the five with the most.
 
     Args:
-        scores_QK: float32 (Q, K), similarities of the neighbours, minus infinity for no neighbour.
+        scores_QK: float32 (Q, K), similarities of the neighbors, minus infinity for no neighbor.
         labels_QK: int64 (Q, K), their classes, negative for none.
         labels_Q: int64 (Q,), classes of the queries.
         temperature: τ.

@@ -1,7 +1,7 @@
 """Linear classifiers on frozen features: softmax regression (the linear probe) and a linear SVM.
 
 The features of each stage are compared as in Zhang et al. 2016 and Wu et al. 2018: a classifier is trained on labelled
-images, its regularisation chosen on a part of them held out, its accuracy measured on test images.
+images, its regularization chosen on a part of them held out, its accuracy measured on test images.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.features import stage_features, stage_names
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.splits import class_balanced_rows
+from instdisc.settings.evaluation import LinearConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
@@ -32,53 +33,25 @@ logger = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig:
-    """How linear classifiers are trained."""
-
-    regularisations: tuple[float, ...] = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
-    """Weights λ of the penalty `λ/2·‖W‖²` beside the mean loss; from the largest on, until the accuracy on
-    held-out images falls; the best is taken."""
-    held_out: float = 0.2
-    """Share of each class of the training images that λ is chosen on."""
-    max_dims: int = 4096
-    """Entries that the features of a stage are averaged down to; the papers keep about 9,000."""
-    max_images: int = 50_000
-    """Training images used, the same share of every class: their features are held in memory."""
-    iterations: int = 100
-    """The most iterations of L-BFGS per λ."""
-    seed: int = 0
-    """Of the held-out choice."""
-
-    def __post_init__(self) -> None:
-        if not self.regularisations or min(self.regularisations) <= 0:
-            raise ValueError(f"regularisations are {self.regularisations}: expected one or more above 0")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, it must be in (0, 1): 0.2 is usual")
-        for name in ("max_dims", "max_images", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-
-
 def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
     """Both classifiers on every stage: trained on the training images, tested on the queries.
 
     Raises:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
-    labels, queries = evaluation.bank_labels, evaluation.queries
+    labels, queries = evaluation.source.bank_labels, evaluation.queries
     test = queries.test_images("a linear classifier")
     fraction = min(1.0, config.max_images / int((labels >= 0).sum()))
     rows = class_balanced_rows(labels, fraction, seed=config.seed)
-    job = _Job(
-        train=evaluation.image_rows(evaluation.train.select(rows), embed),
+    job = _LinearJob(
+        train=evaluation.image_rows(evaluation.source.train.select(rows), embed),
         train_labels=labels[rows],
         test=evaluation.image_rows(test, embed),
         test_labels=queries.labels,
-        num_classes=len(evaluation.class_names),
+        num_classes=len(evaluation.source.class_names),
         config=config,
     )
-    names = stage_names(evaluation.network.backbone)
+    names = stage_names(evaluation.source.network.backbone)
     stages: dict[str, Any] = {}
     for stage, result in zip(names, evaluation.share_out(_classify_stage, job, names), strict=True):
         stages[stage] = result
@@ -97,7 +70,7 @@ def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
+class _LinearJob:
     """What all stages need."""
 
     train: ImageRows
@@ -108,7 +81,7 @@ class _Job:
     config: LinearConfig
 
 
-def _classify_stage(job: _Job, stage: str) -> dict[str, Any]:
+def _classify_stage(job: _LinearJob, stage: str) -> dict[str, Any]:
     """Both classifiers on one stage's features."""
     function = functools.partial(stage_features, stage=stage, max_dims=job.config.max_dims)
     train, test = (
@@ -145,7 +118,7 @@ class LinearResult(NamedTuple):
 
     top1: float
     top5: float
-    regularisation: float
+    regularization: float
     held_out_top1: float
 
 
@@ -169,7 +142,7 @@ def fit_linear(
     num_classes: int,
     *,
     loss: Loss,
-    regularisation: float,
+    regularization: float,
     iterations: int,
     start: Tensor | None = None,
 ) -> Tensor:
@@ -183,7 +156,7 @@ def fit_linear(
         labels_N: int64 (N,), 0 to num_classes - 1.
         num_classes: C.
         loss: Mean loss of scores (N, C) and labels.
-        regularisation: λ, above 0.
+        regularization: λ, above 0.
         iterations: The most to do.
         start: float32 (C, D + 1), what an earlier call returned, or None for zeros.
 
@@ -196,7 +169,7 @@ def fit_linear(
 
     def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         weights = torch.from_numpy(flat).to(features_ND).view(shape).requires_grad_()
-        penalty = regularisation / 2 * weights[:, :-1].square().sum()
+        penalty = regularization / 2 * weights[:, :-1].square().sum()
         value = loss(linear_scores(features_ND, weights), labels_N) + penalty
         (gradient,) = torch.autograd.grad(value, weights)
         return value.item(), gradient.double().cpu().numpy().ravel()
@@ -249,7 +222,7 @@ def linear_accuracy(
         train.labels,
         num_classes,
         loss=loss,
-        regularisation=best,
+        regularization=best,
         iterations=config.iterations,
         start=start,
     )
@@ -257,7 +230,7 @@ def linear_accuracy(
     return LinearResult(
         top1=top_k_accuracy(scores, test.labels, 1),
         top5=top_k_accuracy(scores, test.labels, 5),
-        regularisation=best,
+        regularization=best,
         held_out_top1=held_out_top1,
     )
 
@@ -280,13 +253,13 @@ def _select(
     )
     features, labels = features_ND[train], labels_N[train]
     best, best_accuracy, best_weights = 0.0, -1.0, None
-    for regularisation in sorted(config.regularisations, reverse=True):
+    for regularization in sorted(config.regularizations, reverse=True):
         weights = fit_linear(
             features,
             labels,
             num_classes,
             loss=loss,
-            regularisation=regularisation,
+            regularization=regularization,
             iterations=config.iterations,
             start=best_weights,
         )
@@ -294,6 +267,6 @@ def _select(
         if accuracy < best_accuracy:
             break
         if accuracy > best_accuracy:
-            best, best_accuracy, best_weights = regularisation, accuracy, weights
+            best, best_accuracy, best_weights = regularization, accuracy, weights
     assert best_weights is not None
     return best, best_accuracy, best_weights

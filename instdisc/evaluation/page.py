@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from instdisc.evaluation.gallery import Example, best_and_worst
 from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
-from instdisc.run_directory import read_lines, write_text
+from instdisc.runs.run_directory import read_lines, write_text
+from instdisc.settings.evaluation import PageConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
@@ -19,27 +20,6 @@ if TYPE_CHECKING:
 _RESULTS = ("knn", "linear", "finetune", "unseen", "statistics")
 _KNN_CURVES = {"knn_top1_recomputed": "fresh embeddings", "knn_top1_bank": "memory bank"}
 _BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrained network"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageConfig:
-    """The page, made of the results of all protocols that lie in the output directory."""
-
-    examples: int = 8
-    """Queries in the gallery of the best, and in that of the worst."""
-    neighbours: int = 10
-    """Nearest rows shown for each."""
-    thumbnail: int = 128
-    """The longest side of a picture in pixels."""
-    temperature: float = 0.07
-    """τ of the votes by which queries are ranked."""
-
-    def __post_init__(self) -> None:
-        if min(self.examples, self.neighbours, self.thumbnail) < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"examples is {self.examples}, neighbours {self.neighbours}, thumbnail {self.thumbnail} and "
-                f"temperature {self.temperature}: they must be at least 1, the last above 0"
-            )
 
 
 class Chart(NamedTuple):
@@ -81,36 +61,36 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     Raises:
         ConfigError: Only a snapshot is at hand, which has neither images nor curves.
     """
-    results = _read_results(evaluation)
-    metrics, summary = read_lines(evaluation.run.metrics), evaluation.run.read_summary() or {}
+    results, source = _read_results(evaluation), evaluation.source
+    metrics, summary = read_lines(source.run.journal), source.run.read_summary() or {}
     galleries: list[tuple[str, Sequence[Example]]] = []
-    if (evaluation.train.labels >= 0).any() and evaluation.queries.manifest is not None:
+    if (source.train.labels >= 0).any() and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
             evaluation,
             count=config.examples,
-            neighbours=min(config.neighbours, evaluation.snapshot.num_rows - 1),
+            neighbors=min(config.neighbors, source.snapshot.num_rows - 1),
             side=config.thumbnail,
             temperature=config.temperature,
         )
         galleries = [("Nearest rows of the best queries", best), ("Nearest rows of the worst queries", worst)]
-    settings = evaluation.run.settings()
+    settings = source.run.settings()
     html = render(
         Page(
-            title=evaluation.run.path.name,
-            subtitle=f"recipe {settings['recipe']}: {settings['backbone']['name']}, {len(evaluation.train):,} training "
-            f"images of {len(evaluation.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
-            f"{evaluation.snapshot.step:,}",
+            title=source.run.path.name,
+            subtitle=f"recipe {settings['recipe']}: {settings['backbone']['name']}, {len(source.train):,} training "
+            f"images of {len(source.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
+            f"{source.snapshot.step:,}",
             tiles=tiles(results, settings["backbone"]["embedding_dim"]),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
             tables=tables(results),
             galleries=galleries,
-            footer=f"Snapshot of step {evaluation.snapshot.step:,}; the figures are also in the .json files beside "
+            footer=f"Snapshot of step {source.snapshot.step:,}; the figures are also in the .json files beside "
             "this page.",
         )
     )
     path = evaluation.output / "index.html"
     write_text(path, html)
-    pictures = sum(1 + len(example.neighbours) for _, examples in galleries for example in examples)
+    pictures = sum(1 + len(example.neighbors) for _, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
 
 

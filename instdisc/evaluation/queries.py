@@ -4,49 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.arrays import is_array, open_array
 from cluster.errors import ClusterError
-from instdisc.errors import ConfigError
+from instdisc.common.classes import match_classes
+from instdisc.common.errors import ConfigError
+from instdisc.evaluation.source import Source
+from instdisc.settings.evaluation import QueryConfig
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 
-if TYPE_CHECKING:
-    from instdisc.evaluation.context import Evaluation
-
 _MOST_LEFT_OUT = 10_000
 _BLOCK = 65_536
 _MOST_NAMED = 5
 
+Compute = Callable[..., npt.NDArray[np.float32]]
+"""`Evaluation.compute`: a manifest and the numbers of some of its rows to their embeddings, float32 (R, D)."""
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryConfig:
-    """What is classified or retrieved."""
-
-    path: str | None = None
-    """Labelled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
-    the run's test images; without those, up to 10,000 labelled rows of the bank, each among all the others."""
-    labels: str | None = None
-    """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
-    root: Path = Path("data")
-    """Where data sets with a name are kept."""
-    download: bool = False
-    """Download a torchvision data set that is not in `root`."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Queries:
+class LabelledQueries:
     """Labelled queries, Q of them.
 
     Attributes:
@@ -88,42 +75,42 @@ class Queries:
         return self.manifest.select(self.rows)
 
 
-def leave_one_out(evaluation: Evaluation) -> Queries:
+def leave_one_out(source: Source, compute: Compute) -> LabelledQueries:
     """Up to 10,000 labelled rows, spread evenly; embedded anew where the run is at hand, else as they are stored."""
-    labels = evaluation.bank_labels
+    labels = source.bank_labels
     labelled = np.flatnonzero(labels >= 0)
     spread = np.linspace(0, len(labelled) - 1, min(_MOST_LEFT_OUT, len(labelled)))
     rows = labelled[spread.astype(np.int64)]
-    if evaluation.has_run:
-        embeddings = evaluation.compute(evaluation.train, rows=rows)
-        rows = _decoded(embeddings, rows, evaluation.train)
+    if source.has_run:
+        embeddings = compute(source.train, rows=rows)
+        rows = _decoded(embeddings, rows, source.train)
         embeddings = embeddings[np.isfinite(embeddings[:, 0])]
     else:
-        embeddings = _stored(evaluation, rows)
-    return Queries(
+        embeddings = _stored(source, rows)
+    return LabelledQueries(
         kind="leave-one-out",
         embeddings=embeddings,
         labels=labels[rows],
         rows=rows,
         excluded=rows,
-        manifest=evaluation.train if evaluation.has_run else None,
+        manifest=source.train if source.has_run else None,
         unknown={},
     )
 
 
-def _stored(evaluation: Evaluation, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _stored(source: Source, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Rows of the snapshot by number, ascending, read block by block."""
-    found = np.empty((len(rows), evaluation.embedding_dim), np.float32)
-    for start in range(0, evaluation.snapshot.num_rows, _BLOCK):
-        stop = min(start + _BLOCK, evaluation.snapshot.num_rows)
+    found = np.empty((len(rows), source.embedding_dim), np.float32)
+    for start in range(0, source.snapshot.num_rows, _BLOCK):
+        stop = min(start + _BLOCK, source.snapshot.num_rows)
         first, last = np.searchsorted(rows, [start, stop])
         if first < last:
-            block = evaluation.snapshot.read("embeddings", start, stop)
+            block = source.snapshot.read("embeddings", start, stop)
             found[first:last] = block[rows[first:last] - start]
     return found
 
 
-def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
+def open_queries(source: Source, compute: Compute, config: QueryConfig) -> LabelledQueries:
     """The queries named by the user, or the run's test images.
 
     Raises:
@@ -131,21 +118,21 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
         DataError: There are no such images, or one of those named by the user cannot be decoded.
     """
     if config.path is not None and is_array(config.path):
-        return _from_arrays(evaluation, config.path, config.labels)
+        return _from_arrays(source, config.path, config.labels)
     if config.labels is not None:
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
     if config.path is not None:
         manifest = open_labelled(config.path, config, "--queries.path")
     else:
-        manifest = Manifest.load(evaluation.run.test_manifest)
-        if evaluation.run.settings()["data"].get("classes") is not None:
-            manifest = manifest.of_classes(evaluation.class_names)
+        manifest = Manifest.load(source.run.test_manifest)
+        if source.run.settings()["data"].get("classes") is not None:
+            manifest = manifest.of_classes(source.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
         raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")
-    numbers, unknown_names = match_classes(manifest.class_names, evaluation.class_names)
-    embeddings = evaluation.compute(manifest, rows=rows)
+    numbers, unknown_names = match_classes(manifest.class_names, source.class_names)
+    embeddings = compute(manifest, rows=rows)
     decoded = _decoded(embeddings, rows, manifest)
     if not own and len(decoded) < len(rows):
         broken = np.setdiff1d(rows, decoded)
@@ -154,14 +141,14 @@ def open_queries(evaluation: Evaluation, config: QueryConfig) -> Queries:
             "replace or remove them"
         )
     labels = numbers[np.asarray(manifest.labels)[decoded]]
-    return Queries(
+    return LabelledQueries(
         kind="test-set",
         embeddings=embeddings[np.isfinite(embeddings[:, 0])],
         labels=labels,
         rows=decoded,
         excluded=None,
         manifest=manifest,
-        unknown=_count_unknown(labels, evaluation.bank_labels, [*evaluation.class_names, *unknown_names]),
+        unknown=_count_unknown(labels, source.bank_labels, [*source.class_names, *unknown_names]),
     )
 
 
@@ -195,7 +182,7 @@ def _decoded(
     return decoded
 
 
-def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> Queries:
+def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabelledQueries:
     if labels_path is None:
         raise ConfigError(f"{path} holds embeddings without labels: name their classes with --queries.labels")
     try:
@@ -203,7 +190,7 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
     except ClusterError as error:
         raise ConfigError(f"--queries: {error}") from error
     backbone = vectors.attributes.get("backbone")
-    ours = evaluation.snapshot.attributes.get("backbone")
+    ours = source.snapshot.attributes.get("backbone")
     if backbone is not None and ours is not None and backbone != ours:
         raise ConfigError(f"{path} was made with backbone {backbone}, the bank with {ours}: embed them anew")
     if len(vectors.shape) != 2 or classes.shape != vectors.shape[:1]:
@@ -212,9 +199,9 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
         )
     if vectors.dtype.kind not in "fiu":
         raise ConfigError(f"{path} holds {vectors.dtype}, expected numbers: embed the queries anew")
-    if vectors.shape[1] != evaluation.embedding_dim:
+    if vectors.shape[1] != source.embedding_dim:
         raise ConfigError(
-            f"{path} has {vectors.shape[1]} dimensions and the bank {evaluation.embedding_dim}: they are not "
+            f"{path} has {vectors.shape[1]} dimensions and the bank {source.embedding_dim}: they are not "
             "embeddings of one network"
         )
     try:
@@ -235,40 +222,19 @@ def _from_arrays(evaluation: Evaluation, path: str, labels_path: str | None) -> 
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not lengths.all():
         raise ConfigError(f"{path} holds rows of zeros, which have no direction: embed the queries anew")
-    if not np.isin(labels[rows], evaluation.bank_labels).any():
+    if not np.isin(labels[rows], source.bank_labels).any():
         raise ConfigError(
             f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"
         )
-    return Queries(
+    return LabelledQueries(
         kind="array",
         embeddings=np.ascontiguousarray(embeddings / lengths),
         labels=labels[rows],
         rows=rows,
         excluded=None,
         manifest=None,
-        unknown=_count_unknown(labels[rows], evaluation.bank_labels, evaluation.class_names),
+        unknown=_count_unknown(labels[rows], source.bank_labels, source.class_names),
     )
-
-
-def match_classes(names: Sequence[str], bank_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Number the classes of the queries as the bank does, matched by name.
-
-    Returns:
-        int64 (len(names),), the bank's number of each class, those that it lacks numbered on from its last, and the
-        names of these in their order.
-
-    Raises:
-        ConfigError: They have no class in common.
-    """
-    numbers = {name: number for number, name in enumerate(bank_names)}
-    unknown = [name for name in names if name not in numbers]
-    if len(unknown) == len(names):
-        raise ConfigError(
-            f"the images to classify have none of the training images' classes: {', '.join(names[:3])}, … are not "
-            f"among {', '.join(bank_names[:3])}, …; classes are matched by name"
-        )
-    numbers |= {name: len(bank_names) + number for number, name in enumerate(unknown)}
-    return np.array([numbers[name] for name in names], np.int64), unknown
 
 
 def _count_unknown(

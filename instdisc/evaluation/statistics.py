@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.images import compute_device
+from instdisc.settings.evaluation import StatisticsConfig
 from pipelines.loader import open_loader
 from pipelines.order import Request
 
@@ -23,22 +23,6 @@ if TYPE_CHECKING:
 
 _BATCH = 128
 _BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the processor's cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatisticsConfig:
-    """What the embedding looks like."""
-
-    max_images: int = 5_000
-    """Training images, spread evenly, whose embeddings are described; the time grows with the square."""
-    bins: int = 100
-    """Intervals of the histograms."""
-    seed: int = 0
-    """Of the random views."""
-
-    def __post_init__(self) -> None:
-        if self.max_images < 2 or self.bins < 2:
-            raise ValueError(f"max_images is {self.max_images} and bins {self.bins}, both must be at least 2")
 
 
 def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
@@ -50,7 +34,7 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
     Raises:
         ConfigError: Fewer than two images can be decoded.
     """
-    train = evaluation.train
+    train = evaluation.source.train
     rows = np.linspace(0, len(train) - 1, min(config.max_images, len(train))).astype(np.int64)
     embeddings = torch.from_numpy(evaluation.compute(train, rows=rows))
     decoded = embeddings[:, 0].isfinite()
@@ -93,12 +77,12 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int) -> tuple[Tensor, Tensor]:
     """Embeddings of two random views of each training image, float32 (R, D) each."""
     device = compute_device()
-    network = copy.deepcopy(evaluation.network).to(device).eval()
+    network = copy.deepcopy(evaluation.source.network).to(device).eval()
     parts = []
     with open_loader(
-        evaluation.train,
+        evaluation.source.train,
         (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
-        augmentation=evaluation.augmentation,
+        augmentation=evaluation.source.augmentation,
         training=True,
         views=2,
         seed=seed,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from instdisc.errors import ConfigError
+from instdisc.common.classes import choose_classes
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.queries import open_labelled
-from instdisc.evaluation.splits import choose_classes
-from instdisc.knn import shard_top_k
+from instdisc.model.votes import shard_top_k
+from instdisc.settings.evaluation import UnseenConfig
 from pipelines.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -25,29 +25,6 @@ _QUERIES_AT_A_TIME = 1024
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class UnseenConfig:
-    """Retrieval among unseen classes."""
-
-    path: str | None = None
-    """Labelled images in any form that training takes; the run's test images by default."""
-    classes: str | None = None
-    """Which classes to retrieve among: all, first-half, second-half, or a file that names one class per line; those
-    that training had are reported. By default all that training had no image of (`--data.classes` of training)."""
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 10, 100)
-    """K of Recall@K."""
-    clusterings: int = 10
-    """Starts of k-means, the best of which counts."""
-    seed: int = 0
-    """Of k-means."""
-
-    def __post_init__(self) -> None:
-        if not self.ranks or min(self.ranks) < 1 or self.clusterings < 1:
-            raise ValueError(
-                f"ranks are {self.ranks} and clusterings {self.clusterings}: all must be at least 1"
-            )
-
-
 def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     """Retrieve images of held-out classes among one another.
 
@@ -56,7 +33,9 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     """
     manifest = _images(evaluation, config)
     present = {
-        evaluation.train.class_names[label] for label in np.unique(evaluation.train.labels) if label >= 0
+        evaluation.source.train.class_names[label]
+        for label in np.unique(evaluation.source.train.labels)
+        if label >= 0
     }
     held_out = _held_out(manifest, config, present)
     labels = np.asarray(manifest.labels, dtype=np.int64)
@@ -111,8 +90,8 @@ def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
     """The labelled images; unlike the queries of kNN they need not have a class in common with the bank."""
     if config.path is not None:
         manifest = open_labelled(config.path, evaluation.config.queries, "--unseen.path")
-    elif evaluation.run.test_manifest.exists():
-        manifest = Manifest.load(evaluation.run.test_manifest)
+    elif evaluation.source.run.test_manifest.exists():
+        manifest = Manifest.load(evaluation.source.run.test_manifest)
     else:
         raise ConfigError("the run has no test images to retrieve among: name some with --unseen.path")
     if not manifest.has_labels:

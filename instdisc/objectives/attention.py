@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+AttentionKernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """From queries (P, 1, G, D), rows (P, 1, L, D) and the scale of the scores to outputs (P, 1, G, D) and log-sum-exps
 (P, 1, G or more)."""
 
@@ -56,7 +56,7 @@ def attend(queries_GD: Tensor, rows_SD: Tensor, temperature: float) -> tuple[Ten
     return attend_in_parts(kernel, queries_GD, rows_SD, temperature)
 
 
-def choose_kernel(queries_GD: Tensor, rows_SD: Tensor) -> Kernel | None:
+def choose_kernel(queries_GD: Tensor, rows_SD: Tensor) -> AttentionKernel | None:
     """The fused kernel to call on these tensors; None where blocks of two products are faster or all there is."""
     if rows_SD.device.type == "cpu":
         return None if rows_SD.dtype == torch.bfloat16 else fused_cpu_kernel()
@@ -75,14 +75,14 @@ def choose_kernel(queries_GD: Tensor, rows_SD: Tensor) -> Kernel | None:
     return None
 
 
-def fused_cpu_kernel() -> Kernel | None:
+def fused_cpu_kernel() -> AttentionKernel | None:
     """PyTorch's fused attention on CPUs, for any dtype and dimension."""
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     return fused and (lambda queries, rows, scale: fused(queries, rows, rows, scale=scale))
 
 
 def attend_in_parts(
-    kernel: Kernel, queries_GD: Tensor, rows_SD: Tensor, temperature: float
+    kernel: AttentionKernel, queries_GD: Tensor, rows_SD: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`attend` by a fused kernel. What is left after equal parts, fewer rows than parts, is one more call."""
     num_queries, dim = queries_GD.shape

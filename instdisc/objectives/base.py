@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
+from instdisc.settings.objectives import ObjectiveConfig
 
 MergeLogSums = Callable[[Tensor], Tensor]
 """From every rank's logarithms of sums, floating point (…, G), to the logarithms of the sums over all ranks, the same
 on all of them."""
 
 
-class Queries(NamedTuple):
+class BatchQueries(NamedTuple):
     """The embeddings of all ranks: rank by rank, and of every rank its first views, then its second views.
 
     Attributes:
@@ -55,17 +56,13 @@ class Objective(ABC):
     rank, as the asker, merges what the owners sent for its own queries. No method communicates.
 
     An objective is built from its settings, n, and this rank's shard of the bank, of which it takes sizes, dtype and
-    device.
+    device. What its settings alone tell, such as the number of views, is said by them: see `ObjectiveConfig`.
+
+    Attributes:
+        config: Its settings.
     """
 
-    views = 1
-    """V, how many views of every image the objective compares."""
-    within_batch = False
-    """Whether images are told apart from those of the same batch, which may then not be cut into parts."""
-    tables_beside_bank = 0
-    """Float32 tables of the bank's shape that the objective keeps."""
-    agreed_bytes: tuple[int, ...] = ()
-    """For each call of `merge_log_sums` in a step, its bytes per query."""
+    config: ObjectiveConfig
 
     @abstractmethod
     def __init__(self, config: Any, num_instances: int, bank: Bank) -> None:
@@ -73,7 +70,7 @@ class Objective(ABC):
 
     @abstractmethod
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """The owner's part for the queries of all ranks.
 
@@ -106,8 +103,12 @@ class Objective(ABC):
 
         Args:
             learning_rate: The rate of this step.
-            num_queries: Queries of all ranks and parts; the loss is their mean.
+            num_queries: BatchQueries of all ranks and parts; the loss is their mean.
         """
+
+    def gauges(self) -> dict[str, float]:
+        """Values to export after every step, by their names in `instdisc.common.metrics.TRAINING`."""
+        return {}
 
     def tables(self) -> dict[str, Tensor]:
         """State that is partitioned as the bank is, (S, …) by name, to be saved and restored in place."""
@@ -119,6 +120,12 @@ class Objective(ABC):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
+
+
+def build_objective(config: ObjectiveConfig, num_instances: int, bank: Bank) -> Objective:
+    """The objective that the settings name, for this rank's rows of n."""
+    objective: Objective = pkgutil.resolve_name(config.implementation)(config, num_instances, bank)
+    return objective
 
 
 def weighted_rows(weights_GK: Tensor, rows_GKD: Tensor) -> Tensor:
@@ -138,23 +145,3 @@ def weighted_rows(weights_GK: Tensor, rows_GKD: Tensor) -> Tensor:
     unit_G1 = weights_GK.amax(dim=1, keepdim=True).clamp_min(tiny) * max(1, weights_GK.shape[1] / 2**15)
     summed_G1D = torch.matmul((weights_GK / unit_G1)[:, None].to(rows_GKD.dtype), rows_GKD)
     return summed_G1D[:, 0].float() * unit_G1
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a τ that exponentials of `similarity/τ` cannot bear.
-
-    Raises:
-        ValueError: τ is below 0.005 or not a number.
-    """
-    if not 0.005 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, it must be at least 0.005: 0.07 to 0.2 are usual")
-
-
-def check_proximal_weight(weight: float) -> None:
-    """Refuse a negative λ.
-
-    Raises:
-        ValueError: λ is below 0 or not a number.
-    """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"proximal_weight is {weight}, it must be 0 or above")

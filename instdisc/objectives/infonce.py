@@ -9,35 +9,19 @@ itself takes no part as a negative.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
+from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
-from instdisc.objectives.base import MergeLogSums, Objective, Queries, weighted_rows
-from instdisc.objectives.softmax import SoftmaxConfig, softmax_terms
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective, weighted_rows
+from instdisc.objectives.softmax import softmax_terms
+from instdisc.settings.objectives import InfoNCEConfig
 
 # Rows gathered at a time: few enough to stay in the cache between the two products that read them.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-
-
-@dataclass(frozen=True, kw_only=True)
-class InfoNCEConfig(SoftmaxConfig):
-    """The softmax over the positive and m sampled rows."""
-
-    num_negatives: int = 65_536
-    """m, rows of the bank that the positive is told apart from."""
-    shared_negatives: bool = True
-    """Draw the negatives once for all images of a batch, or of its part (`--training.accumulation`), which costs a
-    small part of drawing for every image anew. Rows of these images are then left out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 65536 is usual")
 
 
 class InfoNCE(Objective):
@@ -49,17 +33,15 @@ class InfoNCE(Objective):
         bank: This rank's rows.
     """
 
-    agreed_bytes = (4,)
-
     def __init__(self, config: InfoNCEConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: InfoNCEConfig = config
         self.num_instances = num_instances
         # A shard's share of the m negatives is drawn as a whole number, and each draw counts by the ratio.
         self.due = config.num_negatives * len(bank.rows) / num_instances
         self.count = max(1, round(self.due))
 
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; see `Objective.shard_terms`."""
         negatives, weight = self.draw(queries, bank, generator)
@@ -76,7 +58,7 @@ class InfoNCE(Objective):
         attended_GD += rows_GD * torch.exp(scores_G - log_partition_G)[:, None]
         return softmax_terms(queries, bank, attended_GD, log_partition_G, self.config)
 
-    def draw(self, queries: Queries, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
+    def draw(self, queries: BatchQueries, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
         """Draw this shard's share of the negatives.
 
         Shared ones stand for all rows that are of no image of the batch, of which this shard has its part.
@@ -109,7 +91,7 @@ class InfoNCE(Objective):
         negatives_K += torch.searchsorted(left_before_T, negatives_K, right=True)
         return negatives_K, self.config.num_negatives * left / others / self.count
 
-    def _attend_shared(self, queries: Queries, bank: Bank, negatives_K: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_shared(self, queries: BatchQueries, bank: Bank, negatives_K: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the sampled rows under their softmax, float32 (G, D), and log of its denominator (G,)."""
         if not len(negatives_K):
             zero_GD = torch.zeros_like(queries.embeddings_GD, dtype=torch.float32)
@@ -117,7 +99,7 @@ class InfoNCE(Objective):
         rows_KD = bank.rows.index_select(0, negatives_K)
         return attend(queries.embeddings_GD, rows_KD, self.config.temperature)
 
-    def _attend_own(self, queries: Queries, bank: Bank, negatives_GK: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_own(self, queries: BatchQueries, bank: Bank, negatives_GK: Tensor) -> tuple[Tensor, Tensor]:
         """The same where every query has negatives of its own, a block of queries at a time."""
         (num_queries, dim), rows_SD = queries.embeddings_GD.shape, bank.rows
         positions_G, owned_G = bank.local(queries.instance_ids_G)

@@ -16,23 +16,20 @@ import logging
 import math
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.base import (
+    BatchQueries,
     MergeLogSums,
     Objective,
-    Queries,
     Result,
-    check_proximal_weight,
-    check_temperature,
     weighted_rows,
 )
+from instdisc.settings.objectives import NCEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +37,6 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 # Up to so many rows in the shard for each negative, two products with all rows take less time than gathering.
 _DENSE_ROWS_PER_NEGATIVE = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class NCEConfig:
-    """Noise-contrastive estimation; τ and m are those of Wu et al. 2018, who freeze Z and add a proximal term."""
-
-    temperature: float = 0.07
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbours apart more sharply."""
-    num_negatives: int = 4096
-    """m, noise samples for each image, drawn uniformly from the whole bank."""
-    proximal_weight: float = 0.0
-    """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
-    log_partition_mode: Literal["moving-average", "frozen"] = "moving-average"
-    """How Z is estimated: followed all along, or averaged over the first batches and kept, as in the paper (which can
-    diverge on small data)."""
-    log_partition_momentum: float = 0.99
-    """Weight of the past in the moving average of Z, from 0 to below 1."""
-    log_partition_batches: int = 1
-    """Batches that the frozen Z is averaged over, at least 1."""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
-        check_proximal_weight(self.proximal_weight)
-        if not 0 <= self.log_partition_momentum < 1:
-            raise ValueError(
-                f"log_partition_momentum is {self.log_partition_momentum}, it must be in [0, 1): 0.99 is usual"
-            )
-        if self.log_partition_batches < 1:
-            raise ValueError(f"log_partition_batches is {self.log_partition_batches}, it must be at least 1")
 
 
 class NCE(Objective):
@@ -86,14 +52,14 @@ class NCE(Objective):
     """
 
     def __init__(self, config: NCEConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: NCEConfig = config
         self.num_instances = num_instances
         exponent = 1 / (2 * bank.rows.shape[1] * config.temperature**2)
         self.log_partition = math.log(num_instances) + min(exponent, 1 / config.temperature)
         self.batches_seen = 0
 
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """This owner's share of loss and gradient; see `Objective.shard_terms`. The owners need no agreement.
 
@@ -179,7 +145,7 @@ class NCE(Objective):
             out[:, dim + 2] = torch.logsumexp(scaled_bK, dim=1) + math.log(weight)
         return terms
 
-    def _add_positives(self, terms: Tensor, queries: Queries, bank: Bank) -> None:
+    def _add_positives(self, terms: Tensor, queries: BatchQueries, bank: Bank) -> None:
         """Add the terms of the positives that this shard owns; without masked indexing, which waits for a GPU."""
         queries_GD, dim = queries.embeddings_GD.float(), queries.embeddings_GD.shape[1]
         temperature, proximal = self.config.temperature, self.config.proximal_weight
@@ -228,6 +194,10 @@ class NCE(Objective):
         else:
             past_weight = config.log_partition_momentum if self.batches_seen > 1 else 0.0
         self.log_partition += math.log(past_weight + (1 - past_weight) * means["partition_ratio"])
+
+    def gauges(self) -> dict[str, float]:
+        """`log_partition`."""
+        return {"log_partition": self.log_partition}
 
     def state_dict(self) -> dict[str, float]:
         """`log_partition` and `batches_seen`."""

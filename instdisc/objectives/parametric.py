@@ -10,35 +10,14 @@ anyway, and from them and the denominators the gradient of its own rows. The ban
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
-from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
+from instdisc.model.bank import Bank
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
+from instdisc.settings.objectives import ParametricSoftmaxConfig
 
 _BLOCK_ROWS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParametricSoftmaxConfig:
-    """The softmax over trained weights, one row per instance."""
-
-    temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual."""
-    momentum: float = 0.9
-    """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
-    weight_decay: float = 0.0
-    """Of that SGD, 0 or above."""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}, it must be in [0, 1): 0.9 is usual")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}, it must be 0 or above")
 
 
 class ParametricSoftmax(Objective):
@@ -50,17 +29,14 @@ class ParametricSoftmax(Objective):
         bank: This rank's rows; the weights start as a copy of them.
     """
 
-    tables_beside_bank = 3
-    agreed_bytes = (4,)
-
     def __init__(self, config: ParametricSoftmaxConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: ParametricSoftmaxConfig = config
         self.weights = Bank(bank.rows.float().clone(), bank.start)
         self._gradient_SD = torch.zeros_like(self.weights.rows)
         self._momentum_SD = torch.zeros_like(self.weights.rows)
 
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; adds up the gradient of the weights for `update`."""
         temperature, weights_SD = self.config.temperature, self.weights.rows

@@ -8,34 +8,17 @@ output counts by its share of the whole sum, so owners only need to agree on one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
+from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
 from instdisc.objectives.base import (
+    BatchQueries,
     MergeLogSums,
     Objective,
-    Queries,
-    check_proximal_weight,
-    check_temperature,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftmaxConfig:
-    """The softmax over every instance."""
-
-    temperature: float = 0.07
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbours apart more sharply."""
-    proximal_weight: float = 0.0
-    """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_proximal_weight(self.proximal_weight)
+from instdisc.settings.objectives import SoftmaxConfig
 
 
 class Softmax(Objective):
@@ -47,13 +30,11 @@ class Softmax(Objective):
         bank: This rank's rows.
     """
 
-    agreed_bytes = (4,)
-
     def __init__(self, config: SoftmaxConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: SoftmaxConfig = config
 
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; see `Objective.shard_terms`."""
         attended_GD, log_sum_G = attend(queries.embeddings_GD, bank.rows, self.config.temperature)
@@ -63,7 +44,7 @@ class Softmax(Objective):
 
 
 def softmax_terms(
-    queries: Queries, bank: Bank, attended_GD: Tensor, log_partition_G: Tensor, config: SoftmaxConfig
+    queries: BatchQueries, bank: Bank, attended_GD: Tensor, log_partition_G: Tensor, config: SoftmaxConfig
 ) -> Tensor:
     """An owner's terms of any softmax in which a query's positive is its row of the bank.
 

@@ -15,38 +15,17 @@ its owner has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from instdisc.bank import Bank
-from instdisc.objectives.base import MergeLogSums, Objective, Queries, check_temperature
+from instdisc.model.bank import Bank
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
+from instdisc.settings.objectives import SpreadingConfig
 
 # Above this probability, which one key has at most, `1 - P` as a difference could lose what is left for the others.
 _TOP = 0.6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpreadingConfig:
-    """The softmax within the batch, over two views; the defaults are those of the public code of Ye et al. 2019."""
-
-    temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual."""
-    form: Literal["symmetric", "paper"] = "symmetric"
-    """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
-    equations of the paper. Loss and gradient are means over the embeddings of both views, also of the paper's."""
-    key_gradient: bool = False
-    """Let the gradient through both operands of a similarity. Off, as in the authors' code: keys are constants. The
-    paper's form needs it: first views are keys alone."""
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.form == "paper" and not self.key_gradient:
-            raise ValueError(
-                "form is paper and key_gradient off, but first views would learn nothing: add --objective.key-gradient"
-            )
 
 
 class Spreading(Objective):
@@ -58,15 +37,11 @@ class Spreading(Objective):
         bank: This rank's rows.
     """
 
-    views = 2
-    within_batch = True
-    agreed_bytes = (8, 8, 16)
-
     def __init__(self, config: SpreadingConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: SpreadingConfig = config
 
     def shard_terms(
-        self, queries: Queries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
+        self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
     ) -> Tensor:
         """Gradient, loss and similarity to the positive; see `Objective.shard_terms`. An image is in a batch only once.
 
@@ -131,7 +106,7 @@ class _Pairs(NamedTuple):
     attracted_G: Tensor
 
 
-def _pairs(queries: Queries, form: Literal["symmetric", "paper"]) -> _Pairs:
+def _pairs(queries: BatchQueries, form: Literal["symmetric", "paper"]) -> _Pairs:
     ids_G = queries.instance_ids_G
     number_G = torch.arange(len(ids_G), device=ids_G.device)
     per_view = (queries.local.stop - queries.local.start) // queries.views

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.launch import LaunchConfig, Worker, launch
+from cluster.group import Worker
+from cluster.launch import launch
+from cluster.settings import LaunchConfig
 from cluster.stopping import RunStopped, Stopped
 from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
@@ -67,8 +69,8 @@ def count(worker: Worker, job: Count) -> int | Stopped:
     workers: list[Any] = [me] * worker.world_size
     if worker.world_size > 1:
         dist.all_gather_object(workers, me)
-    if worker.is_first:
-        group = {"begin": value, "workers": workers, "time": time.time(), "losses": worker.losses}
+    if worker.is_rank_zero:
+        group = {"begin": value, "workers": workers, "time": time.time(), "restarts": worker.restarts}
         _write(job.directory / f"group-{len(job.groups):03}", json.dumps(group))
     while True:
         asked = [worker.stop_requested(), (job.directory / "enough").exists()]
@@ -81,7 +83,7 @@ def count(worker: Worker, job: Count) -> int | Stopped:
             return value
         time.sleep(0.05)
         value += 1
-        if worker.is_first:
+        if worker.is_rank_zero:
             job.save(value)
 
 

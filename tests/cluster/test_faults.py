@@ -10,12 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import ray
-from ray.util.placement_group import placement_group
 
-from cluster.launch import ray_session
 from cluster.placement import WorkerGroup
-from cluster.room import can_grow
+from cluster.session import ray_session
 from cluster.stopping import StopSignals
 from tests.cluster.counting import Count, counting_program, ray_node
 from tests.ray_cluster import CHECKOUT, RayCluster, ray_head, wait_until
@@ -35,6 +32,7 @@ def stopped_at(said: str, reason: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.ray
 def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -> None:
     job = Count(tmp_path)
     config = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1, "max_restarts": 1}
@@ -69,6 +67,7 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
     assert re.search(drain_line, said), said
 
 
+@pytest.mark.ray
 def test_elastic_group_gets_the_nodes_that_a_growing_cluster_adds(tmp_path: Path) -> None:
     job = Count(tmp_path)
     config = {"num_workers": 3, "min_workers": 1, "cpus_per_worker": 1, "autoscaling": True}
@@ -82,7 +81,13 @@ def test_elastic_group_gets_the_nodes_that_a_growing_cluster_adds(tmp_path: Path
     assert "there is room for 3 workers instead of" in said
 
 
+@pytest.mark.ray
 def test_strictly_spread_group_grows_to_other_nodes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.util.placement_group import placement_group
+
+    from cluster.capacity import can_grow
+
     with ray_head(num_cpus=2) as cluster, monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)
         with ray_session():
@@ -103,7 +108,7 @@ def test_worker_that_is_sent_sigterm_saves_first(ray_cluster: RayCluster, tmp_pa
         job.enough()
         said, _ = program.communicate(timeout=120)
     assert program.returncode == 0, said
-    assert job.groups[1]["losses"] == 0
+    assert job.groups[1]["restarts"] == 0
     assert f"rank 1 was sent SIGTERM: saved at number {begin}, going on from there" in said
 
 
@@ -140,6 +145,7 @@ def test_signal_lets_the_workers_save_and_the_next_run_goes_on(
     assert said == f"counted to {job.groups[1]['begin']}\n"
 
 
+@pytest.mark.ray
 def test_ctrl_c_at_a_terminal_reaches_all_processes_and_the_workers_save(tmp_path: Path) -> None:
     job = Count(tmp_path)
     with counting_program(job, {"num_workers": 2}, {"RAY_ADDRESS": "local"}) as program:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkerLostError
 from cluster.failures import capture
-from cluster.launch import LaunchConfig, Worker, launch
+from cluster.group import Worker
+from cluster.launch import launch
+from cluster.settings import LaunchConfig
 from tests.ray_cluster import CHECKOUT, RayCluster, free_port, processes_of_this_block, wait_until
 
 HERE = LaunchConfig(num_workers=0)
@@ -54,9 +56,9 @@ def raise_on_last(worker: Worker, error: BaseException) -> None:
 def die_once(worker: Worker, marks: Path) -> int:
     """Kill rank 1 of the first group; later groups return how many came before."""
     groups_before = len(list(marks.iterdir()))
-    assert worker.losses == groups_before
+    assert worker.restarts == groups_before
     dist.barrier()
-    if worker.is_first:
+    if worker.is_rank_zero:
         (marks / str(groups_before)).touch()
     dist.barrier()
     if groups_before == 0 and worker.rank == 1:
@@ -104,7 +106,8 @@ def test_ray_is_not_imported_for_zero_workers(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from cluster.launch import LaunchConfig, launch
+from cluster.launch import launch
+from cluster.settings import LaunchConfig
 def function(worker, payload):
     assert worker.world_size == 1
 launch(function, None, LaunchConfig(num_workers=0), name="test", storage=Path({str(tmp_path)!r}))
@@ -204,6 +207,7 @@ def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCa
         assert ray.is_initialized()  # whoever connected shall disconnect
 
 
+@pytest.mark.ray
 def test_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -222,6 +226,7 @@ def test_submitted_job_runs_on_the_cluster(ray_cluster: RayCluster, tmp_path: Pa
     assert "give an absolute path" in job.stdout
 
 
+@pytest.mark.ray
 def test_own_cluster_leaves_nothing_running(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     with processes_of_this_block(environment) as alive:
@@ -241,6 +246,7 @@ def test_own_cluster_leaves_nothing_running(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(expected), program.stdout
 
 
+@pytest.mark.ray
 def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     with processes_of_this_block(environment) as alive:

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +18,10 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import EVALUATION, TRAINING, Metrics, MetricsConfig, exported, remove_targets
-from tests.ray_cluster import CHECKOUT, free_port, wait_until
+from cluster.metrics import Metrics, exported, remove_targets
+from cluster.settings import MetricsConfig
+from instdisc.common.metrics import EVALUATION, TRAINING
+from tests.ray_cluster import free_port, killed_at_last, wait_until
 
 
 def scrape(address: str) -> dict[str, float]:
@@ -81,9 +82,9 @@ def test_age_counts_from_its_timestamp() -> None:
 
 
 def test_names_are_unique_and_in_base_units() -> None:
-    names = [metric.name for metric in TRAINING + EVALUATION]
+    names = [metric.name for metric in TRAINING.metrics + EVALUATION.metrics]
     assert len(names) == len(set(names))
-    for metric in TRAINING + EVALUATION:
+    for metric in TRAINING.metrics + EVALUATION.metrics:
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.kind != "histogram" or metric.name.endswith("_seconds"), metric.name
         assert not metric.name.endswith(("_ms", "_percent", "_mb", "_count")), metric.name
@@ -96,6 +97,7 @@ def test_unknown_name_is_refused(call: str) -> None:
         metrics.set(speed=1.0) if call == "set" else getattr(metrics, call)("speed", 1.0)
 
 
+@pytest.mark.slow
 def test_taken_ports_are_passed_over(tmp_path: Path) -> None:
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):
@@ -119,6 +121,7 @@ def test_a_port_that_a_predecessor_still_holds_is_waited_for(tmp_path: Path) -> 
         assert endpoint.address == f"127.0.0.1:{port}"
 
 
+@pytest.mark.slow
 def test_no_free_port_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     last = 65_535
     with contextlib.ExitStack() as stack:
@@ -198,6 +201,7 @@ def test_a_successor_keeps_its_file_when_the_old_worker_ends(tmp_path: Path) -> 
     assert (tmp_path / "rank-0.json").read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_its_file_and_its_successor_renews_it(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom cluster.metrics import *\n"
@@ -205,10 +209,8 @@ def test_a_killed_worker_leaves_its_file_and_its_successor_renews_it(tmp_path: P
         " world_size=1, directory=Path(sys.argv[2])):\n    time.sleep(100)\n"
     )
     file = tmp_path / "rank-0.json"
-    worker = subprocess.Popen([sys.executable, "-c", program, str(free_port()), str(tmp_path)], cwd=CHECKOUT)
-    wait_until(file.exists, timeout_s=60)
-    worker.kill()
-    worker.wait()
+    with killed_at_last([sys.executable, "-c", program, str(free_port()), str(tmp_path)]):
+        wait_until(file.exists, timeout_s=60)
     left = file.read_text()
     metrics = Metrics(TRAINING, run="blue", rank=0)
     with exported(

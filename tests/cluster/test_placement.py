@@ -3,17 +3,8 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.launch import LaunchConfig
-from cluster.placement import (
-    Node,
-    Strategy,
-    WorkerGroup,
-    choose_group,
-    describe,
-    fitting_groups,
-    require_room,
-)
-from cluster.room import groups_to_try, settle_workers
+from cluster.placement import Node, WorkerGroup, choose_group, describe, fitting_groups, require_room
+from cluster.settings import LaunchConfig, Strategy
 
 LAPTOP = [{"CPU": 8.0}]
 MIXED = [{"CPU": 32.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}]
@@ -108,7 +99,10 @@ def test_fitting_groups_are_those_with_room_or_else_the_smallest() -> None:
     assert fitting_groups(groups, [{"CPU": 2.0}, {"CPU": 3.0}]) == groups[2:]
 
 
+@pytest.mark.ray
 def test_elastic_workers_keep_their_size() -> None:
+    from cluster.capacity import settle_workers
+
     def cpus(config: LaunchConfig, nodes: list[Node]) -> tuple[float | None, int | None]:
         settled = settle_workers(config, nodes)
         return settled.cpus_per_worker, settled.gpus_per_worker
@@ -128,7 +122,10 @@ def test_elastic_workers_keep_their_size() -> None:
     assert cpus(LaunchConfig(num_workers=8), [gpu_node]) == (None, 1)
 
 
+@pytest.mark.ray
 def test_group_that_starts_again_is_the_largest_allowed_one() -> None:
+    from cluster.capacity import groups_to_try
+
     def sizes(config: LaunchConfig, restarting: bool, gpus: float = 7.0) -> list[int]:
         nodes: list[Node] = [{"CPU": 16.0, "GPU": gpus}]
         groups = groups_to_try(nodes, config, lambda size: 256 % size == 0, restarting=restarting)

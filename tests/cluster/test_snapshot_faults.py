@@ -41,6 +41,7 @@ def _mount(*arguments: str) -> None:
         pytest.skip("needs the right to mount a file system")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sigkill_leaves_whole_commits(tmp_path: Path, world_size: int) -> None:
     """One process writes for all ranks, so that a kill interrupts all of them, at any moment."""

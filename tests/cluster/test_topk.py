@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cluster.actors import ActorsConfig
 from cluster.errors import ClusterError
-from cluster.kernels import FaissKernel, Kernel, TorchKernel, from_keys, to_keys
-from cluster.metrics import EVALUATION, Metrics
+from cluster.metrics import Metrics
+from cluster.settings import ActorsConfig
 from cluster.topk import TopK, cut, read_rows
+from cluster.topk_kernels import FaissKernel, TopKKernel, TorchKernel, from_keys, to_keys
+from instdisc.common.metrics import EVALUATION
 from tests.ray_cluster import RayCluster
 
 HERE = ActorsConfig(num_actors=0)
@@ -44,7 +45,7 @@ def brute_force(
     return np.take_along_axis(scores, order, axis=1), order
 
 
-def kernel(name: str, rows: npt.NDArray[np.float32], start: int = 0) -> Kernel:
+def kernel(name: str, rows: npt.NDArray[np.float32], start: int = 0) -> TopKKernel:
     return FaissKernel(rows.copy(), start, 2) if name == "faiss" else TorchKernel(rows.copy(), start, "cpu")
 
 

@@ -69,7 +69,7 @@ def watched_run(folder: Path) -> Iterator[WatchedRun]:
     run, log = folder / "live", folder / "training.log"
     (run / ".metrics").mkdir(parents=True)
     options = ["--data.path", "sample", "--data.test-path", "sample:test", "--backbone.name", "resnet8"]
-    options += ["--training.batch-size", "128", "--training.epochs", "1000", "--probe.every", "1"]
+    options += ["--training.batch-size", "128", "--training.epochs", "1000", "--knn.every", "1"]
     options += ["--snapshots.every-steps", "60", "--snapshots.keep", "20", "--num-workers", "2"]
     options += ["--cpus-per-worker", "1", "--metrics.port", str(free_port()), "--run-dir", str(run)]
     with prometheus(run, folder) as server, ray_head(num_cpus=4) as cluster:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import urllib.parse
 import urllib.request
@@ -13,19 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
+from tests.debian import need
 from tests.deploy.manifests import DEPLOY
 from tests.ray_cluster import free_port, wait_until
-
-
-def program(name: str) -> str:
-    """Path of `prometheus` or `promtool`."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"needs {name}, of Debian's package prometheus")
-    return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ def prometheus(run_directory: Path, scratch: Path) -> Iterator[Prometheus]:
     file, log, address = scratch / "prometheus.yml", scratch / "prometheus.log", f"127.0.0.1:{free_port()}"
     file.write_text(yaml.safe_dump(config))
     command = [
-        program("prometheus"),
+        need("prometheus", package="prometheus"),
         *(f"--config.file={file}", f"--storage.tsdb.path={scratch / 'data'}"),
         f"--web.listen-address={address}",
     ]

@@ -7,7 +7,8 @@ import re
 import pytest
 import yaml
 
-from cluster.metrics import EVALUATION, PREFIX, TRAINING, Metric
+from cluster.metrics import Metric
+from instdisc.common.metrics import EVALUATION, PREFIX, TRAINING
 from tests.deploy.manifests import CHECKOUT, DEPLOY, OVERLAYS, find
 
 README = (DEPLOY / "README.md").read_text()

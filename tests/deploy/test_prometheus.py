@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.metrics import EVALUATION, PREFIX, TRAINING, Metrics, MetricsConfig, exported
+from cluster.metrics import Metrics, exported
+from cluster.settings import MetricsConfig
+from instdisc.common.metrics import EVALUATION, PREFIX, TRAINING
+from tests.debian import need
 from tests.deploy.live import watched_run
 from tests.deploy.manifests import DEPLOY
-from tests.deploy.prometheus import Prometheus, program, prometheus
+from tests.deploy.prometheus import Prometheus, prometheus
 from tests.ray_cluster import free_port, wait_until
 
 RULES = [
@@ -32,7 +35,7 @@ EXPRESSIONS = [target["expr"] for panel in CHARTS for target in panel["targets"]
 
 def promtool(*arguments: str) -> None:
     done = subprocess.run(
-        [program("promtool"), *arguments],
+        [need("promtool", package="prometheus"), *arguments],
         cwd=DEPLOY / "prometheus",
         capture_output=True,
         text=True,
@@ -81,7 +84,7 @@ def test_the_dashboard_shows_every_metric_and_stands_in_rows() -> None:
     variables = {each["name"] for each in DASHBOARD["templating"]["list"]}
     assert variables == {"datasource", "run", "rank"}
     names = set(re.findall(rf"{PREFIX}\w+?(?=_sum|_count|_bucket|\b)", " ".join(EXPRESSIONS)))
-    assert names == {PREFIX + metric.name for metric in TRAINING + EVALUATION}
+    assert names == {PREFIX + metric.name for metric in TRAINING.metrics + EVALUATION.metrics}
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in CHARTS:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
@@ -102,7 +105,7 @@ def has_data(live: tuple[Prometheus, float], expression: str) -> bool:
 @pytest.mark.parametrize("panel", CHARTS, ids=[panel["title"] for panel in CHARTS])
 def test_every_chart_has_data(live: tuple[Prometheus, float], panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", "30s")
+        expression = target["expr"].replace("$__rate_interval", "2m")
         expression = expression.replace("$run", "live").replace("$rank", ".*")
         assert "$" not in expression
         assert has_data(live, expression), expression
@@ -142,6 +145,7 @@ def worker(directory: Path, rank: int) -> Iterator[str]:
         yield endpoint.address
 
 
+@pytest.mark.prometheus
 def test_the_list_of_targets_follows_workers_that_end_and_start_again(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     directory = tmp_path / ".metrics"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
 SHORT = ["--training.epochs", "1", "--data.root", "DATA"]
@@ -36,7 +36,7 @@ def test_a_submitted_job_trains_on_the_cluster(ray_cluster: RayCluster, tmp_path
     [
         pytest.param(["--training.batch-size", "127"], ["batch of 127", "multiple of 2"], id="batch"),
         pytest.param(
-            ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"],
+            ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0", "--knn.no-baselines"],
             ["step 1", "not finite on rank", "the state before this step"],
             id="not finite",
         ),
@@ -59,9 +59,11 @@ def test_errors_of_workers_reach_the_user(
         assert text in program.stderr
 
 
+@pytest.mark.ray
 def test_a_lost_worker_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
     environment: dict[str, str] = {"RAY_ADDRESS": "local"}
     restarting = ["--max-restarts", "1", "--training.epochs", "2", "--snapshots.every-steps", "5"]
+    restarting += ["--knn.no-baselines"]
     with processes_of_this_block(environment) as alive:
         program = subprocess.Popen(
             [sys.executable, *short(tmp_path, *restarting)],

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT
 
 
@@ -22,6 +23,7 @@ def test_make_demo_runs_the_sample_recipe() -> None:
     assert "-m instdisc.train sample" in dry_run.stdout
 
 
+@pytest.mark.ray
 def test_the_demo_learns_more_than_the_pixels_tell(tmp_path: Path) -> None:
     program = subprocess.run(
         [
@@ -82,7 +84,8 @@ def evaluate_with_two_actors(folder: Path, summary: dict[str, Any]) -> None:
     assert program.returncode == 0, program.stdout + program.stderr
     found = {path.stem: json.loads(path.read_text()) for path in (folder / "numbers").glob("*.json")}
     assert sorted(found) == ["finetune", "knn", "linear", "page", "statistics", "unseen"]
-    assert abs(found["knn"]["accuracies"]["k200"]["top1"] - summary["knn_top1_bank"]) < 0.002
+    # Training may embed the test images in bfloat16, the evaluation does in float32.
+    assert found["knn"]["accuracies"]["k200"]["top1"] == pytest.approx(summary["knn_top1_bank"], abs=0.01)
     stages = found["linear"]["stages"]
     assert stages["features"]["probe"]["top1"] > 0.3
     assert found["finetune"]["fractions"][0]["trained"]["top1"] > 0.3

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.counting import ray_node
+from tests.debian import need
 from tests.e2e.three_nodes import (
     Place,
     evaluate,
@@ -21,7 +22,9 @@ from tests.e2e.three_nodes import (
 )
 from tests.ray_cluster import wait_until
 
-SHORT = ["--training.epochs", "1", "--snapshots.every-steps", "4", "--probe.no-baselines"]
+pytestmark = pytest.mark.ray
+
+SHORT = ["--training.epochs", "1", "--snapshots.every-steps", "4", "--knn.no-baselines"]
 LOOPBACK = [Place(f"127.0.0.{number}") for number in (1, 2, 3)]
 
 
@@ -50,10 +53,12 @@ def test_training_loses_a_node_and_the_evaluation_has_a_new_one(tmp_path: Path) 
         summary = ended_on_one_node(tmp_path / "run", program)
         with ray_node(cluster, "127.0.0.4"):
             accuracies = evaluate(cluster, tmp_path / "run")
-    assert accuracies["top1"] == pytest.approx(summary["knn_top1_bank"], abs=0.002)
+    # Training may embed the test images in bfloat16, the evaluation does in float32.
+    assert accuracies["top1"] == pytest.approx(summary["knn_top1_bank"], abs=0.01)
 
 
 def test_a_link_is_cut(tmp_path: Path) -> None:
+    need("ip", package="iproute2")
     if not namespaces_permitted():
         pytest.skip("needs root and network namespaces")
     with namespaces(3) as places, three_nodes(places) as (cluster, _):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 
 SMALL = [
     "--num-workers",
@@ -23,7 +23,7 @@ SMALL = [
     "--backbone.embedding-dim",
     "16",
 ]
-SMALL += ["--probe.neighbours", "5", "--optimizer.warmup-epochs", "0", "--metrics.port", "0"]
+SMALL += ["--knn.k", "5", "--optimizer.warmup-epochs", "0", "--metrics.port", "0"]
 
 Run = Callable[..., tuple[int, str, Path]]
 
@@ -65,7 +65,7 @@ def snapshot_content(run: RunDirectory) -> dict[str, Any]:
 def measured(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the metrics file without times and messages."""
     timings = ("images_per_second", "loader_wait_fraction")
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     return [
         {name: value for name, value in row.items() if name not in timings}
         for row in rows

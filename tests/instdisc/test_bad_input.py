@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.recipes import RECIPES
 from instdisc.train import main, parse
 from tests.instdisc.program import (
     Run,

@@ -15,18 +15,17 @@ import torch
 import zarr
 from safetensors.torch import load
 
-from cluster.actors import ActorsConfig
-from cluster.metrics import MetricsConfig
 from cluster.partition import Partition
+from cluster.settings import ActorsConfig, MetricsConfig
 from cluster.snapshot_writer import SnapshotWriter
 from cluster.snapshots import open_snapshot
 from instdisc.evaluate import main
 from instdisc.evaluation import knn
-from instdisc.evaluation.context import Evaluation, EvaluationConfig
+from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.knn import knn_accuracies
-from instdisc.evaluation.queries import QueryConfig
-from instdisc.knn import ranks_of
-from instdisc.run_directory import NETWORK, RunDirectory, load_network
+from instdisc.model.votes import ranks_of
+from instdisc.runs.run_directory import NETWORK, RunDirectory, load_network
+from instdisc.settings.evaluation import EvaluationConfig, QueryConfig
 from instdisc.train import main as train
 from pipelines.manifest import Manifest
 from tests import reference
@@ -67,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Evaluate:
-    """Run the program with few neighbours; returns status and everything it said."""
+    """Run the program with few neighbors; returns status and everything it said."""
 
     def evaluate(source: Path | str, *more: str) -> tuple[int, str]:
         where = ["--output", str(tmp_path / "out")]
@@ -168,7 +167,7 @@ def test_a_named_snapshot_brings_its_own_network(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     names = [run.path, *(tmp_path / "elsewhere").glob("step-*")]
     for step, source in ((6, run.path), *((int(each.name[5:]), each) for each in names[1:])):
-        snapshot = Evaluation(EvaluationConfig(source=str(source))).snapshot
+        snapshot = Evaluation(EvaluationConfig(source=str(source))).source.snapshot
         assert snapshot.step == step
         for name, value in load(snapshot.read_file(NETWORK)).items():
             assert torch.equal(load_network(snapshot).backbone.state_dict()[name], value)

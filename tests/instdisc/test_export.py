@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
-from instdisc.backbone import BackboneConfig, Embedder, build_embedder
 from instdisc.export import main
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import NETWORK
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.runs.run_directory import NETWORK
+from instdisc.settings.model import BackboneConfig
+from instdisc.settings.recipes import RECIPES
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def printed_network(printed: str) -> Any:
     return names["network"].eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size"), [("resnet18", 32), ("resnet18", 96), ("alexnet", 64)])
 def test_torchvision(trained: Any, capsys: pytest.CaptureFixture[str], name: str, image_size: int) -> None:
     run, network = trained(name, image_size)
@@ -94,6 +96,7 @@ def test_safetensors(trained: Any, capsys: pytest.CaptureFixture[str], tmp_path:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size"), [("resnet8", 32), ("resnet18", 96)])
 def test_onnx(trained: Any, name: str, image_size: int) -> None:
     run, network = trained(name, image_size)

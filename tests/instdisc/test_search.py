@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from cluster.snapshots import open_snapshot
-from instdisc.recipes import RECIPES
-from instdisc.run_directory import RunDirectory
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.search import main
+from instdisc.settings.recipes import RECIPES
 from pipelines.manifest import Manifest
 from tests.instdisc.program import solid
 from tests.instdisc.test_evaluate import CLASSES, train_small

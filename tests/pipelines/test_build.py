@@ -1,6 +1,8 @@
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,13 +81,20 @@ def test_reasons_of_the_operating_system(tmp_path: Path) -> None:
         build_manifest(tmp_path / "gone.tar")
 
 
-@pytest.mark.parametrize("call", ["listdir", "scandir"])  # what pathlib and os.walk use
-def test_a_folder_that_may_not_be_read(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> list[str]:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+@pytest.mark.parametrize("name", ["", "red"], ids=["the data itself", "one of its folders"])
+def test_a_folder_that_may_not_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / name
+    closed.mkdir(exist_ok=True)
 
-    monkeypatch.setattr(os, call, refuse)  # the superuser may read everything
-    with pytest.raises(
-        DataError, match=f"Permission denied.*{tmp_path.name}|{tmp_path.name}.*Permission denied"
-    ):
+    def refusing(listing: Callable[[str], Any]) -> Callable[[str], Any]:
+        def list_folder(path: str) -> Any:
+            if Path(path) == closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return listing(path)
+
+        return list_folder
+
+    for call in ("listdir", "scandir"):  # pathlib uses either, by the version of Python
+        monkeypatch.setattr(os, call, refusing(getattr(os, call)))  # the superuser may read everything
+    with pytest.raises(DataError, match=f"Permission denied.*{closed.name}|{closed.name}.*Permission denied"):
         build_manifest(tmp_path)

@@ -45,8 +45,9 @@ def test_epochs_and_seeds_differ() -> None:
         assert np.count_nonzero(one == other) < 15  # one expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_instances", [3, 4, 6, 10, 100])
-def test_positions_and_neighbours_are_uniform(num_instances: int) -> None:
+def test_positions_and_neighbors_are_uniform(num_instances: int) -> None:
     trials = 4000
     orders = np.stack([whole_epoch(num_instances, seed) for seed in range(trials)])
     for position in (0, num_instances // 2, num_instances - 1):

@@ -52,6 +52,7 @@ def difference(manifest: Manifest, augmentation: Augmentation, count: int, **opt
     return (dali - host).abs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["small", "large"])
 @pytest.mark.parametrize("mode", ["evaluation", "crop and flip", "all"])
 def test_pixels_agree(data: str, mode: str, request: pytest.FixtureRequest) -> None:
@@ -127,6 +128,7 @@ def test_crops_and_flips_are_torchvisions(tmp_path: Path, backend: str) -> None:
     assert 0 < views.flip.sum() < 12
 
 
+@pytest.mark.slow
 def test_training_statistics_agree_with_each_other_and_torchvision(small: Manifest) -> None:
     augmentation = Augmentation(image_size=32, mean=(0, 0, 0), std=(1, 1, 1))
     rows = np.arange(len(small))

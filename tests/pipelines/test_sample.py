@@ -31,6 +31,7 @@ def test_is_small_enough_to_be_in_a_repository() -> None:
     assert sum(path.stat().st_size for path in DATA.glob("sample-*.tar.gz")) <= 14_000_000
 
 
+@pytest.mark.slow
 def test_can_be_made_again(shared_data: Path, tmp_path: Path) -> None:
     make_sample = runpy.run_path(str(DATA / "make_sample.py"))["make_sample"]
     make_sample(shared_data / "cifar10-png.tar", 0, tmp_path)

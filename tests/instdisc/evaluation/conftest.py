@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.actors import ActorsConfig
-from instdisc.evaluation.context import Evaluation, EvaluationConfig
+from cluster.settings import ActorsConfig
+from instdisc.evaluation.context import Evaluation
+from instdisc.settings.evaluation import EvaluationConfig
 from pipelines.loader import LoaderConfig
 from tests.instdisc.program import solid
 from tests.instdisc.test_evaluate import CLASSES, train_small

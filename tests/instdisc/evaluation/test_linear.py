@@ -10,12 +10,10 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from torch.nn import functional as F
 
-from instdisc.backbone import BackboneConfig, build_embedder
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation.features import pooled, stage_features, stage_names
 from instdisc.evaluation.linear import (
     CLASSIFIERS,
-    LinearConfig,
     Split,
     cross_entropy,
     fit_linear,
@@ -23,6 +21,9 @@ from instdisc.evaluation.linear import (
     squared_hinge,
     top_k_accuracy,
 )
+from instdisc.model.backbone import build_embedder
+from instdisc.settings.evaluation import LinearConfig
+from instdisc.settings.model import BackboneConfig
 
 
 def clouds(count: int, spread: float, classes: int = 4, seed: int = 0) -> Split:
@@ -33,17 +34,17 @@ def clouds(count: int, spread: float, classes: int = 4, seed: int = 0) -> Split:
     return Split(torch.tensor(features, dtype=torch.float32), torch.tensor(labels))
 
 
-@pytest.mark.parametrize("regularisation", [0.1, 0.01])
-def test_the_optimum_is_that_of_scikit_learn(regularisation: float) -> None:
+@pytest.mark.parametrize("regularization", [0.1, 0.01])
+def test_the_optimum_is_that_of_scikit_learn(regularization: float) -> None:
     features, labels = clouds(300, 1.5)
-    strength = 1 / (regularisation * 300)
+    strength = 1 / (regularization * 300)
     peers = {
         cross_entropy: LogisticRegression(C=strength, max_iter=1000, tol=1e-8),
         squared_hinge: LinearSVC(C=strength, dual=False, tol=1e-8, intercept_scaling=1e3, max_iter=10_000),
     }
     for loss, peer in peers.items():
         peer.fit(features.numpy(), labels.numpy())
-        found = fit_linear(features, labels, 4, loss=loss, regularisation=regularisation, iterations=500)
+        found = fit_linear(features, labels, 4, loss=loss, regularization=regularization, iterations=500)
         np.testing.assert_allclose(found[:, :-1].numpy(), peer.coef_, atol=3e-3)
 
 

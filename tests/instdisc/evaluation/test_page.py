@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,8 +17,7 @@ from instdisc.evaluation import knn, page, statistics, unseen
 from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.gallery import Example, Picture, agreement
 from instdisc.evaluation.plots import axis_over
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.debian import need
 
 # Put at the end of a copy of the page: what went wrong, in the title of the document that the browser prints.
 PROBE = """<script>
@@ -44,7 +41,7 @@ def made(evaluation: Evaluation) -> Path:
         "unseen", unseen.run(evaluation, unseen.UnseenConfig(classes="second-half", ranks=(1, 2)))
     )
     evaluation.write("statistics", statistics.run(evaluation, statistics.StatisticsConfig()))
-    result = page.run(evaluation, page.PageConfig(examples=3, neighbours=4))
+    result = page.run(evaluation, page.PageConfig(examples=3, neighbors=4))
     assert result["summary"] == {"pictures": 30}
     return Path(result["page"])
 
@@ -92,15 +89,13 @@ def test_what_the_page_says(made: Path) -> None:
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[..., str]:
     """Open a file in headless Chromium; returns the document as the browser has it."""
-    if BROWSER is None and not os.environ.get("CI"):
-        pytest.skip("no Chromium here")
-    assert BROWSER is not None, "CI installs Chromium"
+    browser = need("chromium", "chromium-browser", "google-chrome", package="chromium")
 
     def browse(file: Path, *more: str) -> tuple[str, str]:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
         options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", *more]
         result = subprocess.run(
-            [BROWSER, *options, "--dump-dom", file.as_uri()],
+            [browser, *options, "--dump-dom", file.as_uri()],
             capture_output=True,
             text=True,
             timeout=240,
@@ -134,7 +129,7 @@ def test_text_is_escaped() -> None:
             {"edges": [-1, 0, 1], "pairs": {name: {"counts": [1, 3], "mean": 0.2}}}
         ),
         tables=[page.Table(name, (name,), [(name,)], name)],
-        galleries=[(name, [Example(query=picture, neighbours=(picture,))])],
+        galleries=[(name, [Example(query=picture, neighbors=(picture,))])],
         footer=name,
     )
     text = page.render(contents)

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from instdisc.backbone import BackboneConfig
-from instdisc.errors import ConfigError
+from instdisc.common.errors import ConfigError
 from instdisc.evaluation import finetune, linear, statistics, unseen
-from instdisc.evaluation.context import Evaluation, EvaluationConfig
-from instdisc.evaluation.queries import QueryConfig
+from instdisc.evaluation.context import Evaluation
+from instdisc.settings.evaluation import EvaluationConfig, QueryConfig
+from instdisc.settings.model import BackboneConfig
 from tests.instdisc.program import BLUE, RED, solid
 
-QUICK = linear.LinearConfig(max_dims=64, regularisations=(1.0, 0.1), iterations=50)
+QUICK = linear.LinearConfig(max_dims=64, regularizations=(1.0, 0.1), iterations=50)
 
 
 def labelled(evaluation: Evaluation) -> int:
-    return int((evaluation.bank_labels >= 0).sum())
+    return int((evaluation.source.bank_labels >= 0).sum())
 
 
 def test_linear_classifiers_see_colours(evaluation: Evaluation) -> None:
@@ -62,12 +62,14 @@ def test_fine_tuning_refuses_settings_at_once(wrong: dict[str, Any]) -> None:
 
 
 def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
-    backbone = BackboneConfig(**evaluation.settings["backbone"])
+    backbone = BackboneConfig(**evaluation.source.settings["backbone"])
     trained, scratch = (
-        finetune.new_classifier(evaluation.network, backbone, 32, 3, trained=start, seed=0).state_dict()
+        finetune.new_classifier(
+            evaluation.source.network, backbone, 32, 3, trained=start, seed=0
+        ).state_dict()
         for start in (True, False)
     )
-    run = evaluation.network.backbone.state_dict()
+    run = evaluation.source.network.backbone.state_dict()
     assert trained["fc.weight"].shape == scratch["fc.weight"].shape == (3, 64)
     for name in run:
         if not name.startswith("fc."):
@@ -104,12 +106,12 @@ def test_nothing_left_to_retrieve_among(evaluation: Evaluation, tmp_path: Path) 
 
 def test_statistics_of_a_run(evaluation: Evaluation) -> None:
     result = statistics.run(evaluation, statistics.StatisticsConfig(bins=20))
-    assert result["images"] == len(evaluation.train)  # unlabelled ones included
+    assert result["images"] == len(evaluation.source.train)  # unlabelled ones included
     assert len(result["edges"]) == 21
-    per_class = np.bincount(evaluation.bank_labels[evaluation.bank_labels >= 0])
+    per_class = np.bincount(evaluation.source.bank_labels[evaluation.source.bank_labels >= 0])
     counts = {name: sum(each["counts"]) for name, each in result["pairs"].items()}
     assert counts == {
-        "two views of an image": len(evaluation.train),
+        "two views of an image": len(evaluation.source.train),
         "images of one class": int(sum(count * (count - 1) // 2 for count in per_class)),
         "images of two classes": int(
             math.comb(per_class.sum(), 2) - (per_class * (per_class - 1) // 2).sum()
@@ -123,6 +125,7 @@ def test_statistics_of_a_run(evaluation: Evaluation) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_protocols_that_need_test_images(trained: Path, evaluation: Evaluation, tmp_path: Path) -> None:
     np.save(tmp_path / "vectors.npy", np.eye(4, 16, dtype=np.float32))
     np.save(tmp_path / "labels.npy", np.arange(4) % 3)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from instdisc.bank import random_unit_rows
 from instdisc.evaluation import statistics
+from instdisc.model.bank import random_unit_rows
 
 
 def test_pairs_of_classes_are_counted_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,58 @@
+"""A connection to a Ray cluster, or a cluster of its own, for a block."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.errors import ClusterError
+from cluster.stopping import sigterm_as_interrupt
+
+# Ray reads these from the environment only, most of them when it is imported. What the user has set wins.
+_RAY_ENVIRONMENT = {
+    # Otherwise workers move to a directory of Ray Train, and relative paths with them.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Workers name their rank themselves.
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    # How often to look for failed and finished workers.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # Rank 0 looks for drained nodes itself, and `launch` starts again.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The resources have just been granted: where they are not, a node was lost since.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+}
+_CONNECT_S = 10.0
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to a Ray cluster, starting one if there is none, and leave it as found."""
+    for variable, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # That token authentication is on is no news to somebody whose cluster lives as long as the run.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        if address not in ("", "auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            # Ray itself would try for ever.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`) "
+            "and whether it wants RAY_AUTH_MODE=token, or do without Ray: --num-workers 0 (evaluation: --num-actors 0)"
+        ) from error
+    try:
+        with sigterm_as_interrupt():
+            yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,1 @@
+"""What programs and rooms share: errors, seeds."""

@@ -1,0 +1,81 @@
+"""Class names of images: matched between two sets of images, and chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from instdisc.common.errors import ConfigError
+from pipelines.manifest import Manifest
+
+_PARTS = ("all", "first-half", "second-half")
+
+
+def match_classes(names: Sequence[str], bank_names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Number the classes of the queries as the bank does, matched by name.
+
+    Returns:
+        int64 (len(names),), the bank's number of each class, those that it lacks numbered on from its last, and the
+        names of these in their order.
+
+    Raises:
+        ConfigError: They have no class in common.
+    """
+    numbers = {name: number for number, name in enumerate(bank_names)}
+    unknown = [name for name in names if name not in numbers]
+    if len(unknown) == len(names):
+        raise ConfigError(
+            f"the images to classify have none of the training images' classes: {', '.join(names[:3])}, … are not "
+            f"among {', '.join(bank_names[:3])}, …; classes are matched by name"
+        )
+    numbers |= {name: len(bank_names) + number for number, name in enumerate(unknown)}
+    return np.array([numbers[name] for name in names], np.int64), unknown
+
+
+def labels_among(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
+    """The labels of test images in the numbers of the training classes; see `match_classes`.
+
+    Returns:
+        int64 (len(test),), -1 for an image without a label.
+
+    Raises:
+        ConfigError: No test image has a label, or they have no class in common.
+    """
+    labels = np.asarray(test.labels, dtype=np.int64)
+    if not (labels >= 0).any():
+        raise ConfigError("no test image has a label: leave --data.test-path out or name labelled images")
+    numbers, _ = match_classes(test.class_names, train.class_names)
+    return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
+
+
+def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
+    """Some of the classes of a set of images.
+
+    Args:
+        class_names: All classes, in the order of their numbers.
+        which: "all", "first-half" or "second-half" of them (Ye et al. 2019 train on one half and retrieve among the
+            other), or the path of a file with the name of one class per line.
+
+    Raises:
+        ConfigError: The file cannot be read, names an unknown class or none at all.
+    """
+    half = len(class_names) // 2
+    if which in _PARTS:
+        return list(
+            {"all": class_names, "first-half": class_names[:half], "second-half": class_names[half:]}[which]
+        )
+    try:
+        lines = Path(which).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the classes in {which}: {error}; expected {', '.join(_PARTS)} or a file with a class per line"
+        ) from error
+    chosen = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    unknown = sorted(set(chosen) - set(class_names))
+    if unknown or not chosen:
+        wrong = f"names {unknown[0]!r}, which is no class of the images" if unknown else "names no class"
+        raise ConfigError(f"{which} {wrong}: {', '.join(class_names[:5])}, …")
+    return chosen

@@ -1,0 +1,115 @@
+"""What is evaluated: a run or a snapshot by itself, each part opened when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.snapshots import Snapshot, open_snapshot
+from instdisc.common.errors import ConfigError
+from instdisc.model.backbone import Embedder
+from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+from instdisc.settings.model import BackboneConfig
+from pipelines.augment import Augmentation
+from pipelines.manifest import Manifest
+
+
+class Source:
+    """A run, or a snapshot by itself.
+
+    Args:
+        name: A run directory, a folder of snapshots or one snapshot, here or at a URL.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cached_property
+    def has_run(self) -> bool:
+        """Whether the source is, or lies in, a run directory that can be read here."""
+        return self._run is not None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory; raises ConfigError where only a snapshot is at hand."""
+        if self._run is None:
+            raise ConfigError(
+                f"{self.name} is a snapshot outside of its run: this needs the run's list of images, so give "
+                "the run directory"
+            )
+        return self._run
+
+    @cached_property
+    def _run(self) -> RunDirectory | None:
+        if "://" in self.name:
+            return None
+        path = Path(self.name).expanduser().absolute()
+        for place in (path, path.parent, path.parent.parent):
+            run = RunDirectory(place)
+            if run.config.exists() and run.manifest.exists():
+                return run
+        return None
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The snapshot named, or the newest one; what is read of it is checked as it is read."""
+        source: Path | str = self.name
+        if "://" not in self.name:
+            source = Path(source).expanduser().absolute()  # actors may work elsewhere
+        is_run = self.has_run and source == self.run.path
+        return self.run.open_snapshot() if is_run else open_snapshot(source)
+
+    @cached_property
+    def network(self) -> Embedder:
+        """The trained network on the CPU, in evaluation mode."""
+        return load_network(self.snapshot)
+
+    @cached_property
+    def augmentation(self) -> Augmentation:
+        """Size and normalisation that the network was trained with."""
+        return network_settings(self.snapshot)[1]
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """What the network was built with."""
+        return network_settings(self.snapshot)[0]
+
+    @cached_property
+    def train(self) -> Manifest:
+        """The training images: row = row of the bank."""
+        manifest = Manifest.load(self.run.manifest)
+        stored = self.snapshot.attributes.get("manifest_fingerprint")
+        if len(manifest) != self.snapshot.num_rows or stored not in (None, manifest.fingerprint):
+            raise ConfigError(
+                f"the snapshot's {self.snapshot.num_rows} rows are not of the {len(manifest)} images listed in "
+                f"{self.run.manifest}: name a snapshot of this run"
+            )
+        return manifest
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the bank's classes, by number; empty without labels."""
+        if self.has_run:
+            return self.train.class_names
+        return tuple(self.snapshot.attributes.get("class_names", ()))
+
+    @cached_property
+    def bank_labels(self) -> npt.NDArray[np.int64]:
+        """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
+        labels = None
+        if "labels" in self.snapshot.tables:
+            labels = self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
+        if labels is None or not (labels >= 0).any():
+            raise ConfigError(
+                f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labelled "
+                "images, or choose --protocols that need none"
+            )
+        return labels
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, entries of an embedding."""
+        return int(self.snapshot.tables["embeddings"][0][1])

@@ -1,0 +1,1 @@
+"""The network, the bank, and the vote of the nearest rows."""

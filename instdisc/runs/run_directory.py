@@ -1,0 +1,420 @@
+"""Where a run keeps what it knows: names of the files, and who may write there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from cluster.errors import SnapshotError
+from cluster.snapshots import Snapshot, open_snapshot
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.settings.model import BackboneConfig
+from instdisc.settings.run import RunConfig
+from instdisc.settings.schema import from_json, section, to_json
+from pipelines.augment import Augmentation
+from instdisc.common.errors import ConfigError
+from pipelines.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+NETWORK = "network.safetensors"
+"""The file of a snapshot that holds the network."""
+NETWORK_SETTINGS = ("backbone", "augmentation")
+"""The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `flock` says on file systems that cannot lock."""
+
+_CLEARED = "cleared"
+"""In the prepared run: the run before it has been removed."""
+
+
+class RunDirectory:
+    """The files of a run.
+
+    ```
+    config.json           the configuration
+    manifest/             the training images; row = instance id
+    test_manifest/        the images that kNN accuracy is measured on
+    metrics.jsonl         a line every few steps and for every measurement
+    corrupt_images.jsonl  images left out or skipped, with the reason; an image may stand there more than once
+    snapshots/            embeddings, labels and keys of all rows, the network, and all that training goes on from;
+                          elsewhere if --snapshots.url says so
+    summary.json          the results, written last
+    .metrics/             where Prometheus finds the workers of a run under way
+    .ray/, .lock          Ray Train's own state; held while a run is under way
+    ```
+
+    A new run is prepared in `.next/` and takes the place of an earlier one only when its workers stand ready, so that
+    no mistake in its settings costs what was there.
+
+    Args:
+        path: The directory, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.manifest = self.path / "manifest"
+        self.test_manifest = self.path / "test_manifest"
+        self.journal = self.path / "metrics.jsonl"
+        self.corrupt_images = self.path / "corrupt_images.jsonl"
+        self.snapshots = self.path / "snapshots"
+        self.summary = self.path / "summary.json"
+        self.config = self.path / "config.json"
+
+    @property
+    def targets(self) -> Path:
+        """Where workers list themselves for Prometheus."""
+        return self.path / ".metrics"
+
+    @property
+    def next(self) -> RunDirectory:
+        """Where the next run is prepared."""
+        return RunDirectory(self.path / ".next")
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the directory, which is made if need be, against other runs.
+
+        Where the file system cannot lock, warns and goes on.
+
+        Raises:
+            ConfigError: Another run holds it, or it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # the latter as NFS may say it
+                    raise ConfigError(
+                        f"another run is writing to {self.path}: wait for its end or choose another --run-dir"
+                    ) from error
+                if error.errno not in _NO_LOCKS:
+                    raise ConfigError(
+                        f"cannot lock {file.name} ({error}): mend it or choose another --run-dir"
+                    ) from error
+                logger.warning(
+                    "the file system of %s has no locks (%s): a second run in it would not be noticed, start none",
+                    *(self.path, error),
+                )
+            yield
+
+    def holds_run(self) -> bool:
+        """Whether there is a run to go on with.
+
+        Raises:
+            ConfigError: Files with the names of a run's are in the way.
+        """
+        present = [owned for owned in self._owned() if owned.exists()]
+        if present and not self.config.exists():
+            if self.next.path.exists():
+                return False  # `begin` was interrupted
+            raise ConfigError(
+                f"{present[0]} is in the way and no run's: choose another --run-dir, or replace what is there with "
+                "--overwrite"
+            )
+        return bool(present)
+
+    def continue_with(self, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
+        """Make sure that the run here is this one, and remove what an abandoned start left behind.
+
+        Images may have moved as long as they are the same.
+
+        Args:
+            config: Settings now.
+            train: The training images now.
+            test: The test images now; None leaves those of the run.
+
+        Raises:
+            ConfigError: The run here has other settings or images; names both.
+        """
+        remedy = "choose another --run-dir, or replace the run there with --overwrite"
+        recipe, stored = self.stored_config()
+        differing = _differences(_identity(stored), _identity(config))
+        moved: list[tuple[Path, Manifest]] = []
+        for name, place, given in (("", self.manifest, train), ("test ", self.test_manifest, test)):
+            if given is None:
+                continue
+            try:
+                images = Manifest.load(place)
+            except ValueError as error:
+                raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
+            if not images.upright:
+                logger.warning(
+                    "the run in %s was begun by a version that did not turn images as their EXIF orientation says; "
+                    "it resumes without turning the %simages",
+                    *(self.path, name),
+                )
+                given = given.by_the_rules_of(images)
+            if images.fingerprint != given.fingerprint:
+                differing.append(
+                    f"the {name}images are {len(images)} with fingerprint {images.fingerprint[:12]} there and "
+                    f"{len(given)} with {given.fingerprint[:12]} here"
+                )
+            elif images.root != given.root:
+                moved.append((place, given))
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds another run, of recipe {recipe} ({'; '.join(differing)}): {remedy}"
+            )
+        if self.next.path.exists():
+            shutil.rmtree(self.next.path)
+        for place, given in moved:
+            given.save_root(place)
+
+    def _owned(self) -> list[Path]:
+        """The files of a run, which `begin` replaces; the configuration last, by which a run counts as begun."""
+        return [
+            self.manifest,
+            self.test_manifest,
+            self.journal,
+            self.corrupt_images,
+            self.snapshots,
+            self.summary,
+            self.config,
+        ]
+
+    def prepare(self, recipe: str, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
+        """Write what is known before training into `next`, empty metrics file included.
+
+        Raises:
+            ConfigError: The directory cannot be written to.
+        """
+        following = self.next
+        try:
+            if following.path.exists():
+                shutil.rmtree(following.path)
+            following.path.mkdir(parents=True)
+            train.save(following.manifest)
+            if test is not None:
+                test.save(following.test_manifest)
+            following.journal.touch()
+            for manifest in (train,) if test is None else (train, test):
+                for image in manifest.rejected:
+                    following.add_corrupt_image(manifest, image.name, image.reason)
+            run_id = secrets.token_hex(8)
+            write_json(following.config, to_json(config, recipe, run_id))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
+            ) from error
+
+    def begin(self) -> None:
+        """Replace an earlier run by the prepared one. Files that are not a run's stay.
+
+        Interrupted and called again, it goes on where it was.
+        """
+        cleared = self.next.path / _CLEARED
+        if not cleared.exists():
+            for owned in self._owned():
+                if owned.is_dir():
+                    shutil.rmtree(owned)
+                else:
+                    owned.unlink(missing_ok=True)
+            cleared.touch()
+        for owned, prepared in zip(self._owned(), self.next._owned(), strict=True):
+            if prepared.exists():
+                prepared.rename(owned)
+        shutil.rmtree(self.next.path)
+
+    def manifests(self) -> tuple[Path, Path | None]:
+        """Where the training images are listed, and the test images if there are any; before `begin` and after it."""
+        places = [self]
+        if self.next.config.exists():
+            places = [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
+        test = next((each.test_manifest for each in places if each.test_manifest.exists()), None)
+        return next(each.manifest for each in places if each.manifest.exists()), test
+
+    def rewind_journal(self, step: int, steps_per_epoch: int) -> None:
+        """Drop the lines of steps after `step`, which will be written again."""
+        kept = [
+            line
+            for line in self.journal.read_text().splitlines(keepends=True)
+            if _step_of(line, steps_per_epoch) <= step
+        ]
+        write_text(self.journal, "".join(kept))
+
+    def baselines(self) -> dict[str, float | None]:
+        """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
+        for row in read_lines(self.journal):
+            if row["kind"] == "baselines":
+                return {name: value for name, value in row.items() if name != "kind"}
+        return {}
+
+    def has_accuracy(self, epoch: int) -> bool:
+        """Whether the accuracy after this epoch is in the metrics file."""
+        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
+
+    def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
+        """Note an image that is left out or skipped, under its full path."""
+        append_line(self.corrupt_images, {"name": str(manifest.root / name), "reason": reason})
+
+    def settings(self) -> dict[str, Any]:
+        """The run's configuration as JSON values.
+
+        Raises:
+            ConfigError: There is no run.
+        """
+        try:
+            settings: dict[str, Any] = json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} holds no run: {error}") from error
+        if "snapshots" not in settings:
+            raise ConfigError(f"{self.config} was not written by instdisc: choose another --run-dir")
+        return settings
+
+    def stored_config(self) -> tuple[str, RunConfig]:
+        """Recipe and settings of the run, in the words of this version.
+
+        Raises:
+            ConfigError: There is no run, or its settings are not known to this version.
+        """
+        settings = self.settings()
+        return settings["recipe"], from_json(settings, str(self.config))
+
+    def open_snapshot(self) -> Snapshot:
+        """The newest snapshot.
+
+        Raises:
+            ConfigError: There is no run.
+            SnapshotError: It has no snapshot, or that is damaged.
+        """
+        return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
+
+    def load_network(self) -> Embedder:
+        """The network of the newest snapshot, as `load_network` gives it.
+
+        Raises:
+            ConfigError: There is no run.
+            SnapshotError: It has no snapshot, or that is damaged.
+        """
+        return load_network(self.open_snapshot())
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The results of a complete run; None if it is not complete, or its summary damaged."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return None
+        return summary
+
+    def count_corrupt_images(self) -> int:
+        """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
+        return len({row["name"] for row in read_lines(self.corrupt_images)})
+
+
+def network_settings(snapshot: Snapshot) -> tuple[BackboneConfig, Augmentation]:
+    """The settings that a network was built and its images prepared with.
+
+    Raises:
+        SnapshotError: It holds no network of this program.
+        ConfigError: A later version wrote it.
+    """
+    settings: dict[str, Any] = snapshot.attributes.get("settings", {})
+    if NETWORK not in snapshot.files or not all(name in settings for name in NETWORK_SETTINGS):
+        raise SnapshotError(f"{snapshot.url} holds no network with its settings: give a snapshot of instdisc.train")
+    return (
+        section(BackboneConfig, "backbone", settings, snapshot.url),
+        section(Augmentation, "augmentation", settings, snapshot.url),
+    )
+
+
+def load_network(snapshot: Snapshot) -> Embedder:
+    """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
+
+    Raises:
+        SnapshotError: There is none in the snapshot, or it is damaged.
+    """
+    backbone, augmentation = network_settings(snapshot)
+    embedder = build_embedder(backbone, augmentation.image_size)
+    try:
+        embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
+    except (SafetensorError, RuntimeError) as error:
+        raise SnapshotError(
+            f"{snapshot.url}: {NETWORK} does not hold the weights of a {backbone.name} ({error}): use another snapshot"
+        ) from error
+    return embedder.eval()
+
+
+def _step_of(line: str, steps_per_epoch: int) -> float:
+    """The step that a line of the metrics file tells of; what is of no step belongs to the start."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut short by the end of the process that wrote it
+        return math.inf
+    if row["kind"] == "train":
+        return float(row["step"])
+    return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Append one JSON line and hand it to the operating system at once; a full disk costs the line and nothing more."""
+    length = None
+    try:
+        with path.open("ab") as file:
+            length = file.tell()
+            file.write(json.dumps(values).encode() + b"\n")
+    except OSError as error:
+        logger.warning("a line of %s is lost: %s", path, error)
+        with suppress(OSError):
+            if length is not None:
+                os.truncate(path, length)  # else the next line would continue the half of this one
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file but such as were cut short; none if there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file that is either whole or not there."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What must be the same when a run resumes."""
+    return {**config.identity(), "snapshots": config.snapshots.url}
+
+
+def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    """`name: theirs there, ours here` for every leaf that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = []
+        for key in sorted(theirs.keys() | ours.keys()):
+            found += _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if theirs == ours else [f"{name} is {theirs!r} there and {ours!r} here"]

@@ -1,0 +1,257 @@
+"""What a snapshot of a run holds, and how training goes on from it, with any number of ranks.
+
+Tables, partitioned as the bank is: `embeddings`, `labels`, `keys`, and those of the objective. Files: the network, with
+batch statistics averaged over the ranks, the optimizer, and for every rank its own statistics. Attributes: where
+training stands, and what identifies the run. The random numbers of a step are functions of the seed and the step, so
+none of their state is kept, and neither is that of the loader.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cluster.errors import SnapshotError
+from cluster.snapshot_writer import SnapshotReport, SnapshotWriter
+from cluster.snapshots import Snapshot, newest_step, open_snapshot, step_folder
+from cluster.storage import Storage
+from instdisc.common.errors import ConfigError
+from instdisc.runs.run_directory import NETWORK, NETWORK_SETTINGS
+from instdisc.settings.run import RunConfig
+from instdisc.settings.schema import SCHEMA
+from instdisc.training.trainer import Trainer
+from pipelines.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER = "optimizer.safetensors"
+_POLL_S = 0.2
+_ROWS_READ_AT_A_TIME = 1 << 18
+
+
+@dataclass
+class TrainingProgress:
+    """How far training is, beside what the trainer knows.
+
+    Attributes:
+        train_seconds: Spent in steps.
+        means: Of the last step.
+    """
+
+    train_seconds: float = 0.0
+    means: dict[str, float] = field(default_factory=dict)
+
+
+class RunSnapshots:
+    """Saves this rank's part of a run, and restores it.
+
+    Args:
+        trainer: What is saved and restored.
+        manifest: The training images.
+        config: Settings.
+        url: Directory of the snapshots.
+        run_id: Tells this run from others with the same settings.
+
+    Collectives: one all-reduce; every rank must call.
+    """
+
+    def __init__(
+        self, trainer: Trainer, manifest: Manifest, config: RunConfig, url: str | Path, run_id: str | None
+    ) -> None:
+        self._trainer, self._manifest, self._config, self._url = trainer, manifest, config, url
+        self._run_id = run_id
+        rank = trainer.worker.rank
+        bits = int.from_bytes(np.random.default_rng().bytes(7)) if rank == 0 else 0
+        attempt = int(trainer.exchange.sum(torch.tensor(bits, device=trainer.worker.device)))
+        self._writer = SnapshotWriter(
+            url, trainer.partition, rank, f"attempt-{attempt:x}", keep=config.snapshots.keep
+        )
+        start, stop = trainer.bank.start, trainer.bank.stop
+        self._images: dict[str, Any] = {
+            "labels": np.asarray(manifest.labels[start:stop], dtype=np.int32),
+            "keys": np.array(
+                [manifest.keys[row] for row in range(start, stop)], dtype=np.dtypes.StringDType()
+            ),
+        }
+        self.committed_step, self.committed_time = 0, time.time()
+
+    def restore(self) -> TrainingProgress | None:
+        """Put the trainer where the newest snapshot stands; None if there is none.
+
+        Raises:
+            ConfigError: It is of other images, another network or another number of them.
+            SnapshotError: It is damaged.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        trainer = self._trainer
+        newest = (newest_step(self._url) if trainer.worker.is_rank_zero else 0) or 0
+        step = int(trainer.exchange.sum(torch.tensor(newest, device=trainer.worker.device)))
+        if not step:
+            return None
+        try:
+            return self._restore(open_snapshot(Storage.at(self._url).below(step_folder(step)).url))
+        except SnapshotError as error:
+            raise SnapshotError(
+                f"{error}. To go on from the snapshot before it, move {step_folder(step)} away and run the same "
+                "command again"
+            ) from error
+
+    def _restore(self, snapshot: Snapshot) -> TrainingProgress:
+        trainer, noted = self._trainer, snapshot.attributes
+        self._check(noted)
+        start, stop = trainer.bank.start, trainer.bank.stop
+        for name, rows in {"embeddings": trainer.bank.rows, **trainer.objective.tables()}.items():
+            for first in range(start, stop, _ROWS_READ_AT_A_TIME):
+                last = min(first + _ROWS_READ_AT_A_TIME, stop)
+                rows[first - start : last - start] = torch.from_numpy(snapshot.read(name, first, last))
+        network = _load(snapshot, NETWORK)
+        if noted["world_size"] == trainer.worker.world_size:
+            network |= _load(snapshot, _statistics(trainer.worker.rank))
+        trainer.embedder.backbone.load_state_dict(network)
+        _restore_optimizer(trainer.optimizer, _load(snapshot, _OPTIMIZER))
+        trainer.objective.load_state_dict(noted["objective"])
+        trainer.steps = self.committed_step = snapshot.step
+        self.committed_time = snapshot.time
+        return TrainingProgress(noted["train_seconds"], noted["means"])
+
+    def _check(self, noted: dict[str, Any]) -> None:
+        """Refuse a snapshot that is not of this run."""
+        for name, ours in self._identity().items():
+            if noted.get(name) != ours:
+                raise ConfigError(
+                    f"the snapshots in {self._url} are of a run whose {name.replace('_', ' ')} is {noted.get(name)!r}, "
+                    f"this run's is {ours!r}: choose another --run-dir or --snapshots.url, or start anew with "
+                    "--overwrite"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "num_instances": len(self._manifest),
+            "manifest_fingerprint": self._manifest.fingerprint,
+            "backbone": config.backbone.name,
+            "embedding_dim": config.backbone.embedding_dim,
+            "bank_dtype": config.bank.dtype,
+            "objective_name": type(config.objective).__name__,
+            "run_id": self._run_id,
+        }
+
+    def save(self, progress: TrainingProgress) -> None:
+        """Copy this rank's part and start writing it; returns while it is being written.
+
+        Where the last one is still being written on some rank, this one is left out.
+
+        Collectives: two all-reduces; every rank must call.
+        """
+        trainer, config = self._trainer, self._config
+        if self._busy():
+            if trainer.worker.is_rank_zero:
+                logger.warning("no snapshot of step %d: the last one is still being written", trainer.steps)
+            return
+        statistics = trainer.buffers()
+        averaged = trainer.averaged_buffers()
+        files = {_statistics(trainer.worker.rank): save(statistics)}
+        if trainer.worker.is_rank_zero:
+            files[NETWORK] = save(_on_cpu(trainer.embedder.backbone.state_dict()) | averaged)
+            files[_OPTIMIZER] = save(_optimizer_tensors(trainer.optimizer))
+        settings = config.settings()
+        epoch = trainer.steps / max(len(self._manifest) // config.training.batch_size, 1)
+        attributes = {
+            **self._identity(),
+            "step": trainer.steps,
+            "epoch": epoch,
+            "temperature": config.objective.temperature,
+            "settings": {"schema": SCHEMA, **{name: settings[name] for name in NETWORK_SETTINGS}},
+            "class_names": list(self._manifest.class_names),
+            "world_size": trainer.worker.world_size,
+            "seed": config.training.seed,
+            "objective": trainer.objective.state_dict(),
+            "train_seconds": progress.train_seconds,
+            "means": progress.means,
+        }
+        tables = {"embeddings": trainer.bank.rows, **self._images, **trainer.objective.tables()}
+        self._writer.save(trainer.steps, tables, files, attributes)
+
+    def _busy(self) -> bool:
+        """Whether some rank is still writing.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        busy = torch.tensor(float(self._writer.busy), device=self._trainer.worker.device)
+        return bool(self._trainer.exchange.sum(busy) > 0)
+
+    def is_saved(self) -> bool:
+        """Whether the step that training stands at is committed.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        # The first rank alone knows: the others only of their own part.
+        saved = self._trainer.worker.is_rank_zero and self.committed_step == self._trainer.steps > 0
+        flag = torch.tensor(float(saved), device=self._trainer.worker.device)
+        return bool(self._trainer.exchange.sum(flag) > 0)
+
+    def poll(self) -> list[SnapshotReport]:
+        """How the snapshots that ended since the last call ended."""
+        reports = self._writer.poll()
+        self.committed_step = max([self.committed_step, *(each.step for each in reports if not each.error)])
+        return reports
+
+    def wait(self) -> list[SnapshotReport]:
+        """Wait for what is being written; how it ended.
+
+        Collectives: all-reduces until all ranks are done, so that no time limit of a collective is reached; every rank
+        must call.
+        """
+        while self._busy():
+            time.sleep(_POLL_S)
+        return self.poll()
+
+    def abandon(self) -> None:
+        """Wait for nobody any more; a snapshot that is being written may stay without its commit."""
+        self._writer.close(0)
+
+
+def _load(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
+    try:
+        return load(snapshot.read_file(name))
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{snapshot.url}: {name} is not in the safetensors format ({error}): name an earlier snapshot, or start "
+            "anew with --overwrite"
+        ) from error
+
+
+def _statistics(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `INDEX OF THE PARAMETER.NAME`; numbers become tensors."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,354 @@
+"""One rank's network, shard of the bank, objective and optimizer, and the step that moves them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.exchange import Exchange
+from cluster.group import Worker
+from cluster.partition import Partition
+from cluster.phases import Phases
+from instdisc.common.errors import ConfigError, NonFiniteError
+from instdisc.common.seeding import derive_seed
+from instdisc.model.backbone import build_embedder
+from instdisc.model.bank import Bank, check_memory, random_unit_rows
+from instdisc.objectives.base import Result, build_objective
+from instdisc.objectives.loss import loss_and_gradient
+from instdisc.settings.run import RunConfig
+from instdisc.training.optim import build_optimizer
+
+
+class Trainer:
+    """The state of training on one rank. Every method that says so must be called by all ranks together.
+
+    Attributes:
+        exchange: The collectives, with their count of bytes.
+        phases: How the time of a step divides.
+        partition: Which rank owns which rows of the bank.
+        embedder: The network itself, without the wrappers that training needs.
+        bank: This rank's rows.
+        objective: Loss and gradient.
+        steps: Steps done.
+        stop_agreed: Whether some rank asked, with the last step, to stop.
+
+    Args:
+        worker: This rank.
+        config: Settings.
+        num_instances: n, images of the data set and rows of the bank.
+
+    Raises:
+        ConfigError: The settings do not fit each other or the workers.
+    """
+
+    def __init__(self, worker: Worker, config: RunConfig, num_instances: int) -> None:
+        self.worker, self.config = worker, config
+        self.phases = Phases(worker.device)
+        self.exchange = Exchange(worker.rank, worker.world_size, self.phases)
+        self.local_batch = _local_batch(config, worker)
+        try:
+            self.partition = Partition(num_instances, worker.world_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        seed = config.training.seed
+        torch.manual_seed(derive_seed(seed, "weights"))
+        embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
+        self.embedder = embedder.to(memory_format=torch.channels_last)
+        # Not a method of this object: a cycle would keep the process group's threads until the interpreter ends.
+        self._norms: list[Tensor] = []
+        self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
+        self._network = _wrap(self.embedder, config, worker)
+        start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
+        objective, dtype = config.objective, getattr(torch, config.bank.dtype)
+        dim = config.backbone.embedding_dim
+        sharing = worker.local_world_size if worker.device.type == "cpu" else 1
+        if objective.within_batch and config.training.accumulation > 1:
+            raise ConfigError(
+                f"{objective.name} tells the images of a batch apart, which {config.training.accumulation} parts "
+                "would make smaller: leave --training.accumulation at 1"
+            )
+        if objective.within_batch and config.training.batch_size < 2:
+            raise ConfigError(
+                f"{objective.name} tells the images of a batch apart, of which there is 1: set "
+                "--training.batch-size to 2 or more, 128 is usual"
+            )
+        check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        self.exchange.barrier()  # no rank may take memory that another has yet to count
+        rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
+        self.bank = Bank(rows, start)
+        self.objective = build_objective(objective, num_instances, self.bank)
+        self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
+        self._generator = torch.Generator(worker.device)
+        self._autocast_dtype = training_dtype(config, worker.device)
+        self._buffers = {
+            name: buffer
+            for name, buffer in self.embedder.backbone.named_buffers()
+            if buffer.is_floating_point()
+        }
+        self.steps = 0
+        self.stop_agreed = False
+
+    def step(
+        self, images_VBCHW: Tensor, instance_ids_B: Tensor, learning_rate: float, *, stop: bool = False
+    ) -> dict[str, float]:
+        """One step on this rank's part of the global batch.
+
+        Args:
+            images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
+            instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
+            learning_rate: The rate of this step.
+            stop: This rank asks all to stop after this step; see `stop_agreed`.
+
+        Returns:
+            Means over the embeddings of the global batch: `loss`, what else the objective reports,
+            `negative_similarity`, `embedding_norm`; and `gradient_norm`. Empty if no image could be decoded.
+
+        Raises:
+            ConfigError: The objective compares another number of views.
+            NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
+                weights, buffers and bank are as before the step.
+
+        Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
+        call.
+        """
+        if len(images_VBCHW) != self.config.objective.views:
+            raise ConfigError(
+                f"{self.config.objective.name} compares {self.config.objective.views} view(s) of every image and "
+                f"the loader gives {len(images_VBCHW)}: open it with views={self.config.objective.views}"
+            )
+        self.phases.begin_step()
+        buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
+        gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        asked = observed.values.new_tensor([stop])
+        *totals, stops = self.exchange.sum(torch.cat([observed.values, asked])).tolist()
+        self.stop_agreed = stops > 0
+        try:
+            means = observed.means(totals, float(norm))
+        except NonFiniteError:
+            self._load_buffers(buffers_before)
+            raise
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self.phases("optimizer"):
+            self.optimizer.step()
+        self.objective.update(learning_rate, self.config.training.batch_size * self.config.objective.views)
+        for part in embedded:
+            self._update_bank(*part)
+        if means:
+            self.objective.observe(means)
+        self.steps += 1
+        return means
+
+    def _forward_backward(
+        self, images_VBCHW: Tensor, instance_ids_B: Tensor
+    ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
+        """Gradients of the mean loss over the global batch, part by part.
+
+        Returns:
+            What was observed on this rank, and for every part its embeddings and the instance ids of all ranks.
+        """
+        training, device = self.config.training, self.worker.device
+        self._generator.manual_seed(derive_seed(training.seed, "negatives", self.steps, self.worker.rank))
+        torch.manual_seed(derive_seed(training.seed, "dropout", self.steps, self.worker.rank))
+        self._network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        observed: list[_Observed] = []
+        embedded: list[tuple[Tensor, Tensor]] = []
+        for part, (images_VbCHW, ids_b) in enumerate(
+            zip(
+                images_VBCHW.to(device).chunk(training.accumulation, dim=1),
+                instance_ids_B.to(device).chunk(training.accumulation),
+                strict=True,
+            )
+        ):
+            is_last = part == training.accumulation - 1
+            images_QCHW = images_VbCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            ids_Q = ids_b.repeat(self.config.objective.views)
+            with contextlib.nullcontext() if is_last else self._without_all_reduce():
+                with self._autocast():
+                    embeddings_QD = self._network(images_QCHW)
+                detached_QD = embeddings_QD.detach()
+                with self.phases("objective"):
+                    result, ids_G = loss_and_gradient(
+                        self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
+                    )
+                result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
+                scale = self.local_batch * self.config.objective.views
+                embeddings_QD.backward(result.gradient_QD / scale)
+            observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
+            embedded.append((detached_QD, ids_G))
+        return _Observed.total(observed), embedded
+
+    def _update_bank(self, embeddings_QD: Tensor, instance_ids_G: Tensor) -> None:
+        """Mix every image's embedding, the mean of its views, into its row."""
+        views = self.config.objective.views
+        embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
+        ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
+        owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
+        self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
+
+    @torch.no_grad()
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Embed images for evaluation, with the running statistics.
+
+        Args:
+            images_BCHW: float (B, 3, H, W).
+
+        Returns:
+            float32 (B, D), unit rows.
+        """
+        self.embedder.eval()
+        with self._autocast():
+            embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
+        return embeddings
+
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's running statistics by the network's names, copied to the CPU."""
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items()}
+
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """The mean of the ranks' running statistics, which each gathered from its own images, on the CPU.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        local = self.buffers()
+        if not local or self.worker.world_size == 1:
+            return local
+        flat = torch.cat([buffer.flatten() for buffer in self._buffers.values()])
+        mean = (self.exchange.sum(flat) / self.worker.world_size).cpu()
+        parts = torch.split(mean, [buffer.numel() for buffer in local.values()])
+        return {name: part.view_as(local[name]) for name, part in zip(local, parts, strict=True)}
+
+    @contextlib.contextmanager
+    def with_averaged_buffers(self) -> Iterator[None]:
+        """Within, the network has the averaged running statistics; afterwards this rank's own again.
+
+        Collectives: one all-reduce; every rank must call.
+        """
+        local = self.buffers()
+        self._load_buffers(self.averaged_buffers())
+        try:
+            yield
+        finally:
+            self._load_buffers(local)
+
+    def _load_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, buffer in self._buffers.items():
+            buffer.copy_(values[name])
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self._autocast_dtype
+        return torch.autocast(self.worker.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def _without_all_reduce(self) -> AbstractContextManager[object]:
+        if isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
+        return contextlib.nullcontext()
+
+
+def _note_norms(norms: list[Tensor], backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
+    """Keep in `norms` the lengths (Q,) of the embeddings before they are made unit."""
+    norms[:] = [outputs.detach().float().norm(dim=1)]
+
+
+class _Observed(NamedTuple):
+    """What a step reports, as one vector that can be summed over parts and ranks.
+
+    Attributes:
+        names: Of the objective's sums.
+        values: float64: those sums, the number of embeddings, and for every rank whether it saw a non-finite number.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @classmethod
+    def of(cls, result: Result, ids: Tensor, embeddings: Tensor, exchange: Exchange) -> _Observed:
+        flags = torch.zeros(exchange.world_size, dtype=torch.float64, device=ids.device)
+        norm = result.sums["embedding_norm"]  # an infinite one makes an embedding of zeros
+        flags[exchange.rank] = ~(
+            torch.isfinite(embeddings).all() & torch.isfinite(result.loss_Q).all() & torch.isfinite(norm)
+        )
+        count = (ids >= 0).sum().double()
+        values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
+        return cls(tuple(result.sums), values)
+
+    @classmethod
+    def total(cls, parts: list[_Observed]) -> _Observed:
+        return cls(parts[0].names, torch.stack([part.values for part in parts]).sum(dim=0))
+
+    def means(self, totals: list[float], gradient_norm: float) -> dict[str, float]:
+        """Means over all embeddings from the totals over all ranks, and the gradient norm; empty if there was none.
+
+        Raises:
+            NonFiniteError: Some rank saw a non-finite number, and which; or the gradient is not finite.
+        """
+        *sums, count = totals[: len(self.names) + 1]
+        flags = totals[len(self.names) + 1 :]
+        ranks = [rank for rank, flag in enumerate(flags) if flag]
+        if ranks:
+            raise NonFiniteError(
+                f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of {len(flags)}"
+            )
+        if not math.isfinite(gradient_norm):
+            raise NonFiniteError("the gradient is not finite on any rank")
+        if not count:
+            return {}
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)} | {
+            "gradient_norm": gradient_norm
+        }
+
+
+def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The type of the network's arithmetic; see `TrainingConfig.precision`."""
+    if config.training.precision != "auto":
+        return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _local_batch(config: RunConfig, worker: Worker) -> int:
+    """Images per rank and step; must be whole, and whole again when cut into parts."""
+    training = config.training
+    pieces = worker.world_size * training.accumulation
+    if training.batch_size % pieces:
+        raise ConfigError(
+            f"a batch of {training.batch_size} images cannot be shared by {worker.world_size} workers in "
+            f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
+            "--num-workers or --training.accumulation"
+        )
+    return training.batch_size // worker.world_size
+
+
+def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
+    """Add what training needs around the network; parameters and buffers stay the embedder's own."""
+    training = config.training
+    network = embedder
+    if training.sync_batch_norm and worker.world_size > 1:
+        if worker.device.type != "cuda":
+            raise ConfigError("training.sync_batch_norm needs GPUs: turn it off for workers on CPUs")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    if training.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if worker.world_size > 1:
+        # Buffers are averaged when they are needed instead of broadcast in every step. DDP orders its sums anew after
+        # the first step unless it looks for unused parameters: a resumed run would differ in the last bits.
+        on_cpu = worker.device.type == "cpu"
+        if on_cpu:
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        network = DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=on_cpu)
+    return network

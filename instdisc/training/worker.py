@@ -1,0 +1,347 @@
+"""The program of every rank: open the data, train, measure, save."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import SnapshotError
+from cluster.group import Worker
+from cluster.metrics import Endpoint, Metrics, exported
+from cluster.snapshot_writer import SnapshotReport
+from cluster.snapshots import take_over
+from cluster.stopping import Stopped
+from instdisc.common.errors import NonFiniteError
+from instdisc.common.metrics import TRAINING
+from instdisc.runs.run_directory import RunDirectory, append_line, write_json
+from instdisc.settings.run import RunConfig
+from instdisc.training.clock import Clock
+from instdisc.training.monitor import KnnMonitor, raw_pixels
+from instdisc.training.optim import learning_rate
+from instdisc.training.saving import RunSnapshots, TrainingProgress
+from instdisc.training.trainer import Trainer, training_dtype
+from pipelines.loader import open_loader
+from pipelines.manifest import Manifest
+from pipelines.order import Order
+
+logger = logging.getLogger(__name__)
+
+Job = tuple[str, RunConfig, RunDirectory]
+"""Name of the recipe, settings, and the run directory, in which a new run is prepared."""
+
+
+def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
+    """Train on one rank; the function that `cluster.launch` runs on every worker.
+
+    Goes on from the newest snapshot of the run, if there is one.
+
+    Args:
+        worker: This rank.
+        job: What to train.
+
+    Returns:
+        The summary that is also in the run directory; or how far it came before it was asked to stop.
+
+    Collectives: many; every rank must call.
+    """
+    recipe, config, run = job
+    metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
+    if worker.is_rank_zero:
+        metrics.add(
+            "restarts_total", worker.restarts
+        )  # before anybody can read it: a counter must not rise from 0
+    with exported(
+        metrics,
+        config.metrics,
+        local_rank=worker.local_rank,
+        world_size=worker.world_size,
+        directory=run.targets,
+    ) as endpoint:
+        try:
+            result = TrainingRun(worker, recipe, config, run, metrics).complete()
+        except (NonFiniteError, SnapshotError):
+            _let_read(endpoint)
+            raise
+        if not isinstance(result, Stopped):
+            _let_read(endpoint)
+        return result
+
+
+def _let_read(endpoint: Endpoint | None) -> None:
+    if endpoint is not None:
+        endpoint.wait_until_read()
+
+
+class TrainingRun:
+    """One rank's part of one run."""
+
+    def __init__(
+        self, worker: Worker, recipe: str, config: RunConfig, run: RunDirectory, metrics: Metrics
+    ) -> None:
+        self.worker, self.recipe, self.config, self.run = worker, recipe, config, run
+        self.metrics = metrics
+        # A run that has begun has moved its configuration, last of all its files.
+        self.is_new = run.next.config.exists()
+        train_images, test_images = run.manifests()
+        self.manifest = Manifest.load(train_images)
+        test = None if test_images is None else Manifest.load(test_images)
+        if test is not None and config.data.classes is not None:
+            test = test.of_classes(self.manifest.class_names)
+        self.trainer = Trainer(worker, config, len(self.manifest))
+        self.monitor = KnnMonitor(self.trainer, self.manifest, test, self._on_corrupt)
+        self.order = Order(
+            num_instances=len(self.manifest),
+            global_batch=config.training.batch_size,
+            seed=config.training.seed,
+            world_size=worker.world_size,
+            rank=worker.rank,
+        )
+        self.total_steps = config.training.epochs * self.order.steps_per_epoch
+        self.url = config.snapshots.url or str(run.snapshots)
+        self.corrupt: set[Path] = set()
+        self._sent_bytes = 0
+        rows = self.trainer.bank.rows
+        metrics.set(
+            world_size=worker.world_size,
+            epochs=config.training.epochs,
+            bank_rows=len(rows),
+            bank_bytes=rows.numel() * rows.element_size(),
+            bank_element_bytes=rows.element_size(),
+        )
+
+    def complete(self) -> dict[str, Any] | Stopped:
+        """Start or go on, train, last measurements, last snapshot."""
+        self.trainer.exchange.barrier()
+        if self.worker.is_rank_zero and self.is_new:
+            take_over(self.url, self.run.next.settings()["run_id"])
+            self.run.begin()
+        self.trainer.exchange.barrier()
+        run_id = self.run.settings().get("run_id")
+        self.snapshots = RunSnapshots(self.trainer, self.manifest, self.config, self.url, run_id)
+        try:
+            return self._complete()
+        finally:
+            self.snapshots.abandon()
+
+    def _complete(self) -> dict[str, Any] | Stopped:
+        progress = self.snapshots.restore()
+        self.clock = Clock(progress.train_seconds if progress else 0.0)
+        self.means = progress.means if progress else {}
+        if self.worker.is_rank_zero:
+            self.metrics.set(snapshot_timestamp_seconds=self.snapshots.committed_time)
+        self._announce(resumed=progress is not None)
+        try:
+            reason = self._train()
+        except NonFiniteError as error:
+            self.metrics.set(loss=math.nan)
+            self._save_now()
+            raise NonFiniteError(
+                f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
+                "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start anew with --overwrite"
+            ) from None
+        self._save_now()
+        if reason is not None:
+            return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
+        return self._summarise(self._measure(self.config.training.epochs))
+
+    def _announce(self, *, resumed: bool) -> None:
+        """Say where training starts, and measure the baselines if that is the beginning."""
+        if self.worker.is_rank_zero and not self.is_new:
+            self.run.rewind_journal(self.trainer.steps, self.order.steps_per_epoch)
+            where = (
+                f"from the snapshot of step {self.trainer.steps}"
+                if resumed
+                else "from the beginning: no snapshot"
+            )
+            self._say(f"going on {where}, {self.worker.world_size} worker(s)")
+        if not self.monitor.possible:
+            self._say("the training images have no labels: kNN accuracy is skipped")
+        if self.config.knn.baselines and self.monitor.possible and not resumed:
+            self._say("measuring the baselines: raw pixels and the untrained network")
+            values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
+            if self.worker.is_rank_zero and not self.run.baselines():
+                append_line(self.run.journal, {"kind": "baselines", **values})
+        self._measure_if_due()  # where the run ended between a snapshot and the measurement that followed
+
+    def _train(self) -> str | None:
+        """All epochs that are left; returns why it ended early, if it did."""
+        training, steps_per_epoch = self.config.training, self.order.steps_per_epoch
+        with open_loader(
+            self.manifest,
+            self.order.requests(*divmod(self.trainer.steps, steps_per_epoch), num_epochs=training.epochs),
+            augmentation=self.config.augmentation,
+            training=True,
+            views=self.config.objective.views,
+            seed=training.seed,
+            device=self.worker.device,
+            config=self.config.loader,
+            on_corrupt=functools.partial(self._on_corrupt, self.manifest),
+        ) as loader:
+            while self.trainer.steps < self.total_steps:
+                with self.clock.waiting():
+                    batch = next(loader)
+                rate = learning_rate(
+                    self.config.optimizer, self.trainer.steps / steps_per_epoch, training.epochs
+                )
+                reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
+                self.means = self.trainer.step(
+                    batch.images, batch.instance_ids, rate, stop=reason is not None
+                )
+                seconds, done = self.clock.tick(training.batch_size), self.trainer.steps
+                self._record(seconds, rate)
+                if done % training.log_every == 0 or done in (1, self.total_steps):
+                    self._log(rate)
+                self._report(self.snapshots.poll())
+                if self.trainer.stop_agreed and done < self.total_steps:
+                    return reason or "another rank"
+                if done % self.config.snapshots.every_steps == 0 and done < self.total_steps:
+                    self.snapshots.save(self._progress())
+                self._measure_if_due()
+        return None
+
+    def _progress(self) -> TrainingProgress:
+        return TrainingProgress(self.clock.train_seconds, self.means)
+
+    def _save_now(self) -> None:
+        """Save where training stands and wait until it is committed.
+
+        Collectives: all-reduces; every rank must call.
+
+        Raises:
+            SnapshotError: On the first rank, if it could not be written.
+        """
+        self._report(self.snapshots.wait())
+        if self.snapshots.is_saved():
+            return
+        self.snapshots.save(self._progress())
+        reports = self.snapshots.wait()
+        self._report(reports)
+        if self.worker.is_rank_zero and reports[-1].error:
+            raise SnapshotError(
+                f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
+                f"in {self.url} and run the same command again, which goes on from the one before"
+            )
+
+    def _report(self, reports: list[SnapshotReport]) -> None:
+        """Tell how snapshots ended. A failed one costs nothing but itself."""
+        for report in reports:
+            if report.error:
+                self.metrics.add("snapshot_failures_total")
+                logger.warning(
+                    "[%d/%d step %d] no snapshot: %s; training goes on, the last one is kept",
+                    *(self.worker.rank, self.worker.world_size, report.step, report.error),
+                )
+                continue
+            self.metrics.observe("snapshot_seconds", report.seconds)
+            if self.worker.is_rank_zero:  # others only know of their own part
+                self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
+
+    def _measure_if_due(self) -> None:
+        """Measure after an epoch that is to be measured, unless it was, or is the last one."""
+        epoch, step = divmod(self.trainer.steps, self.order.steps_per_epoch)
+        every = self.config.knn.every
+        if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
+            self._measure(epoch)
+
+    def _measure(self, epoch: int) -> dict[str, float | None]:
+        """KNN accuracy with re-computed embeddings and with the bank as it stands."""
+        if not self.monitor.possible:
+            return {}
+        with self.trainer.with_averaged_buffers():
+            accuracies = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+        self.metrics.set(
+            knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
+        )
+        if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
+            values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
+            append_line(self.run.journal, {"kind": "knn", "epoch": epoch, **values})
+        return accuracies
+
+    def _record(self, seconds: float, rate: float) -> None:
+        """Tell the metrics of a step."""
+        metrics, means, exchange = self.metrics, self.means, self.trainer.exchange
+        metrics.observe("step_seconds", seconds)
+        metrics.observe("data_wait_seconds", self.clock.waited)
+        for phases in self.trainer.phases.finish_step():
+            for name, spent in phases.items():
+                metrics.observe(f"{name}_seconds", spent)
+        metrics.add("images_total", self.trainer.local_batch)
+        metrics.add("exchange_bytes_total", exchange.sent_bytes - self._sent_bytes)
+        self._sent_bytes = exchange.sent_bytes
+        metrics.set(
+            epoch=self.trainer.steps / self.order.steps_per_epoch,
+            learning_rate=rate,
+            loss=means.get("loss"),
+            gradient_norm=means.get("gradient_norm"),
+            positive_similarity=means.get("positive_similarity"),
+            negative_similarity=means.get("negative_similarity"),
+            embedding_norm=means.get("embedding_norm"),
+            **self.trainer.objective.gauges(),
+        )
+
+    def _log(self, rate: float) -> None:
+        images_per_second, waited = self.clock.lap()
+        if not self.worker.is_rank_zero or not self.means:
+            return
+        append_line(
+            self.run.journal,
+            {
+                "kind": "train",
+                "step": self.trainer.steps,
+                "total_steps": self.total_steps,
+                "epoch": self.trainer.steps / self.order.steps_per_epoch,
+                "learning_rate": rate,
+                "images_per_second": images_per_second,
+                "loader_wait_fraction": waited,
+                **self.means,
+                **self.trainer.objective.state_dict(),
+            },
+        )
+
+    def _summarise(self, accuracies: dict[str, float | None]) -> dict[str, Any]:
+        exchange = self.trainer.exchange
+        waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
+        training = self.config.training
+        baselines = self.run.baselines() if self.worker.is_rank_zero else {}
+        summary = {
+            "recipe": self.recipe,
+            "knn_top1": accuracies.get("recomputed"),
+            "knn_top1_bank": accuracies.get("bank"),
+            "knn_top1_raw_pixels": baselines.get("raw_pixels"),
+            "knn_top1_untrained": baselines.get("untrained"),
+            "knn_protocol": self.monitor.protocol,
+            "loss": self.means.get("loss"),
+            "epochs": training.epochs,
+            "steps": self.trainer.steps,
+            "num_instances": len(self.manifest),
+            "world_size": self.worker.world_size,
+            "device": self.worker.device.type,
+            "precision": str(training_dtype(self.config, self.worker.device)).removeprefix("torch."),
+            "seed": training.seed,
+            "train_seconds": self.clock.train_seconds,
+            "images_per_second": self.clock.images_per_second,
+            "loader_wait_fraction": float(waited) / self.worker.world_size,
+            "corrupt_images": self.run.count_corrupt_images(),
+        }
+        if self.worker.is_rank_zero:
+            write_json(self.run.summary, summary)
+        return summary
+
+    def _say(self, message: str) -> None:
+        """Tell the user, through the metrics file that the progress bar follows."""
+        if self.worker.is_rank_zero:
+            append_line(self.run.journal, {"kind": "status", "message": message})
+
+    def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
+        path = manifest.root / name
+        if path not in self.corrupt:
+            self.corrupt.add(path)
+            self.metrics.add("corrupt_images_total")
+            logger.warning("skipping %s: %s", path, reason)
+            self.run.add_corrupt_image(manifest, name, reason)
