@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+FIRST_CHUNK = 33  # where the chunk after the header of a PNG begins
 APP1, START_OF_SCAN, DAMAGED = 0xE1, 0xDA, 0
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frame: size and kind of the coding
 _END_OF_IMAGE = 0xD9
@@ -68,12 +69,10 @@ def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:
 
     Pixels (`IDAT`) are yielded as soon as their chunk begins: a search for what comes before them need not read on.
     """
-    position, end = len(PNG), len(head)
-    while position + 12 <= end:
-        start = position + 8
-        stop = start + int.from_bytes(head[position : position + 4])
-        kind = head[position + 4 : start]
+    start, end = len(PNG) + 8, len(head)
+    while start + 4 <= end:
+        kind, stop = head[start - 4 : start], start + int.from_bytes(head[start - 8 : start - 4])
         if stop + 4 > end and kind != b"IDAT":
             return
         yield kind, start, stop
-        position = stop + 4
+        start = stop + 12

@@ -80,13 +80,14 @@ def _is_usual_jpeg(data: bytes) -> bool:
 
 def _is_whole_png(data: bytes) -> bool:
     """Whether a PNG has an end, is not animated, and what comes before its pixels is not damaged."""
-    before_pixels = True
+    pixels = False
     for kind, start, stop in png_chunks(data):
-        before_pixels = before_pixels and kind != b"IDAT"
-        if kind == b"acTL":
+        if kind == b"IDAT":
+            pixels = True
+        elif kind == b"IEND":
+            return pixels
+        elif kind == b"acTL" or (
+            not pixels and crc32(data[start - 4 : stop]) != int.from_bytes(data[stop : stop + 4])
+        ):
             return False
-        if before_pixels and crc32(data[start - 4 : stop]) != int.from_bytes(data[stop : stop + 4]):
-            return False
-        if kind == b"IEND":
-            return True
     return False

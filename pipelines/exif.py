@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from pipelines.containers import APP1, DAMAGED, JPEG, PNG, START_OF_SCAN, jpeg_segments, png_chunks
+from pipelines.containers import (
+    APP1,
+    DAMAGED,
+    FIRST_CHUNK,
+    JPEG,
+    PNG,
+    START_OF_SCAN,
+    jpeg_segments,
+    png_chunks,
+)
 
 
 class Turn(NamedTuple):
@@ -72,6 +81,8 @@ def _of_jpeg(head: bytes) -> int | None:
 
 
 def _of_png(head: bytes) -> int | None:
+    if head.startswith(b"IDAT", FIRST_CHUNK + 4):  # nothing but the pixels, the usual case
+        return UPRIGHT
     for kind, start, stop in png_chunks(head):
         if kind == b"eXIf":
             return _of_exif(head[start:stop])
