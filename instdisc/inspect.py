@@ -21,11 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if everything is whole, 1 if something is broken, 2 if there is nothing to inspect.
     """
-    parser = argparse.ArgumentParser(prog="python -m instdisc.inspect", description=__doc__)
-    parser.add_argument(
-        "path", help="a run directory, a folder of snapshots or one snapshot, here or at a URL"
-    )
-    path = parser.parse_args(arguments).path
+    path = parse(arguments)
     broken: list[str] = []
     try:
         run = None if "://" in path else RunDirectory(Path(path).expanduser())
@@ -48,6 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remedy = "restore the files named, or go on from an earlier snapshot by moving the broken one away"
     print(f"{len(broken)} broken: {remedy}" if broken else "all checksums agree")
     return 1 if broken else 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> str:
+    """Read the command line; returns the path or URL to inspect.
+
+    Raises:
+        SystemExit: Help was asked for (status 0), or the arguments are not one path (status 2).
+    """
+    parser = argparse.ArgumentParser(prog="python -m instdisc.inspect", description=__doc__)
+    parser.add_argument(
+        "path", help="a run directory, a folder of snapshots or one snapshot, here or at a URL"
+    )
+    path: str = parser.parse_args(arguments).path
+    return path
 
 
 def _inspect_run(run: RunDirectory) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cluster.metrics import MetricTable
-from instdisc.common.metrics import EVALUATION, PREFIX, TRAINING
+from instdisc.common.metrics import EVALUATION, TRAINING
 from tests.deploy.manifests import CHECKOUT, DEPLOY, OVERLAYS, find
 
 README = (DEPLOY / "README.md").read_text()
@@ -18,7 +18,7 @@ README = (DEPLOY / "README.md").read_text()
 def test_documented_metrics_are_those_exported(heading: str, table: MetricTable) -> None:
     section = README.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
     documented = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", section, flags=re.MULTILINE)
-    assert documented == [(PREFIX + metric.name, metric.kind, metric.help) for metric in table.metrics]
+    assert documented == [(table.prefix + metric.name, metric.kind, metric.help) for metric in table.metrics]
 
 
 def test_documented_commands_name_where_they_go() -> None:
