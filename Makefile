@@ -20,6 +20,7 @@ quick: environment
 	$(BIN)/python -m pytest --quick $(TWO)
 
 # Branch coverage of the three packages by all tests, in the processes that they start too.
+coverage: export PYTHONPATH := $(CURDIR)
 coverage: environment
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(TWO)

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE, OBJECTIVES, BatchQueries, Objective
+from instdisc.objectives.base import BatchQueries, Objective, build_objective
 from instdisc.objectives.loss import loss_and_gradient
+from instdisc.objectives.nce import NCE
 from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
@@ -181,15 +182,14 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
     num_instances, dim, batch = sizes
     exact = random_unit_rows(0, num_instances, dim, seed=0).to(device)
     generator = torch.Generator().manual_seed(1)
-    kind = OBJECTIVES[type(case.config)]
-    queries = F.normalize(torch.randn(batch, dim, generator=generator), dim=1).repeat(kind.views, 1)
+    queries = F.normalize(torch.randn(batch, dim, generator=generator), dim=1).repeat(case.config.views, 1)
     queries = F.normalize(queries + 0.05 * torch.randn(queries.shape, generator=generator), dim=1).to(device)
-    ids = torch.randperm(num_instances, generator=generator)[:batch].repeat(kind.views).to(device)
+    ids = torch.randperm(num_instances, generator=generator)[:batch].repeat(case.config.views).to(device)
     draws = torch.Generator(device)
 
     def step_on(dtype: torch.dtype) -> Step:
         bank = Bank(exact.to(dtype))
-        return Step(kind(case.config, num_instances, bank), bank, queries, ids, draws)
+        return Step(build_objective(case.config, num_instances, bank), bank, queries, ids, draws)
 
     step, peer_step = step_on(case.dtype), step_on(case.peer_dtype)
     noise_config = case.config if isinstance(case.config, NCEConfig) else NCEConfig()
@@ -207,7 +207,7 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
         torch.testing.assert_close(trained, expected, rtol=tolerance, atol=tolerance * LEARNING_RATE)
     seconds, peer_seconds = alternate(step.ours, peer, device)
     # Tables that ours keeps for itself between steps; the peer makes them anew.
-    own_tables = kind.tables_beside_bank - len(step.objective.tables())
+    own_tables = case.config.tables_beside_bank - len(step.objective.tables())
     own_bytes = own_tables * exact.numel() * exact.element_size()
     return Row(
         objective=case.name,

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import OBJECTIVES
+from instdisc.objectives.base import build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.objectives import (
     InfoNCEConfig,
@@ -67,8 +67,8 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     exchange, partition = Exchange(rank, world_size), Partition(num_instances, world_size)
     start, stop = partition.start(rank), partition.stop(rank)
     bank = Bank(random_unit_rows(start, stop, DIM, seed=0), start)
-    objective = OBJECTIVES[type(config)](config, num_instances, bank)
-    views, generator = objective.views, torch.Generator().manual_seed(5)
+    objective = build_objective(config, num_instances, bank)
+    views, generator = config.views, torch.Generator().manual_seed(5)
     ids = torch.randperm(num_instances, generator=generator)[:BATCH]
     embeddings = F.normalize(torch.randn(views, BATCH, DIM, generator=generator), dim=2)
     local = BATCH // world_size

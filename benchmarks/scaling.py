@@ -73,7 +73,7 @@ def train(rank: int, world_size: int, threads: int, directory: str, arguments: a
     worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
     trainer = Trainer(worker, config, arguments.instances)
     local = arguments.batch // world_size
-    images = torch.randn(trainer.objective.views, local, 3, 32, 32)
+    images = torch.randn(trainer.config.objective.views, local, 3, 32, 32)
     order = torch.randperm(arguments.instances, generator=torch.Generator().manual_seed(0))
     steps: list[tuple[float, float, int]] = []
     for number in range(WARM_UP + arguments.steps):

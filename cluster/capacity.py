@@ -71,6 +71,19 @@ def wait_for_room(
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
 
 
+def check_capacity(config: LaunchConfig) -> None:
+    """Refuse a group that the cluster could not hold even if it were idle, unless the cluster adds nodes.
+
+    Raises:
+        ClusterError: With what was asked for and what there is.
+    """
+    if config.autoscaling:
+        return
+    nodes = live_nodes()
+    smallest = groups_to_try(nodes, config, lambda num_workers: True, restarting=False)[-1]
+    require_room(smallest, nodes, "--num-workers" if config.min_workers is None else "--min-workers")
+
+
 def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
     """Return the settings with what a run keeps when it starts again, chosen by the nodes of its first start.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,6 +94,25 @@ def launch(
     if isinstance(value, Stopped):
         raise RunStopped(f"stopped by {value.reason} at {value.progress}; the next run goes on from there")
     return value
+
+
+@contextmanager
+def connected(config: LaunchConfig) -> Iterator[None]:
+    """Be connected for the block to the cluster on which `launch` will run, unless it runs in this process.
+
+    Whoever has work to do before `launch`, and none to do in vain, learns here whether there is room for the workers.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, or could not hold the workers even if it were idle.
+    """
+    if config.num_workers == 0:
+        yield
+        return
+    with ray_session():
+        from cluster.capacity import check_capacity
+
+        check_capacity(config)
+        yield
 
 
 def _run_here(function: Callable[[Worker, P], R | Stopped], payload: P, signals: StopSignals) -> R | Stopped:

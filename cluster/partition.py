@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_BLOCK_ROWS = 65_536
 
@@ -60,8 +61,12 @@ class Partition:
         Returns:
             int64, same shape; -1 where the row is negative.
         """
+        import torch  # here, so that sizes are quick to compute
+
         return torch.where(rows < 0, -1, torch.bucketize(rows, self._stops, right=True))
 
     @cached_property
     def _stops(self) -> Tensor:
+        import torch
+
         return torch.tensor([self.stop(rank) for rank in range(self.world_size)])

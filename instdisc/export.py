@@ -69,11 +69,13 @@ def export(config: ExportConfig) -> str:
     """
     run = RunDirectory(config.run.expanduser())
     snapshot = run.open_snapshot()
-    network, settings = load_network(snapshot), network_settings(snapshot)
+    network, (backbone, augmentation) = load_network(snapshot), network_settings(snapshot)
     facts = {
-        "backbone": settings["backbone"]["name"],
-        "embedding_dim": settings["backbone"]["embedding_dim"],
-        **{name: settings["augmentation"][name] for name in ("image_size", "mean", "std")},
+        "backbone": backbone.name,
+        "embedding_dim": backbone.embedding_dim,
+        "image_size": augmentation.image_size,
+        "mean": list(augmentation.mean),
+        "std": list(augmentation.std),
     }
     suffix = _SUFFIXES[config.format]
     path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
@@ -143,7 +145,8 @@ def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> 
     return "\n".join(
         [
             "from safetensors.torch import load_file",
-            "from instdisc.model.backbone import BackboneConfig, build_embedder",
+            "from instdisc.model.backbone import build_embedder",
+            "from instdisc.settings.model import BackboneConfig",
             f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']})",
             f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
             "network.backbone.load_state_dict(load_file(FILE))",

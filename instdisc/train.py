@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -14,12 +15,12 @@ from typing import Any, Literal
 import tyro
 
 from cluster.errors import ClusterError
-from cluster.launch import launch
+from cluster.launch import connected, launch
 from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
 from cluster.stopping import RunStopped
-from instdisc.common.classes import choose_classes
+from instdisc.common.classes import choose_classes, labels_among, match_classes
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         recipe, config = parse(sys.argv[1:] if arguments is None else arguments)
-        run = RunDirectory((config.run_dir or Path("runs") / recipe).expanduser())
+        run = RunDirectory(_run_directory(recipe, config))
         summary = train(recipe, config, run)
     except (ConfigError, DataError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -90,27 +91,54 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
+    config = _parsed(name, recipe.config, arguments[1:])
+    run = RunDirectory(_run_directory(name, config))
+    base = recipe.config
+    if run.config.exists() and not config.overwrite:
+        # What was not typed stays as the run has it, whatever the recipe says by now. How it is carried out may change.
+        stored_recipe, stored = run.stored_config()
+        if stored_recipe != name:
+            raise ConfigError(
+                f"{run.path} holds a run of recipe {stored_recipe}, not {name}: choose another --run-dir, or replace "
+                "the run there with --overwrite"
+            )
+        base = dataclasses.replace(
+            stored,
+            launch=base.launch,
+            loader=base.loader,
+            metrics=base.metrics,
+            run_dir=None,
+            overwrite=False,
+        )
+        config = _parsed(name, base, arguments[1:])
+    url = config.snapshots.url
+    if url is not None and "://" not in url:
+        # Workers, and whoever evaluates the run, may have another working directory.
+        snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
+        config = dataclasses.replace(config, snapshots=snapshots)
+    if config.data.path != base.data.path and config.data.test_path == base.data.test_path:
+        # A recipe's test images are for its own training images.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None))
+    return name, config
+
+
+def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfig:
     try:
         config: RunConfig = tyro.cli(
             RunConfig,
-            default=recipe.config,
-            args=arguments[1:],
+            default=default,
+            args=arguments,
             prog=f"python -m instdisc.train {name}",
-            description=recipe.description,
+            description=RECIPES[name].description,
             config=(tyro.conf.AvoidSubcommands,),
         )
     except ValueError as error:  # of the options without a group, which tyro does not catch
         raise ConfigError(str(error)) from error
-    url = config.snapshots.url
-    if url is not None and "://" not in url:
-        # Workers, and whoever evaluates the run, may stand elsewhere.
-        snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
-        config = dataclasses.replace(config, snapshots=snapshots)
-    own, theirs = config.data, recipe.config.data
-    if own.path != theirs.path and own.test_path == theirs.test_path:
-        # A recipe's test images are for its own training images.
-        config = dataclasses.replace(config, data=dataclasses.replace(own, test_path=None))
-    return name, config
+    return config
+
+
+def _run_directory(recipe: str, config: RunConfig) -> Path:
+    return (config.run_dir or Path("runs") / recipe).expanduser()
 
 
 def _usage() -> str:
@@ -136,23 +164,31 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """Check in the order of the price: the settings, the cluster, the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
-    goes_on = not config.overwrite and run.holds_run()
-    train_images = _open_images(config, "path")
-    batch_size = config.training.batch_size
-    if len(train_images) < batch_size:
-        raise ConfigError(
-            f"{config.data.path} holds {len(train_images)} images, fewer than one batch of "
-            f"{batch_size}: set --training.batch-size to at most {len(train_images)}, and a multiple "
-            "of the number of workers"
-        )
-    test_images = None if config.data.test_path is None else _open_images(config, "test_path")
-    if goes_on:
-        run.continue_with(config, train_images, test_images)
-        summary = run.read_summary()
+    resumes = not config.overwrite and run.holds_run()
+    summary = run.read_summary() if resumes else None
+    with contextlib.nullcontext() if summary is not None else connected(config.launch):
+        train_images, test_images = _open_all_images(config)
+        _prepare(recipe, config, run, train_images, test_images, resumes=resumes)
         if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
+        return _launch(recipe, config, run, train_images, resumes=resumes)
+
+
+def _prepare(
+    recipe: str,
+    config: RunConfig,
+    run: RunDirectory,
+    train_images: Manifest,
+    test_images: Manifest | None,
+    *,
+    resumes: bool,
+) -> None:
+    """Make sure that the run to resume is this one, or prepare a new one beside whatever is there."""
+    if resumes:
+        run.continue_with(config, train_images, test_images)
     else:
         url = config.snapshots.url
         taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
@@ -165,19 +201,22 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
     logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
 
-    drawn = getattr(config.objective, "num_negatives", 0)
-    if drawn > len(train_images):
-        logger.warning(
-            "%d negatives of %d images: each counts %.3g times; lower --objective.num-negatives, or take a -softmax "
-            "recipe, which compares with every image once",
-            *(drawn, len(train_images), drawn / len(train_images)),
-        )
+
+def _launch(
+    recipe: str, config: RunConfig, run: RunDirectory, train_images: Manifest, *, resumes: bool
+) -> dict[str, Any]:
+    """Run the workers and show their progress; the summary."""
+    for warning in config.objective.warnings(len(train_images)):
+        logger.warning("%s", warning)
 
     def is_allowed(num_workers: int) -> bool:
         pieces = num_workers * config.training.accumulation
-        return batch_size % pieces == 0 and num_workers <= Partition(len(train_images), 1).num_blocks
+        return (
+            config.training.batch_size % pieces == 0
+            and num_workers <= Partition(len(train_images), 1).num_blocks
+        )
 
-    followed = run.journal if goes_on else run.next.journal
+    followed = run.journal if resumes else run.next.journal
     try:
         with ProgressBar(followed, run.journal):
             return launch(
@@ -190,6 +229,36 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             )
     finally:
         remove_targets(run.targets)
+
+
+def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
+    """The training and the test images, checked against the settings and each other."""
+    train_images = _open_images(config, "path")
+    num_images, batch_size = len(train_images), config.training.batch_size
+    if num_images < batch_size:
+        raise ConfigError(
+            f"{config.data.path} holds {num_images} images, fewer than one batch of {batch_size}: set "
+            f"--training.batch-size to at most {num_images}, and a multiple of the number of workers"
+        )
+    try:
+        Partition(num_images, config.launch.min_workers or config.launch.num_workers or 1)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.data.test_path is None:
+        return train_images, None
+    test_images = _open_images(config, "test_path")
+    if train_images.has_labels:
+        chosen = test_images
+        if config.data.classes is not None:
+            chosen = test_images.of_classes(train_images.class_names)
+        labels_among(chosen, train_images)
+        missing = match_classes(chosen.class_names, train_images.class_names)[1]
+        if missing:
+            logger.warning(
+                "%d classes of the test images are not among the training classes, e.g. %s",
+                *(len(missing), missing[0]),
+            )
+    return train_images, test_images
 
 
 def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:

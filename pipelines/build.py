@@ -1,15 +1,19 @@
 """From whatever holds the images to the manifest."""
 
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.errors import DataError, naming_the_cause
+from pipelines.exif import TURNS, UPRIGHT, orientation
 from pipelines.folders import scan_folder
 from pipelines.lists import scan_list
 from pipelines.manifest import Manifest
+from pipelines.reader import ImageReader
 from pipelines.scan import Labels, Row, Scan, is_image_name
 from pipelines.strings import StringTable
 from pipelines.tars import scan_tars
@@ -22,7 +26,11 @@ _FORMS = (
 
 
 def build_manifest(
-    path: str | Path | Sequence[str | Path], *, labels: Labels = "auto", show_progress: bool = True
+    path: str | Path | Sequence[str | Path],
+    *,
+    labels: Labels = "auto",
+    show_progress: bool = True,
+    upright: bool = True,
 ) -> Manifest:
     """Find all images of a data set and read their headers; no image is decoded.
 
@@ -34,6 +42,8 @@ def build_manifest(
             - a .txt or .csv file that names images (`scan_list`).
         labels: "none" ignores all labels; "folders" insists that `path` holds class folders; "auto" decides.
         show_progress: Whether to draw a progress bar on standard error if it takes more than a second.
+        upright: Whether images are to be turned as their EXIF orientation says; False where they are to be compared
+            with those of a manifest of schema 1. Then every file is read whole.
 
     Returns:
         The manifest. What is named like an image but is empty, none, or ends inside its header is in
@@ -49,7 +59,17 @@ def build_manifest(
     if scan.rejected and not scan.rows:
         first = scan.rejected[0]
         raise DataError(f"none of {len(scan.rejected)} images can be used, e.g. {first.name}: {first.reason}")
-    return _manifest(scan)
+    manifest = _manifest(scan)
+    return manifest if upright else _as_stored(manifest)
+
+
+def _as_stored(manifest: Manifest) -> Manifest:
+    heights, widths = manifest.heights.copy(), manifest.widths.copy()
+    with closing(ImageReader(manifest)) as reader:
+        for row in range(len(manifest)):
+            if TURNS[orientation(reader.read(row)) or UPRIGHT].swap:
+                heights[row], widths[row] = manifest.widths[row], manifest.heights[row]
+    return replace(manifest, heights=heights, widths=widths, upright=False)
 
 
 def _scan(path: str | Path | Sequence[str | Path], labels: Labels, show_progress: bool) -> Scan:

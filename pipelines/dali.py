@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,12 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.augment import ViewParameters
 from pipelines.batch import Batch, Loader, LoaderJob
-from pipelines.decode import CorruptImage, decode_rgb, encode_pnm, needs_pillow
+from pipelines.dali_forms import may_go_to_dali
+from pipelines.decode import CorruptImage, encode_pnm
+from pipelines.exif import TURNS, UPRIGHT, orientation
 from pipelines.order import Request
 from pipelines.reader import Ahead, ImageReader
+from pipelines.turns import turn_squares, views_as_stored
 
 _READERS = 8  # threads that wait for disks rather than compute
 _PLACEHOLDER = b"P6 1 1 255\n\0\0\0"  # an image of one pixel that stands in for a corrupt one
@@ -32,19 +35,27 @@ _COLORS = ("brightness", "contrast", "saturation", "hue")
 logger = logging.getLogger(__name__)
 
 
+class _Image(NamedTuple):
+    data: bytes
+    orientation: int
+    fault: str = ""  # why it cannot be used; `data` is then the placeholder
+
+
 @dataclass
 class _Encoded:
     """A batch on its way through DALI."""
 
     rows: npt.NDArray[np.int64]
     images: list[bytes]
-    views: ViewParameters
+    orientations: npt.NDArray[np.int64]  # (B,); DALI decodes images as stored
+    sizes: npt.NDArray[np.int32]  # (B, 2), heights and widths as shown
+    views: ViewParameters  # of the images as shown
     failures: dict[int, str] = field(default_factory=dict)  # index in the batch -> reason
     converted: set[int] = field(default_factory=set)  # indices that DALI failed on and Pillow decoded
 
     def mark_corrupt(self, index: int, reason: str) -> None:
         self.failures[index] = reason
-        self.images[index] = _PLACEHOLDER
+        self.images[index], self.orientations[index] = _PLACEHOLDER, UPRIGHT
         self.views.top[index] = self.views.left[index] = 0
         self.views.height[index] = self.views.width[index] = 1
 
@@ -80,6 +91,7 @@ class DaliLoader(Loader):
             self._start()
         images = self._collect()
         encoded = self._under_way.popleft()
+        turn_squares(images, encoded.orientations, encoded.views.flip)
         for following in self._next_encoded(1):
             self._under_way.append(following)
             if len(following.rows) > self._largest:
@@ -91,35 +103,41 @@ class DaliLoader(Loader):
 
     def _next_encoded(self, count: int) -> list[_Encoded]:
         batches: list[_Encoded] = []
+        manifest = self._job.manifest
         while len(batches) < count and (read := next(self._ahead, None)) is not None:
             request, pieces = read
             images = [image for piece in pieces for image in piece]
             encoded = _Encoded(
                 request.rows,
-                [image if isinstance(image, bytes) else _PLACEHOLDER for image in images],
+                [image.data for image in images],
+                np.array([image.orientation for image in images]),
+                np.stack([manifest.heights[request.rows], manifest.widths[request.rows]], axis=1),
                 self._job.view_parameters(request),
             )
             for index, image in enumerate(images):
-                if isinstance(image, CorruptImage):
-                    encoded.mark_corrupt(index, str(image))
+                if image.fault:
+                    encoded.mark_corrupt(index, image.fault)
             batches.append(encoded)
         return batches
 
-    def _read(self, request: Request) -> list[bytes | CorruptImage]:
-        images: list[bytes | CorruptImage] = []
-        for row in request.rows.tolist():
-            try:
-                data = self._reader.read(row)
-                if row in self._for_pillow or needs_pillow(data):
-                    data = self._convert(row, data)
-                images.append(data)
-            except CorruptImage as corrupt:
-                images.append(corrupt)
-        return images
+    def _read(self, request: Request) -> list[_Image]:
+        return [self._read_one(row) for row in request.rows.tolist()]
+
+    def _read_one(self, row: int) -> _Image:
+        manifest = self._job.manifest
+        size = int(manifest.heights[row]), int(manifest.widths[row])
+        try:
+            data = self._reader.read(row)
+            turn = (orientation(data) or UPRIGHT) if manifest.upright else UPRIGHT
+            as_stored = size[::-1] if TURNS[turn].swap else size
+            if row in self._for_pillow or not may_go_to_dali(data, *as_stored):
+                data, turn = self._convert(row, data), UPRIGHT
+            return _Image(data, turn)
+        except CorruptImage as corrupt:
+            return _Image(_PLACEHOLDER, UPRIGHT, str(corrupt))
 
     def _convert(self, row: int, data: bytes) -> bytes:
-        manifest = self._job.manifest
-        return encode_pnm(decode_rgb(data, int(manifest.heights[row]), int(manifest.widths[row])))
+        return encode_pnm(self._reader.decode(row, data))
 
     def _start(self) -> None:
         """Build the pipeline and run it once for each batch under way."""
@@ -159,6 +177,7 @@ class DaliLoader(Loader):
             self._for_pillow.add(row)
             try:
                 encoded.images[index] = self._convert(row, encoded.images[index])
+                encoded.orientations[index] = UPRIGHT
                 encoded.converted.add(index)
                 logger.info("DALI cannot decode %s, Pillow can", self._job.manifest.name(row))
             except CorruptImage as corrupt:
@@ -203,7 +222,7 @@ def _graph(job: LoaderJob, decoder: Literal["cpu", "mixed"]) -> list[Any]:
     decoding: dict[str, Any] = {
         "device": decoder,
         "output_type": types.RGB,
-        "adjust_orientation": False,  # the manifest, and with it the crop, has sizes as stored
+        "adjust_orientation": False,  # `turn_squares` does it, to the small square that is left of an image
         "jpeg_fancy_upsampling": True,  # as Pillow does
     }
     absolute: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
@@ -239,7 +258,7 @@ def _graph(job: LoaderJob, decoder: Literal["cpu", "mixed"]) -> list[Any]:
 def _feed(pipeline: Pipeline, encoded: _Encoded, indices: npt.NDArray[np.int64], changes_color: bool) -> None:
     """Give a pipeline the chosen images of a batch and their parameters."""
     pipeline.feed_input("images", [np.frombuffer(encoded.images[i], np.uint8) for i in indices])
-    views = encoded.views
+    views = views_as_stored(encoded.views, encoded.orientations, encoded.sizes)
     for view in range(views.top.shape[1]):
         parameters: dict[str, npt.NDArray[Any]] = {
             "anchor": np.stack([views.top[:, view], views.left[:, view]], axis=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pipelines.augment import ViewParameters
 from pipelines.batch import Batch, Loader, LoaderJob
-from pipelines.decode import CorruptImage, decode_rgb
+from pipelines.decode import CorruptImage
 from pipelines.order import Request
 from pipelines.reader import Ahead, ImageReader
 
@@ -50,28 +51,36 @@ class HostLoader(Loader):
         return job.to_batch(images, request.rows, failures)
 
     def _load(self, request: Request) -> _Piece:
-        size, manifest = self._job.side, self._job.manifest
+        size = self._job.side
         views = self._job.view_parameters(request)
         colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)
         failures: dict[int, str] = {}
         for index, row in enumerate(request.rows.tolist()):
             try:
-                data = self._reader.read(row)
-                image = decode_rgb(data, int(manifest.heights[row]), int(manifest.widths[row]))
+                image = self._reader.decode(row)
             except CorruptImage as corrupt:
                 failures[row] = str(corrupt)
                 continue
             for view in range(self._job.views):
                 top, left, height, width = (int(values[index, view]) for values in views[:4])
-                box = image.crop((left, top, left + width, top + height))
-                square = box.resize((size, size), Image.Resampling.BILINEAR)
+                square = _resize(image.crop((left, top, left + width, top + height)), size)
                 if self._job.changes_color:
                     square = square.convert("RGB", tuple(colors[index, view].ravel().tolist()))
                 if views.flip[index, view]:
                     square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 pixels[view, index] = np.asarray(square)
         return _Piece(pixels, failures)
+
+
+def _resize(image: Image.Image, side: int) -> Image.Image:
+    """Resize to a square as DALI does: what the filter sees beyond the border are the pixels at the border."""
+    beyond_x, beyond_y = (math.ceil(length / side) if length > side else 0 for length in image.size)
+    box = (beyond_x, beyond_y, beyond_x + image.width, beyond_y + image.height)
+    if beyond_x or beyond_y:
+        padding = ((beyond_y, beyond_y), (beyond_x, beyond_x), (0, 0))
+        image = Image.fromarray(np.pad(np.asarray(image), padding, mode="edge"))
+    return image.resize((side, side), Image.Resampling.BILINEAR, box)
 
 
 def color_maps(views: ViewParameters) -> npt.NDArray[np.float64]:

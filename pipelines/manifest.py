@@ -14,7 +14,8 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.strings import StringTable
 
-SCHEMA = 1
+SCHEMA = 2
+_NOT_TURNED = 1  # the schema of manifests with sizes as stored
 _META = "meta.json"
 # Little-endian everywhere, so that saved files and fingerprints mean the same on every machine.
 _COLUMNS = {
@@ -46,11 +47,13 @@ class Manifest:
         source_index: int64 (N,), the source that holds the row.
         offsets: int64 (N,), bytes from the start of the source to the image; 0 for plain files.
         sizes: int64 (N,), bytes of the encoded image.
-        heights: int32 (N,), pixels as stored, without EXIF rotation.
+        heights: int32 (N,), pixels of the picture as shown, or as stored where `upright` is False.
         widths: int32 (N,), likewise.
         labels: int32 (N,), index into `class_names`, -1 where unlabelled.
         class_names: Empty without labels.
         rejected: The images left out. Not part of the fingerprint.
+        upright: Whether images are turned as their EXIF orientation says. False for manifests of schema 1, whose
+            users go on as they began.
 
     Raises:
         DataError: The columns differ in length or type.
@@ -67,6 +70,7 @@ class Manifest:
     labels: npt.NDArray[np.int32]
     class_names: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    upright: bool = True
 
     def __post_init__(self) -> None:
         for name, dtype in _COLUMNS.items():
@@ -84,10 +88,14 @@ class Manifest:
         """Whether the rows belong to named classes."""
         return bool(self.class_names)
 
+    @property
+    def _schema(self) -> int:
+        return SCHEMA if self.upright else _NOT_TURNED
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all but `root` and `rejected`: where it is equal, so are the instance ids."""
-        digest = hashlib.sha256(json.dumps([SCHEMA, self.class_names]).encode())
+        digest = hashlib.sha256(json.dumps([self._schema, self.class_names]).encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype.str} {array.size};".encode())
             digest.update(np.ascontiguousarray(array).data)
@@ -122,6 +130,21 @@ class Manifest:
             self.select(rows), labels=labels[rows].astype(self.labels.dtype), class_names=tuple(names)
         )
 
+    def by_the_rules_of(self, earlier: "Manifest") -> Self:
+        """Return this manifest with sizes as `earlier` has them, if that turns no images and has as many rows.
+
+        Where the images are the same, so are the fingerprints then.
+        """
+        if earlier.upright or len(earlier) != len(self):
+            return self
+        swapped = (self.heights == earlier.widths) & (self.widths == earlier.heights)
+        return replace(
+            self,
+            heights=np.where(swapped, self.widths, self.heights),
+            widths=np.where(swapped, self.heights, self.widths),
+            upright=False,
+        )
+
     def save(self, directory: Path | str) -> None:
         """Write the manifest into `directory` (made if missing, replaced if it holds one).
 
@@ -146,7 +169,7 @@ class Manifest:
 
     def _save_meta(self, directory: Path) -> None:
         meta = {
-            "schema": SCHEMA,
+            "schema": self._schema,
             "root": str(self.root.absolute()),
             "class_names": self.class_names,
             "rejected": self.rejected,
@@ -168,8 +191,8 @@ class Manifest:
         directory = Path(directory)
         try:
             meta = json.loads((directory / _META).read_text())
-            if meta["schema"] != SCHEMA:
-                raise DataError(f"schema {meta['schema']}, expected {SCHEMA}")
+            if meta["schema"] not in (_NOT_TURNED, SCHEMA):
+                raise DataError(f"schema {meta['schema']}, expected {_NOT_TURNED} or {SCHEMA}")
             fields: dict[str, Any] = {name: _load(directory, name) for name in _COLUMNS}
             for name in _TABLES:
                 fields[name] = StringTable(
@@ -179,6 +202,7 @@ class Manifest:
                 root=Path(meta["root"] if root is None else root),
                 class_names=tuple(meta["class_names"]),
                 rejected=tuple(Rejected(*entry) for entry in meta["rejected"]),
+                upright=meta["schema"] != _NOT_TURNED,
                 **fields,
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:

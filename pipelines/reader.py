@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 import numpy as np
+from PIL import Image
 
-from pipelines.decode import CorruptImage
+from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
@@ -57,6 +58,25 @@ class ImageReader:
         if len(data) < size:
             raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
         return data
+
+    def decode(self, row: int, data: bytes | None = None) -> Image.Image:
+        """Return the picture of a row, RGB, of the size that the manifest says.
+
+        Args:
+            row: Which one.
+            data: Its bytes, where they have been read already.
+
+        Raises:
+            CorruptImage: If it cannot be read or decoded.
+            DataError: As `read`.
+        """
+        manifest = self._manifest
+        return decode_rgb(
+            self.read(row) if data is None else data,
+            int(manifest.heights[row]),
+            int(manifest.widths[row]),
+            upright=manifest.upright,
+        )
 
     def close(self) -> None:
         """Close all files, once nobody reads any more."""

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import numpy as np
 
-from pipelines.decode import CorruptImage, decode_rgb
+from pipelines.decode import CorruptImage
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest, Rejected
 from pipelines.reader import ImageReader
@@ -72,7 +72,7 @@ def _check(manifest: Manifest, reader: ImageReader, rows: range) -> list[str | N
 
 def _why_not(manifest: Manifest, reader: ImageReader, row: int) -> str | None:
     try:
-        decode_rgb(reader.read(row), int(manifest.heights[row]), int(manifest.widths[row]))
+        reader.decode(row)
     except CorruptImage as corrupt:
         return str(corrupt)
     return None

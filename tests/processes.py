@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 # Processes are forked from one that has imported these, and nothing else: importing them takes seconds.
 multiprocessing.set_forkserver_preload(
-    ["pytest", "torch.distributed", "instdisc.training.trainer", "instdisc.objectives"]
+    ["pytest", "torch.distributed", "instdisc.training.trainer", "instdisc.objectives.nce"]
 )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instdisc.common.errors import ConfigError
+from pipelines.manifest import Manifest
 
 _PARTS = ("all", "first-half", "second-half")
 
@@ -32,6 +33,22 @@ def match_classes(names: Sequence[str], bank_names: Sequence[str]) -> tuple[npt.
         )
     numbers |= {name: len(bank_names) + number for number, name in enumerate(unknown)}
     return np.array([numbers[name] for name in names], np.int64), unknown
+
+
+def labels_among(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
+    """The labels of test images in the numbers of the training classes; see `match_classes`.
+
+    Returns:
+        int64 (len(test),), -1 for an image without a label.
+
+    Raises:
+        ConfigError: No test image has a label, or they have no class in common.
+    """
+    labels = np.asarray(test.labels, dtype=np.int64)
+    if not (labels >= 0).any():
+        raise ConfigError("no test image has a label: leave --data.test-path out or name labelled images")
+    numbers, _ = match_classes(test.class_names, train.class_names)
+    return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
 
 
 def choose_classes(class_names: Sequence[str], which: str) -> list[str]:

@@ -44,7 +44,7 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
     test = queries.test_images("fine-tuning")
     job = _FinetuneJob(
         network=evaluation.source.network,
-        backbone=BackboneConfig(**evaluation.source.settings["backbone"]),
+        backbone=evaluation.source.backbone,
         augmentation=evaluation.source.augmentation,
         loader=evaluation.config.loader,
         train=evaluation.source.train,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.decode import CorruptImage, decode_rgb
+from pipelines.decode import CorruptImage
 from pipelines.manifest import Manifest
 from pipelines.reader import ImageReader
 
@@ -50,7 +50,7 @@ class Thumbnails:
     """
 
     def __init__(self, manifest: Manifest, side: int) -> None:
-        self._manifest, self._side = manifest, side
+        self._side = side
         self._reader = ImageReader(manifest)
 
     def __enter__(self) -> Thumbnails:
@@ -61,9 +61,8 @@ class Thumbnails:
 
     def image(self, row: int) -> Image.Image | None:
         """The picture of a row, None if it cannot be decoded."""
-        heights, widths = self._manifest.heights, self._manifest.widths
         try:
-            image = decode_rgb(self._reader.read(row), int(heights[row]), int(widths[row]))
+            image = self._reader.decode(row)
         except CorruptImage:
             return None
         image.thumbnail((self._side, self._side))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+from instdisc.settings.model import BackboneConfig
 from pipelines.augment import Augmentation
 from pipelines.manifest import Manifest
 
@@ -54,11 +54,6 @@ class Source:
         return None
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the network was built with: see `instdisc.runs.run_directory.network_settings`."""
-        return network_settings(self.snapshot)
-
-    @cached_property
     def snapshot(self) -> Snapshot:
         """The snapshot named, or the newest one; what is read of it is checked as it is read."""
         source: Path | str = self.name
@@ -75,11 +70,12 @@ class Source:
     @cached_property
     def augmentation(self) -> Augmentation:
         """Size and normalisation that the network was trained with."""
-        values = self.settings["augmentation"]
-        fields: Any = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return Augmentation(**fields)
+        return network_settings(self.snapshot)[1]
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """What the network was built with."""
+        return network_settings(self.snapshot)[0]
 
     @cached_property
     def train(self) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from instdisc.model.bank import Bank
+from instdisc.settings.objectives import ObjectiveConfig
 
 MergeLogSums = Callable[[Tensor], Tensor]
 """From every rank's logarithms of sums, floating point (…, G), to the logarithms of the sums over all ranks, the same
@@ -54,17 +56,13 @@ class Objective(ABC):
     rank, as the asker, merges what the owners sent for its own queries. No method communicates.
 
     An objective is built from its settings, n, and this rank's shard of the bank, of which it takes sizes, dtype and
-    device.
+    device. What its settings alone tell, such as the number of views, is said by them: see `ObjectiveConfig`.
+
+    Attributes:
+        config: Its settings.
     """
 
-    views = 1
-    """V, how many views of every image the objective compares."""
-    within_batch = False
-    """Whether images are told apart from those of the same batch, which may then not be cut into parts."""
-    tables_beside_bank = 0
-    """Float32 tables of the bank's shape that the objective keeps."""
-    agreed_bytes: tuple[int, ...] = ()
-    """For each call of `merge_log_sums` in a step, its bytes per query."""
+    config: ObjectiveConfig
 
     @abstractmethod
     def __init__(self, config: Any, num_instances: int, bank: Bank) -> None:
@@ -108,6 +106,10 @@ class Objective(ABC):
             num_queries: BatchQueries of all ranks and parts; the loss is their mean.
         """
 
+    def gauges(self) -> dict[str, float]:
+        """Values to export after every step, by their names in `instdisc.common.metrics.TRAINING`."""
+        return {}
+
     def tables(self) -> dict[str, Tensor]:
         """State that is partitioned as the bank is, (S, …) by name, to be saved and restored in place."""
         return {}
@@ -118,6 +120,12 @@ class Objective(ABC):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
+
+
+def build_objective(config: ObjectiveConfig, num_instances: int, bank: Bank) -> Objective:
+    """The objective that the settings name, for this rank's rows of n."""
+    objective: Objective = pkgutil.resolve_name(config.implementation)(config, num_instances, bank)
+    return objective
 
 
 def weighted_rows(weights_GK: Tensor, rows_GKD: Tensor) -> Tensor:

@@ -33,10 +33,8 @@ class InfoNCE(Objective):
         bank: This rank's rows.
     """
 
-    agreed_bytes = (4,)
-
     def __init__(self, config: InfoNCEConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: InfoNCEConfig = config
         self.num_instances = num_instances
         # A shard's share of the m negatives is drawn as a whole number, and each draw counts by the ratio.
         self.due = config.num_negatives * len(bank.rows) / num_instances

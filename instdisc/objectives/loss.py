@@ -36,7 +36,7 @@ def loss_and_gradient(
     """
     queries_GD, ids_G = exchange.gather(embeddings_QD.to(bank.rows.dtype), instance_ids_Q)
     local = slice(exchange.rank * len(embeddings_QD), (exchange.rank + 1) * len(embeddings_QD))
-    queries = BatchQueries(queries_GD, ids_G, objective.views, local)
+    queries = BatchQueries(queries_GD, ids_G, objective.config.views, local)
     terms_GC = objective.shard_terms(queries, bank, generator, exchange.log_sum_exp)
     result = objective.merge(exchange.to_askers(terms_GC), instance_ids_Q)
     result.sums["negative_similarity"] = _similarity_to_others(queries)

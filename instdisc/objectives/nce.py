@@ -52,7 +52,7 @@ class NCE(Objective):
     """
 
     def __init__(self, config: NCEConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: NCEConfig = config
         self.num_instances = num_instances
         exponent = 1 / (2 * bank.rows.shape[1] * config.temperature**2)
         self.log_partition = math.log(num_instances) + min(exponent, 1 / config.temperature)
@@ -194,6 +194,10 @@ class NCE(Objective):
         else:
             past_weight = config.log_partition_momentum if self.batches_seen > 1 else 0.0
         self.log_partition += math.log(past_weight + (1 - past_weight) * means["partition_ratio"])
+
+    def gauges(self) -> dict[str, float]:
+        """`log_partition`."""
+        return {"log_partition": self.log_partition}
 
     def state_dict(self) -> dict[str, float]:
         """`log_partition` and `batches_seen`."""

@@ -29,11 +29,8 @@ class ParametricSoftmax(Objective):
         bank: This rank's rows; the weights start as a copy of them.
     """
 
-    tables_beside_bank = 3
-    agreed_bytes = (4,)
-
     def __init__(self, config: ParametricSoftmaxConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: ParametricSoftmaxConfig = config
         self.weights = Bank(bank.rows.float().clone(), bank.start)
         self._gradient_SD = torch.zeros_like(self.weights.rows)
         self._momentum_SD = torch.zeros_like(self.weights.rows)

@@ -30,10 +30,8 @@ class Softmax(Objective):
         bank: This rank's rows.
     """
 
-    agreed_bytes = (4,)
-
     def __init__(self, config: SoftmaxConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: SoftmaxConfig = config
 
     def shard_terms(
         self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums

@@ -37,12 +37,8 @@ class Spreading(Objective):
         bank: This rank's rows.
     """
 
-    views = 2
-    within_batch = True
-    agreed_bytes = (8, 8, 16)
-
     def __init__(self, config: SpreadingConfig, num_instances: int, bank: Bank) -> None:
-        self.config = config
+        self.config: SpreadingConfig = config
 
     def shard_terms(
         self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums

@@ -23,6 +23,8 @@ from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
+from instdisc.settings.schema import from_json, section, to_json
+from pipelines.augment import Augmentation
 from instdisc.common.errors import ConfigError
 from pipelines.manifest import Manifest
 
@@ -134,7 +136,7 @@ class RunDirectory:
         return bool(present)
 
     def continue_with(self, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
-        """Make sure that the run here is this one; what an abandoned start left behind is removed.
+        """Make sure that the run here is this one, and remove what an abandoned start left behind.
 
         Images may have moved as long as they are the same.
 
@@ -147,13 +149,8 @@ class RunDirectory:
             ConfigError: The run here has other settings or images; names both.
         """
         remedy = "choose another --run-dir, or replace the run there with --overwrite"
-        theirs = self.settings()
-        ours = config.identity()
-        theirs["snapshots"] = theirs["snapshots"]["url"]
-        ours["snapshots"] = config.snapshots.url
-        for name in theirs["training"].keys() - ours["training"].keys():
-            del theirs["training"][name]
-        differing = _differences({name: theirs.get(name) for name in ours}, ours)
+        recipe, stored = self.stored_config()
+        differing = _differences(_identity(stored), _identity(config))
         moved: list[tuple[Path, Manifest]] = []
         for name, place, given in (("", self.manifest, train), ("test ", self.test_manifest, test)):
             if given is None:
@@ -162,6 +159,13 @@ class RunDirectory:
                 images = Manifest.load(place)
             except ValueError as error:
                 raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
+            if not images.upright:
+                logger.warning(
+                    "the run in %s was begun by a version that did not turn images as their EXIF orientation says; "
+                    "it resumes without turning the %simages",
+                    *(self.path, name),
+                )
+                given = given.by_the_rules_of(images)
             if images.fingerprint != given.fingerprint:
                 differing.append(
                     f"the {name}images are {len(images)} with fingerprint {images.fingerprint[:12]} there and "
@@ -171,7 +175,7 @@ class RunDirectory:
                 moved.append((place, given))
         if differing:
             raise ConfigError(
-                f"{self.path} holds another run, of recipe {theirs['recipe']} ({'; '.join(differing)}): {remedy}"
+                f"{self.path} holds another run, of recipe {recipe} ({'; '.join(differing)}): {remedy}"
             )
         if self.next.path.exists():
             shutil.rmtree(self.next.path)
@@ -209,7 +213,7 @@ class RunDirectory:
                 for image in manifest.rejected:
                     following.add_corrupt_image(manifest, image.name, image.reason)
             run_id = secrets.token_hex(8)
-            write_json(following.config, {"recipe": recipe, "run_id": run_id, **config.settings()})
+            write_json(following.config, to_json(config, recipe, run_id))
         except OSError as error:
             raise ConfigError(
                 f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
@@ -276,10 +280,17 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} holds no run: {error}") from error
         if "snapshots" not in settings:
-            raise ConfigError(
-                f"{self.config} is no run's, or of an earlier version: train again with --overwrite"
-            )
+            raise ConfigError(f"{self.config} was not written by instdisc: choose another --run-dir")
         return settings
+
+    def stored_config(self) -> tuple[str, RunConfig]:
+        """Recipe and settings of the run, in the words of this version.
+
+        Raises:
+            ConfigError: There is no run, or its settings are not known to this version.
+        """
+        settings = self.settings()
+        return settings["recipe"], from_json(settings, str(self.config))
 
     def open_snapshot(self) -> Snapshot:
         """The newest snapshot.
@@ -303,19 +314,20 @@ class RunDirectory:
         return len({row["name"] for row in read_lines(self.corrupt_images)})
 
 
-def network_settings(snapshot: Snapshot) -> dict[str, Any]:
-    """The settings that a network was built and its images prepared with: those of `NETWORK_SETTINGS`.
+def network_settings(snapshot: Snapshot) -> tuple[BackboneConfig, Augmentation]:
+    """The settings that a network was built and its images prepared with.
 
     Raises:
         SnapshotError: It holds no network of this program.
+        ConfigError: A later version wrote it.
     """
     settings: dict[str, Any] = snapshot.attributes.get("settings", {})
     if NETWORK not in snapshot.files or not all(name in settings for name in NETWORK_SETTINGS):
-        raise SnapshotError(
-            f"{snapshot.url} holds no network with its settings: give a snapshot that instdisc.train of this version "
-            "wrote"
-        )
-    return settings
+        raise SnapshotError(f"{snapshot.url} holds no network with its settings: give a snapshot of instdisc.train")
+    return (
+        section(BackboneConfig, "backbone", settings, snapshot.url),
+        section(Augmentation, "augmentation", settings, snapshot.url),
+    )
 
 
 def load_network(snapshot: Snapshot) -> Embedder:
@@ -324,9 +336,8 @@ def load_network(snapshot: Snapshot) -> Embedder:
     Raises:
         SnapshotError: There is none in the snapshot, or it is damaged.
     """
-    settings = network_settings(snapshot)
-    backbone = BackboneConfig(**settings["backbone"])
-    embedder = build_embedder(backbone, settings["augmentation"]["image_size"])
+    backbone, augmentation = network_settings(snapshot)
+    embedder = build_embedder(backbone, augmentation.image_size)
     try:
         embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
     except (SafetensorError, RuntimeError) as error:
@@ -383,6 +394,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What must be the same when a run resumes."""
+    return {**config.identity(), "snapshots": config.snapshots.url}
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:

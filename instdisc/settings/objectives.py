@@ -1,32 +1,97 @@
-"""Settings of the objectives."""
+"""Settings of the objectives, and what the settings alone tell of one."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
+
+
+class StepCost(NamedTuple):
+    """What one rank computes in a step, as the owner of its rows, for the queries of all ranks.
+
+    Attributes:
+        operations: Floating-point operations of products of many queries with the same rows.
+        gathered_rows: Rows that are read one by one. A row that is read for a single query takes as long as reading it.
+    """
+
+    operations: float
+    gathered_rows: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftmaxConfig:
-    """The softmax over every instance."""
+class ObjectiveConfig:
+    """What every objective's settings tell, to the trainer and also where torch is not imported.
+
+    Attributes:
+        name: What the objective is called on a command line.
+        implementation: Its subclass of `instdisc.objectives.base.Objective`, as "module:class".
+        views: V, how many views of every image it compares.
+        within_batch: Whether it tells images apart from those of the same batch, which may then not be cut into parts.
+        tables_beside_bank: Float32 tables of the bank's shape that it keeps.
+        agreed_bytes: For each call of `merge_log_sums` in a step, its bytes per query.
+    """
+
+    name: ClassVar[str]
+    implementation: ClassVar[str]
+    views: ClassVar[int] = 1
+    within_batch: ClassVar[bool] = False
+    tables_beside_bank: ClassVar[int] = 0
+    agreed_bytes: ClassVar[tuple[int, ...]] = ()
 
     temperature: float = 0.07
     """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
+
+    def __post_init__(self) -> None:
+        """Refuse a τ that exponentials of `similarity/τ` cannot bear.
+
+        Raises:
+            ValueError: It is below 0.005 or not a number.
+        """
+        if not 0.005 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}, it must be at least 0.005: 0.07 to 0.2 are usual"
+            )
+
+    def warnings(self, num_instances: int) -> list[str]:
+        """What a user should know before training on so many images begins, a sentence each."""
+        return []
+
+    def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
+        """What a step costs one rank; unless overridden, that of comparing every query with every row.
+
+        Args:
+            num_queries: Of all ranks and views.
+            shard_rows: Rows that the rank owns.
+            share: Those rows over all rows.
+            dim: D.
+        """
+        return StepCost(_product_operations(num_queries, shard_rows, dim), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig(ObjectiveConfig):
+    """The softmax over every instance."""
+
+    name: ClassVar[str] = "softmax"
+    implementation: ClassVar[str] = "instdisc.objectives.softmax:Softmax"
+    agreed_bytes: ClassVar[tuple[int, ...]] = (4,)
+
     proximal_weight: float = 0.0
     """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        super().__post_init__()
         _check_proximal_weight(self.proximal_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NCEConfig:
+class NCEConfig(ObjectiveConfig):
     """Noise-contrastive estimation; τ and m are those of Wu et al. 2018, who freeze Z and add a proximal term."""
 
-    temperature: float = 0.07
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
+    name: ClassVar[str] = "nce"
+    implementation: ClassVar[str] = "instdisc.objectives.nce:NCE"
+
     num_negatives: int = 4096
     """m, noise samples for each image, drawn uniformly from the whole bank."""
     proximal_weight: float = 0.0
@@ -40,7 +105,7 @@ class NCEConfig:
     """Batches that the frozen Z is averaged over, at least 1."""
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        super().__post_init__()
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
         _check_proximal_weight(self.proximal_weight)
@@ -51,10 +116,21 @@ class NCEConfig:
         if self.log_partition_batches < 1:
             raise ValueError(f"log_partition_batches is {self.log_partition_batches}, it must be at least 1")
 
+    def warnings(self, num_instances: int) -> list[str]:
+        """Too many negatives for the images."""
+        return _warn_of_repeated_draws(self.num_negatives, num_instances)
+
+    def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
+        """Every query reads rows of its own."""
+        return StepCost(0, num_queries * _drawn(self.num_negatives, share))
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfoNCEConfig(SoftmaxConfig):
     """The softmax over the positive and m sampled rows."""
+
+    name: ClassVar[str] = "infonce"
+    implementation: ClassVar[str] = "instdisc.objectives.infonce:InfoNCE"
 
     num_negatives: int = 65_536
     """m, rows of the bank that the positive is told apart from."""
@@ -67,32 +143,58 @@ class InfoNCEConfig(SoftmaxConfig):
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 65536 is usual")
 
+    def warnings(self, num_instances: int) -> list[str]:
+        """Too many negatives for the images."""
+        return _warn_of_repeated_draws(self.num_negatives, num_instances)
+
+    def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
+        """Rows are read once and compared with every query, or every query reads rows of its own."""
+        drawn = _drawn(self.num_negatives, share)
+        if self.shared_negatives:
+            return StepCost(_product_operations(num_queries, drawn, dim), drawn)
+        return StepCost(0, num_queries * drawn)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ParametricSoftmaxConfig:
+class ParametricSoftmaxConfig(ObjectiveConfig):
     """The softmax over trained weights, one row per instance."""
 
+    name: ClassVar[str] = "parametric"
+    implementation: ClassVar[str] = "instdisc.objectives.parametric:ParametricSoftmax"
+    tables_beside_bank: ClassVar[int] = 3  # weights, their gradient and momentum
+    agreed_bytes: ClassVar[tuple[int, ...]] = (4,)
+
     temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
     momentum: float = 0.9
     """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
     weight_decay: float = 0.0
     """Of that SGD, 0 or above."""
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, it must be in [0, 1): 0.9 is usual")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay is {self.weight_decay}, it must be 0 or above")
 
+    def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
+        """Scores are computed twice and the weights trained, which takes as long as five products instead of two."""
+        return StepCost(2.5 * _product_operations(num_queries, shard_rows, dim), 0)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SpreadingConfig:
+class SpreadingConfig(ObjectiveConfig):
     """The softmax within the batch, over two views; the defaults are those of the public code of Ye et al. 2019."""
 
+    name: ClassVar[str] = "spreading"
+    implementation: ClassVar[str] = "instdisc.objectives.spreading:Spreading"
+    views: ClassVar[int] = 2
+    within_batch: ClassVar[bool] = True
+    agreed_bytes: ClassVar[tuple[int, ...]] = (8, 8, 16)
+
     temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
     form: Literal["symmetric", "paper"] = "symmetric"
     """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
     equations of the paper. Loss and gradient are means over the embeddings of both views, also of the paper's."""
@@ -101,24 +203,42 @@ class SpreadingConfig:
     paper's form needs it: first views are keys alone."""
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        super().__post_init__()
         if self.form == "paper" and not self.key_gradient:
             raise ValueError(
                 "form is paper and key_gradient off, but first views would learn nothing: add --objective.key-gradient"
             )
 
+    def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
+        """Every query is compared with the rank's share of them."""
+        return StepCost(_product_operations(num_queries, num_queries * share, dim), 0)
 
-ObjectiveConfig = NCEConfig | SoftmaxConfig | InfoNCEConfig | ParametricSoftmaxConfig | SpreadingConfig
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    config.name: config
+    for config in (NCEConfig, SoftmaxConfig, InfoNCEConfig, ParametricSoftmaxConfig, SpreadingConfig)
+}
+"""All of them by name."""
 
 
-def _check_temperature(temperature: float) -> None:
-    """Refuse a τ that exponentials of `similarity/τ` cannot bear.
+def _drawn(num_negatives: int, share: float) -> float:
+    """Negatives that an owner draws: its share, and one at least."""
+    return max(1.0, num_negatives * share)
 
-    Raises:
-        ValueError: τ is below 0.005 or not a number.
-    """
-    if not 0.005 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, it must be at least 0.005: 0.07 to 0.2 are usual")
+
+def _product_operations(num_queries: int, rows: float, dim: int) -> float:
+    """Those of scores and gradient: two products, a multiplication and an addition for each entry."""
+    return 4 * num_queries * rows * dim
+
+
+def _warn_of_repeated_draws(num_negatives: int, num_instances: int) -> list[str]:
+    if num_negatives <= num_instances:
+        return []
+    return [
+        f"drawing {num_negatives} negatives from only {num_instances} images: each image is used "
+        f"{num_negatives / num_instances:.3g} times per step on average; lower --objective.num-negatives, or take a "
+        "-softmax recipe, which compares with every image once"
+    ]
 
 
 def _check_proximal_weight(weight: float) -> None:

@@ -129,6 +129,18 @@ class RunConfig:
     overwrite: bool = False
     """Replace an earlier run in the run directory."""
 
+    def __post_init__(self) -> None:
+        training, workers = self.training, self.launch.num_workers
+        if workers is None or self.launch.min_workers is not None:
+            return  # known only when the workers have been found
+        pieces = max(workers, 1) * training.accumulation
+        if training.batch_size % pieces:
+            raise ValueError(
+                f"a batch of {training.batch_size} images cannot be shared by {max(workers, 1)} workers in "
+                f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
+                "--num-workers or --training.accumulation"
+            )
+
     def settings(self) -> dict[str, Any]:
         """All settings as JSON values."""
         settings: dict[str, Any] = _jsonable(dataclasses.asdict(self))

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from cluster.partition import Partition
-from instdisc.common.classes import match_classes
-from instdisc.common.errors import ConfigError
+from instdisc.common.classes import labels_among
 from instdisc.model.votes import shard_top_k, weighted_votes
 from instdisc.settings.run import KnnMonitorConfig
 from instdisc.training.trainer import Trainer
@@ -74,14 +73,12 @@ class KnnMonitor:
         self.protocol = None if not self.possible else "leave-one-out" if test is None else "test-set"
         rank, world_size = trainer.worker.rank, trainer.worker.world_size
         labelled = np.flatnonzero(np.asarray(self._queries.labels) >= 0)
-        if self.possible and not len(labelled):
-            raise ConfigError("no test image has a label: leave --data.test-path out or name labelled images")
         if test is None:
             spread = np.linspace(0, len(labelled) - 1, min(_MOST_LEFT_OUT, len(labelled)))
             labelled = labelled[spread.astype(np.int64)]
         self._query_rows = labelled[rank::world_size]
         self._query_labels = (
-            _test_labels(self._queries, train)[self._query_rows] if self.possible else labelled[:0]
+            labels_among(self._queries, train)[self._query_rows] if self.possible else labelled[:0]
         )
 
     def measure(
@@ -144,15 +141,6 @@ class KnnMonitor:
             on_corrupt=functools.partial(self._on_corrupt, manifest),
         ) as loader:
             return embed_rows(loader, len(rows), functions, trainer.worker.device)
-
-
-def _test_labels(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
-    """The labels of the test images in the numbers of the training classes; see `match_classes`."""
-    numbers, missing = match_classes(test.class_names, train.class_names)
-    if missing:
-        logger.warning("%d classes of the test images are not in training, e.g. %s", len(missing), missing[0])
-    labels = np.asarray(test.labels, dtype=np.int64)
-    return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from cluster.storage import Storage
 from instdisc.common.errors import ConfigError
 from instdisc.runs.run_directory import NETWORK, NETWORK_SETTINGS
 from instdisc.settings.run import RunConfig
+from instdisc.settings.schema import SCHEMA
 from instdisc.training.trainer import Trainer
 from pipelines.manifest import Manifest
 
@@ -170,7 +171,7 @@ class RunSnapshots:
             "step": trainer.steps,
             "epoch": epoch,
             "temperature": config.objective.temperature,
-            "settings": {name: settings[name] for name in NETWORK_SETTINGS},
+            "settings": {"schema": SCHEMA, **{name: settings[name] for name in NETWORK_SETTINGS}},
             "class_names": list(self._manifest.class_names),
             "world_size": trainer.worker.world_size,
             "seed": config.training.seed,

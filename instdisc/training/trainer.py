@@ -22,7 +22,7 @@ from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
 from instdisc.model.backbone import build_embedder
 from instdisc.model.bank import Bank, check_memory, random_unit_rows
-from instdisc.objectives import OBJECTIVES, Result
+from instdisc.objectives.base import Result, build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
 from instdisc.training.optim import build_optimizer
@@ -68,24 +68,24 @@ class Trainer:
         self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
         self._network = _wrap(self.embedder, config, worker)
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
-        objective, dtype = OBJECTIVES[type(config.objective)], getattr(torch, config.bank.dtype)
+        objective, dtype = config.objective, getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim
         sharing = worker.local_world_size if worker.device.type == "cpu" else 1
         if objective.within_batch and config.training.accumulation > 1:
             raise ConfigError(
-                f"{objective.__name__} tells the images of a batch apart, which {config.training.accumulation} parts "
+                f"{objective.name} tells the images of a batch apart, which {config.training.accumulation} parts "
                 "would make smaller: leave --training.accumulation at 1"
             )
         if objective.within_batch and config.training.batch_size < 2:
             raise ConfigError(
-                f"{objective.__name__} tells the images of a batch apart, of which there is 1: set "
+                f"{objective.name} tells the images of a batch apart, of which there is 1: set "
                 "--training.batch-size to 2 or more, 128 is usual"
             )
         check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
         self.bank = Bank(rows, start)
-        self.objective = objective(config.objective, num_instances, self.bank)
+        self.objective = build_objective(objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
         self._generator = torch.Generator(worker.device)
         self._autocast_dtype = training_dtype(config, worker.device)
@@ -120,10 +120,10 @@ class Trainer:
         Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
         call.
         """
-        if len(images_VBCHW) != self.objective.views:
+        if len(images_VBCHW) != self.config.objective.views:
             raise ConfigError(
-                f"{type(self.config.objective).__name__} compares {self.objective.views} view(s) of every image and "
-                f"the loader gives {len(images_VBCHW)}: open it with views={self.objective.views}"
+                f"{self.config.objective.name} compares {self.config.objective.views} view(s) of every image and "
+                f"the loader gives {len(images_VBCHW)}: open it with views={self.config.objective.views}"
             )
         self.phases.begin_step()
         buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
@@ -142,7 +142,7 @@ class Trainer:
             group["lr"] = learning_rate
         with self.phases("optimizer"):
             self.optimizer.step()
-        self.objective.update(learning_rate, self.config.training.batch_size * self.objective.views)
+        self.objective.update(learning_rate, self.config.training.batch_size * self.config.objective.views)
         for part in embedded:
             self._update_bank(*part)
         if means:
@@ -174,7 +174,7 @@ class Trainer:
         ):
             is_last = part == training.accumulation - 1
             images_QCHW = images_VbCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            ids_Q = ids_b.repeat(self.objective.views)
+            ids_Q = ids_b.repeat(self.config.objective.views)
             with contextlib.nullcontext() if is_last else self._without_all_reduce():
                 with self._autocast():
                     embeddings_QD = self._network(images_QCHW)
@@ -184,7 +184,7 @@ class Trainer:
                         self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
                     )
                 result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
-                scale = self.local_batch * self.objective.views
+                scale = self.local_batch * self.config.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
             embedded.append((detached_QD, ids_G))
@@ -192,7 +192,7 @@ class Trainer:
 
     def _update_bank(self, embeddings_QD: Tensor, instance_ids_G: Tensor) -> None:
         """Mix every image's embedding, the mean of its views, into its row."""
-        views = self.objective.views
+        views = self.config.objective.views
         embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
         ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
         owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)

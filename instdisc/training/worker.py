@@ -177,7 +177,7 @@ class TrainingRun:
             self.order.requests(*divmod(self.trainer.steps, steps_per_epoch), num_epochs=training.epochs),
             augmentation=self.config.augmentation,
             training=True,
-            views=self.trainer.objective.views,
+            views=self.config.objective.views,
             seed=training.seed,
             device=self.worker.device,
             config=self.config.loader,
@@ -282,7 +282,7 @@ class TrainingRun:
             positive_similarity=means.get("positive_similarity"),
             negative_similarity=means.get("negative_similarity"),
             embedding_norm=means.get("embedding_norm"),
-            log_partition=self.trainer.objective.state_dict().get("log_partition"),
+            **self.trainer.objective.gauges(),
         )
 
     def _log(self, rate: float) -> None:

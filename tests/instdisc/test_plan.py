@@ -13,6 +13,7 @@ from instdisc.settings.model import BackboneConfig, BankConfig
 from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,
+    ObjectiveConfig,
     ParametricSoftmaxConfig,
     SoftmaxConfig,
     SpreadingConfig,
@@ -22,79 +23,80 @@ from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
 
-CONFIGS = {
-    "nce": NCEConfig(num_negatives=50),
-    "softmax": SoftmaxConfig(),
-    "infonce": InfoNCEConfig(num_negatives=50),
-    "parametric": ParametricSoftmaxConfig(),
-    "spreading": SpreadingConfig(),
-}
+CONFIGS = [
+    NCEConfig(num_negatives=50),
+    SoftmaxConfig(),
+    InfoNCEConfig(num_negatives=50),
+    ParametricSoftmaxConfig(),
+    SpreadingConfig(),
+]
 ROWS, DIM, BATCH = 3000, 64, 96
 
 
-def step(rank: int, world_size: int, objective: str, dtype: Any) -> tuple[int, int]:
+def step(rank: int, world_size: int, objective: ObjectiveConfig, dtype: Any) -> tuple[int, int]:
     """One step of training: bytes sent, and bytes of this rank's rows and the objective's tables."""
     config = RunConfig(
         data=DataConfig(path="unused"),
         augmentation=Augmentation(image_size=32),
         backbone=BackboneConfig(name="resnet8", embedding_dim=DIM),
         bank=BankConfig(dtype=dtype),
-        objective=CONFIGS[objective],
+        objective=objective,
         training=TrainingConfig(batch_size=BATCH),
     )
     worker = Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"))
     trainer = Trainer(worker, config, ROWS)
     local = BATCH // world_size
     ids = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[rank * local :][:local]
-    views = trainer.objective.views
-    trainer.step(torch.randn(views, local, 3, 32, 32), ids, 0.01)
+    trainer.step(torch.randn(objective.views, local, 3, 32, 32), ids, 0.01)
     rows = trainer.bank.rows
-    held = rows.numel() * (rows.element_size() + 4 * trainer.objective.tables_beside_bank)
+    held = rows.numel() * (rows.element_size() + 4 * objective.tables_beside_bank)
     return trainer.exchange.sent_bytes, held
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("objective", "dtype"),
-    [
-        ("nce", "float32"),
-        ("softmax", "bfloat16"),
-        ("infonce", "float32"),
-        ("parametric", "float32"),
-        ("spreading", "float32"),
-    ],
-)
-def test_bytes_are_those_of_a_real_step(objective: str, dtype: str, world_size: int) -> None:
-    config = plan.PlanConfig(
-        objective=objective,  # type: ignore[arg-type]
-        dtype=dtype,  # type: ignore[arg-type]
-        embedding_dim=DIM,
-        batch_size=BATCH,
-        num_negatives=getattr(CONFIGS[objective], "num_negatives", None),
-    )
+@pytest.mark.parametrize("objective", CONFIGS, ids=lambda objective: objective.name)
+def test_bytes_are_those_of_a_real_step(objective: ObjectiveConfig, world_size: int) -> None:
+    dtype: Any = "bfloat16" if objective.name == "softmax" else "float32"
+    config = plan.PlanConfig(objective=objective, dtype=dtype, embedding_dim=DIM, batch_size=BATCH)
     cost = plan.cost(config, ROWS, world_size)
     sent, held = zip(*run_ranks(world_size, step, objective, dtype), strict=True)
     assert cost.sent_bytes == pytest.approx(sum(sent) / world_size, rel=0.02)
     assert cost.memory_bytes == max(held)
 
 
-def test_times_follow_from_the_rates() -> None:
-    config = plan.PlanConfig(dtype="float32", batch_size=256, gather_bytes_per_second=1e9)
-    nce = plan.cost(config, 1_281_167, 1)
-    assert nce.objective_seconds == pytest.approx(256 * 4096 * 128 * 4 / 1e9)
-    assert (nce.sent_bytes, nce.exchange_seconds) == (0, 0)
-    softmax = plan.PlanConfig(objective="softmax", batch_size=256, flops_per_second=1e12)
-    infonce = plan.PlanConfig(objective="infonce", dtype="float32", batch_size=256, device="cpu")
-    assert plan.cost(infonce, 1_281_167, 1).objective_seconds == pytest.approx(
-        4 * 256 * 65_536 * 128 / 154e9 + 65_536 * 512 / 7.6e9
+@pytest.mark.parametrize(
+    ("objective", "operations", "gathered_bytes"),
+    [
+        (NCEConfig(), 0, 256 * 4096 * 512),
+        (SoftmaxConfig(), 4 * 256 * 1_280_000 * 128, 0),
+        (InfoNCEConfig(), 4 * 256 * 65_536 * 128, 65_536 * 512),
+        (InfoNCEConfig(shared_negatives=False), 0, 256 * 65_536 * 512),
+        (ParametricSoftmaxConfig(), 10 * 256 * 1_280_000 * 128, 0),
+        (SpreadingConfig(), 4 * 512 * 512 * 128, 0),
+    ],
+)
+def test_time_of_an_objective_follows_from_the_rates(
+    objective: ObjectiveConfig, operations: int, gathered_bytes: int
+) -> None:
+    config = plan.PlanConfig(
+        objective=objective,
+        dtype="float32",
+        batch_size=256,
+        flops_per_second=2e12,
+        gather_bytes_per_second=1e9,
     )
-    spreading = plan.PlanConfig(objective="spreading", batch_size=256, flops_per_second=1e12)
-    assert plan.cost(spreading, 1_280_000, 2).objective_seconds == pytest.approx(
-        4 * 512 * 256 * 128 / 1e12, rel=0.1
-    )
-    assert plan.cost(softmax, 1_281_167, 1).objective_seconds == pytest.approx(
-        4 * 256 * 1_281_167 * 128 / 1e12
-    )
+    alone, shared = plan.cost(config, 1_280_000, 1), plan.cost(config, 1_280_000, 2)
+    assert alone.objective_seconds == pytest.approx(operations / 2e12 + gathered_bytes / 1e9)
+    assert shared.objective_seconds == pytest.approx(alone.objective_seconds / 2, rel=0.01)
+    assert (alone.sent_bytes, alone.exchange_seconds) == (0, 0)
+
+
+def test_number_of_negatives_belongs_to_the_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--objective", "infonce", "--num-negatives", "77"])
+    assert "num_negatives=77" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["--objective", "spreading", "--num-negatives", "77"])
+    assert "spreading draws none" in capsys.readouterr().err
 
 
 def test_the_table_holds_every_combination_and_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,10 @@ def test_more_negatives_than_images_are_told(
     arguments += ["--backbone.name", "resnet8", "--augmentation.image-size", "16"]
     arguments += ["--objective.num-negatives", negatives, "--run-dir", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert ("50 negatives of 20 images: each counts 2.5 times" in caplog.text) == said
+    warning = (
+        "drawing 50 negatives from only 20 images: each image is used 2.5 times per step on average; lower"
+    )
+    assert (warning in caplog.text) == said
 
 
 def test_bank_rows_of_trained_images_have_moved(run: Run, tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ def test_classes_are_matched_by_name(run: Run, tmp_path: Path) -> None:
     status, said, out = run(train, test=solid(tmp_path / "test", {"b": GREEN, "c": BLUE, "d": RED}, 4))
     assert status == 0, said
     assert summary_of(out)["knn_top1_raw_pixels"] == pytest.approx(2 / 3)
-    assert "1 classes of the test images are not in training, e.g. d" in said
+    assert "1 classes of the test images are not among the training classes, e.g. d" in said
 
 
 def test_no_class_in_common(run: Run, tmp_path: Path) -> None:

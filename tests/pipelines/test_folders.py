@@ -98,7 +98,10 @@ def test_what_is_no_image_is_rejected_by_name(tmp_path: Path) -> None:
         Rejected("a/empty.png", "empty (0 bytes)"),
         Rejected("b/cut.png", "cut short: its 20 bytes end inside the header"),
         Rejected("b/dangling.png", "No such file or directory"),
-        Rejected("b/html.jpg", "not an image: 6 bytes, the first are b'<html>'"),
+        Rejected(
+            "b/html.jpg",
+            "not an image, or one of a form that Pillow cannot read: 6 bytes, the first are b'<html>'",
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines.headers import MAX_PIXELS, HeaderError, image_size
 from tests.pipelines.stored import HEIGHT, ODD, WIDTH
@@ -18,8 +18,12 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_finds_the_size_as_stored(name: str) -> None:
-    assert size_of(ODD[name]) == (HEIGHT, WIDTH)
+def test_finds_the_size_as_shown(name: str) -> None:
+    assert size_of(ODD[name]) == as_shown(name)
+
+
+def as_shown(name: str) -> tuple[int, int]:
+    return (WIDTH, HEIGHT) if name == "progressive.jpeg" else (HEIGHT, WIDTH)
 
 
 def test_reads_little_of_a_large_file() -> None:
@@ -50,7 +54,7 @@ def test_never_guesses_from_a_header_that_is_cut_short(name: str) -> None:
             sizes.append(size_of(content[:length]))
         except HeaderError:
             assert not sizes, f"the header was whole before byte {length}"
-    assert set(sizes) == {(HEIGHT, WIDTH)}
+    assert set(sizes) == {as_shown(name)}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +67,8 @@ def test_never_guesses_from_a_header_that_is_cut_short(name: str) -> None:
         (ODD["lossy.webp"][:10], "not an image"),
         (ODD["rgb.png"][:16] + bytes(8) + ODD["rgb.png"][24:], "0 x 0 pixels"),
         (ODD["rgb.png"][:8] + bytes(40), "without a header chunk"),
-        (b"\xff\xd8\xff\xd9" + bytes(20), "without a start of frame"),
-        (b"\xff\xd8\xff\xe0\x00\x02" + bytes(20), "without a marker at byte 6"),
+        (b"\xff\xd8\xff\xd9" + bytes(20), "without a segment at byte 2"),
+        (b"\xff\xd8\xff\xe0\x00\x02" + bytes(20), "without a segment at byte 6"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image"),
     ],
 )
@@ -111,4 +115,5 @@ def test_agrees_with_pillow_on_photographs(shared_data: Path) -> None:
             assert file is not None
             content = file.read()
             with Image.open(io.BytesIO(content)) as image:
-                assert size_of(content) == (image.height, image.width), member.name
+                width, height = ImageOps.exif_transpose(image).size
+                assert size_of(content) == (height, width), member.name

@@ -49,7 +49,10 @@ def test_does_not_repeat_the_tar_of_a_key_that_names_it() -> None:
 def test_fingerprint_ignores_where_the_data_lies_and_what_was_rejected() -> None:
     assert make_manifest(root=Path("/elsewhere"), rejected=()).fingerprint == make_manifest().fingerprint
     # Computed once and written down: a saved bank must fit the same data tomorrow.
-    assert make_manifest().fingerprint == "81c06013a1dc0cdb0cc027e627fd8283f58a8eb11bc6a439442fcc8d55ed4e26"
+    assert (
+        make_manifest(upright=False).fingerprint
+        == "81c06013a1dc0cdb0cc027e627fd8283f58a8eb11bc6a439442fcc8d55ed4e26"
+    )
 
 
 @pytest.mark.parametrize("column", ["source_index", "offsets", "sizes", "heights", "widths", "labels"])
@@ -159,7 +162,7 @@ def cut_meta(folder: Path) -> None:
         (remove_column, r"No such file.*sizes\.npy"),
         (cut_column, "mmap length"),
         (swap_column, r"column sizes is int64 \(2,\), expected int64 \(3,\)"),
-        (raise_schema, "schema 99, expected 1"),
+        (raise_schema, "schema 99, expected 1 or 2"),
         (cut_meta, "delimiter"),
     ],
 )

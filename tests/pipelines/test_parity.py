@@ -1,9 +1,7 @@
 """DALI and the host loader, pixel by pixel; and both against torchvision, in distribution."""
 
-import struct
 import tarfile
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,12 @@ from torchvision.transforms import v2
 from pipelines.augment import Augmentation, training_views
 from pipelines.build import build_manifest
 from pipelines.decode import decode_rgb
+from pipelines.headers import image_size
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 from pipelines.reader import ImageReader
+from tests.pipelines.agreement import compare
+from tests.pipelines.forms import HEIGHT, WIDTH, forms
 from tests.pipelines.images import collector, encode, in_order, load, photo, photos, pixels, write_images
 
 COLORLESS = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale_probability": 0.0}
@@ -76,81 +77,34 @@ def test_odd_sizes_agree(tmp_path: Path, kind: str) -> None:
             assert apart.mean(dim=(0, 2, 3, 4)).max() <= 2
 
 
-def png_16_bit(image: Image.Image) -> bytes:
-    """A PNG of 16 bits per colour, which Pillow cannot write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    rows = np.asarray(image).astype(">u2") * 257
-    header = struct.pack(">IIBBBBB", image.width, image.height, 16, 2, 0, 0, 0)
-    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows.astype(">u2")))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
-
-
-def odd_modes() -> dict[str, tuple[bytes, Image.Image]]:
-    """name -> encoded image and what it must look like."""
-    image = photo(61, 83)
-    gray, palette, cmyk = image.convert("L"), image.quantize(64), image.convert("CMYK")
-    alpha = photo(61, 83, 1).convert("L")
-    rgba, gray_alpha = image.copy(), Image.merge("LA", (gray, alpha))
-    rgba.putalpha(alpha)
-    gray_16 = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    others = [photo(61, 83, seed) for seed in (2, 3)]
-    frames = {"save_all": True, "append_images": others}
-    return {
-        "grey png": (encode(gray, "PNG"), gray),
-        "grey jpeg": (encode(gray, "JPEG", quality=95), gray),
-        "black and white png": (encode(gray.convert("1"), "PNG"), gray.convert("1")),
-        "grey png with alpha": (encode(gray_alpha, "PNG"), gray),
-        "png with alpha": (encode(rgba, "PNG"), image),
-        "palette png": (encode(palette, "PNG"), palette),
-        "palette png with a transparent colour": (encode(palette, "PNG", transparency=3), palette),
-        "palette png with alpha": (encode(palette, "PNG", transparency=bytes(range(64))), palette),
-        "grey png of 16 bits": (encode(gray_16, "PNG"), gray),
-        "png of 16 bits": (png_16_bit(image), image),
-        "grey tiff of 16 bits": (encode(gray_16, "TIFF"), gray),
-        "cmyk jpeg": (encode(cmyk, "JPEG", quality=95), cmyk),
-        "progressive jpeg": (encode(image, "JPEG", quality=95, progressive=True), image),
-        "jpeg to be turned": (encode(image, "JPEG", quality=95, exif=turned), image),
-        "rgb jpeg": (encode(image, "JPEG", quality=95, keep_rgb=True), image),
-        "gif": (encode(palette, "GIF"), palette),
-        "animated gif": (
-            encode(palette, "GIF", save_all=True, append_images=[o.quantize(64) for o in others]),
-            palette,
-        ),
-        "animated png": (encode(image, "PNG", **frames), image),
-        "animated webp": (encode(image, "WEBP", lossless=True, **frames), image),
-        "webp": (encode(image, "WEBP", lossless=True), image),
-        "webp with alpha": (encode(rgba, "WEBP", lossless=True, exact=True), image),
-        "bmp": (encode(image, "BMP"), image),
-        "palette bmp": (encode(palette, "BMP"), palette),
-        "tiff": (encode(image, "TIFF"), image),
-        "tiff of pages": (encode(image, "TIFF", **frames), image),
-        "ppm": (encode(image, "PPM"), image),
-        "pgm": (encode(gray, "PPM"), gray),
-    }
+@pytest.fixture(scope="module")
+def of_all_forms(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """An image of every form that is accepted, all of one size as shown."""
+    folder = tmp_path_factory.mktemp("forms")
+    images = [form.data for form in forms().values()]
+    sizes = [image_size(lambda count, data=data: data[:count], len(data)) for data in images]
+    assert set(sizes) == {(HEIGHT, WIDTH)}
+    return write_images(folder, images, sizes)
 
 
 @pytest.mark.parametrize("backend", ["dali", "host"])
-def test_odd_modes_look_right(tmp_path: Path, backend: str) -> None:
-    modes = odd_modes()
-    looks = [wanted.convert("RGB") for _, wanted in modes.values()]
-    manifest = write_images(tmp_path, [data for data, _ in modes.values()], [(61, 83)] * len(modes))
-    augmentation = Augmentation(image_size=61)  # the centre as it is, not resized
+def test_every_form_looks_right(of_all_forms: Manifest, backend: str) -> None:
+    augmentation = Augmentation(image_size=HEIGHT)  # the centre as it is, not resized
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (batch,) = load(
-            manifest, in_order(len(modes), 64), backend, augmentation=augmentation, training=False
+        batches = load(
+            of_all_forms, in_order(len(forms()), 64), backend, augmentation=augmentation, training=False
         )
-    assert batch.instance_ids.tolist() == list(range(len(modes)))
-    for name, look, got in zip(modes, looks, pixels(batch, augmentation)[0], strict=True):
-        expected = v2.functional.pil_to_tensor(look.crop((11, 0, 72, 61))).float()
-        assert (got - expected).abs().mean() <= (3 if "jpeg" in name else 1), name
+    images = torch.cat([pixels(batch, augmentation)[0] for batch in batches])
+    for (name, form), got in zip(forms().items(), images, strict=True):
+        expected = v2.functional.pil_to_tensor(form.look.crop((11, 0, 72, 61))).float()
+        assert (got - expected).abs().mean() <= (3 if form.lossy else 1), name
+
+
+def test_all_decoders_agree_on_every_form(of_all_forms: Manifest) -> None:
+    for name, worst in compare(of_all_forms, list(forms())).items():
+        assert worst.mean <= 1, (name, worst)
+        assert worst.quantile <= 8, (name, worst)
 
 
 @pytest.mark.parametrize("backend", ["dali", "host"])
@@ -168,7 +122,9 @@ def test_crops_and_flips_are_torchvisions(tmp_path: Path, backend: str) -> None:
         expected = v2.functional.resized_crop(image, *box, [24, 24], antialias=True)
         if views.flip[row, 0]:
             expected = v2.functional.horizontal_flip(expected)
-        assert (got - expected.float()).abs().max() <= 2
+        apart = (got - expected.float()).abs()
+        assert apart.mean() <= 0.5
+        assert apart[:, 1:-1, 1:-1].max() <= 2  # at the border torchvision looks at fewer pixels
     assert 0 < views.flip.sum() < 12
 
 

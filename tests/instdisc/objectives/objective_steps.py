@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import OBJECTIVES, Objective, Result
+from instdisc.objectives.base import Objective, Result, build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.objectives import ObjectiveConfig
 
@@ -66,8 +66,8 @@ def step(
     exchange, partition = Exchange(rank, world_size), Partition(num_instances, world_size)
     rows = rows_like(kind, num_instances, dim).to(rounded_to).to(dtype)
     bank = Bank(rows[partition.start(rank) : partition.stop(rank)].clone(), partition.start(rank))
-    objective = OBJECTIVES[type(config)](config, num_instances, bank)
-    embeddings, ids = batch(kind, num_instances, dim, objective.views)
+    objective = build_objective(config, num_instances, bank)
+    embeddings, ids = batch(kind, num_instances, dim, config.views)
     embeddings = embeddings.to(rounded_to).float()
     mine = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     result, _ = loss_and_gradient(
@@ -75,7 +75,7 @@ def step(
         bank,
         exchange,
         embeddings[:, mine].flatten(0, 1),
-        ids[mine].repeat(objective.views),
+        ids[mine].repeat(config.views),
         torch.Generator().manual_seed(100 + rank),
     )
     return Step(result, objective, bank)

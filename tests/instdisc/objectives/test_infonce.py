@@ -8,7 +8,8 @@ import torch
 
 from instdisc.common.errors import ConfigError
 from instdisc.model.bank import Bank
-from instdisc.objectives import BatchQueries, InfoNCE
+from instdisc.objectives.base import BatchQueries
+from instdisc.objectives.infonce import InfoNCE
 from instdisc.settings.objectives import InfoNCEConfig
 from tests import reference
 from tests.instdisc.objectives.objective_steps import KINDS, batch, rows_like, step, whole_batch

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from cluster.exchange import Exchange
 from cluster.partition import Partition
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE
 from instdisc.objectives.loss import loss_and_gradient
+from instdisc.objectives.nce import NCE
 from instdisc.settings.objectives import NCEConfig
 from tests import reference
 from tests.processes import run_ranks

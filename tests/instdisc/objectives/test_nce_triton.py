@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives import NCE
-from instdisc.objectives.nce import gpu_kernel
+from instdisc.objectives.nce import NCE, gpu_kernel
 from instdisc.settings.objectives import NCEConfig
 
 Shape = tuple[int, int, int, int]  # queries, rows, negatives, dimension

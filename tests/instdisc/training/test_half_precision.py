@@ -7,7 +7,7 @@ import torch
 
 from instdisc.common.errors import ConfigError
 from instdisc.model.bank import Bank, check_memory
-from instdisc.objectives import NCE
+from instdisc.objectives.nce import NCE
 from instdisc.settings.objectives import (
     InfoNCEConfig,
     NCEConfig,

@@ -267,7 +267,8 @@ def test_another_place_for_snapshots(run: Run, tmp_path: Path) -> None:
     there = ["--snapshots.url", "there/"]
     assert run(images, *there)[0] == 0
     assert newest_step(tmp_path / "there") == 10
-    refused(run(images), "snapshots is", "there", "None here")
+    assert run(images)[0] == 0  # it is complete, and knows where
+    refused(run(images, "--snapshots.url", "elsewhere"), "snapshots is", "there", "elsewhere")
     (tmp_path / "out").rename(tmp_path / "away")
     refused(run(images, *there), "another run's", "new run", "--overwrite")
     assert run(images, *there, "--overwrite", "--training.epochs", "1")[0] == 0
