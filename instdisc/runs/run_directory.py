@@ -301,15 +301,6 @@ class RunDirectory:
         """
         return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
 
-    def load_network(self) -> Embedder:
-        """The network of the newest snapshot, as `load_network` gives it.
-
-        Raises:
-            ConfigError: There is no run.
-            SnapshotError: It has no snapshot, or that is damaged.
-        """
-        return load_network(self.open_snapshot())
-
     def read_summary(self) -> dict[str, Any] | None:
         """The results of a complete run; None if it is not complete, or its summary damaged."""
         try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from instdisc.runs.run_directory import RunDirectory
+import instdisc
 from instdisc.settings.recipes import RECIPES
 from instdisc.train import main, parse
 from tests.instdisc.program import (
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_there(run: R
     result = run(images, "--optimizer.learning-rate", "1e30", "--optimizer.schedule", "steps")
     refused(result, "not finite", "step ", "learning-rate")
     out = result[2]
-    weights = RunDirectory(out).load_network().state_dict()
+    weights = instdisc.open_run(out).network().state_dict()
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
     np.testing.assert_allclose(np.linalg.norm(bank_of(out), axis=1), 1, atol=1e-5)
     assert not (out / "summary.json").exists()

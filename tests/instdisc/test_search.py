@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import instdisc
 from cluster.snapshots import open_snapshot
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.search import main
@@ -58,7 +59,7 @@ def test_nearest_rows_are_printed_and_drawn(search: Search, trained: Path, tmp_p
         with Image.open(query) as image:
             values = torch.from_numpy(np.asarray(image) / 255 - CIFAR_MEAN) / torch.tensor(CIFAR_STD)
         with torch.no_grad():
-            embedding = run.load_network()(values.permute(2, 0, 1)[None].float())[0].numpy()
+            embedding = instdisc.open_run(trained).network()(values.permute(2, 0, 1)[None].float())[0].numpy()
         similarities = bank @ embedding
         nearest = np.argsort(-similarities)[:4]
         found = [line.split() for line in part.splitlines() if "(row" in line]

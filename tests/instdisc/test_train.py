@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import instdisc
 from instdisc.model.bank import random_unit_rows
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import main
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(snapshot.read("labels"), manifest.labels)
     assert list(snapshot.read("keys")) == list(manifest.keys)
-    network = RunDirectory(out).load_network()
+    network = instdisc.open_run(out).network()
     with torch.no_grad():
         torch.testing.assert_close(network(torch.randn(2, 3, 32, 32)).norm(dim=1), torch.ones(2))
     config = json.loads((out / "config.json").read_text())
