@@ -17,27 +17,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from instdisc.model.bank import Bank
-from instdisc.objectives import OBJECTIVES
 from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
 from instdisc.runs.run_directory import RunDirectory
+from instdisc.settings.objectives import ObjectiveConfig
 from instdisc.train import parse, report, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledConfig:
+class DecoupledConfig(ObjectiveConfig):
     """The two views of an image attract each other, all other images of the batch repel them."""
 
-    temperature: float = 0.1
-    """τ, at least 0.005."""
+    name: ClassVar[str] = "decoupled"
+    implementation: ClassVar[str] = "examples.custom_objective:Decoupled"
+    views: ClassVar[int] = 2
+    within_batch: ClassVar[bool] = True
+    agreed_bytes: ClassVar[tuple[int, ...]] = (4,)  # per query: the logarithm of the sum, float32
 
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0.005:
-            raise ValueError(f"temperature is {self.temperature}, it must be at least 0.005: 0.1 is usual")
+    temperature: float = 0.1
+    """τ, at least 0.005; 0.07 to 0.2 are usual."""
 
 
 class Decoupled(Objective):
@@ -48,10 +51,6 @@ class Decoupled(Objective):
         num_instances: n.
         bank: This rank's rows.
     """
-
-    views = 2
-    within_batch = True
-    agreed_bytes = (4,)  # per query: the logarithm of the sum, float32
 
     def __init__(self, config: DecoupledConfig, num_instances: int, bank: Bank) -> None:
         self.config = config
@@ -84,14 +83,10 @@ class Decoupled(Objective):
         return torch.cat([gradient_GD, loss_G[:, None], similarity_G[:, None]], dim=1)
 
 
-OBJECTIVES[DecoupledConfig] = Decoupled  # type: ignore[index]  # its type lists the objectives of the package
-
-
 def main(options: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # In this process: Ray's workers would import OBJECTIVES without the new entry.
-    _, config = parse(["sample", *options, "--num-workers", "0"])
-    config = replace(config, objective=DecoupledConfig())  # type: ignore[arg-type]
+    _, config = parse(["sample", *options])
+    config = replace(config, objective=DecoupledConfig())
     run = RunDirectory(config.run_dir or Path("runs/decoupled"))
     print(report(train("decoupled", config, run), run))
 
