@@ -25,10 +25,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the custom objective on the 500 cats of the sample."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "classes.txt").write_text("cat\n")
-    options = ["--data.root", folder, "--data.classes", folder / "classes.txt", "--run-dir", folder / "run"]
-    custom_objective.main(
-        [*map(str, options), "--training.epochs", "1", "--knn.no-baselines", "--metrics.port", "0"]
-    )
+    where = ["--data.root", folder, "--data.classes", folder / "classes.txt", "--run-dir", folder / "run"]
+    how = ["--num-workers", "0", "--training.epochs", "1", "--knn.no-baselines", "--metrics.port", "0"]
+    custom_objective.main([*map(str, where), *how])
     return folder / "run"
 
 
