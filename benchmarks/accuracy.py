@@ -28,7 +28,7 @@ from instdisc.settings.objectives import (
 )
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.run import RunConfig
-from instdisc.train import train
+from instdisc.training.start import train
 
 # Settings other than the objective are those of the recipe `sample`, but for these.
 OBJECTIVES: dict[str, tuple[ObjectiveConfig, dict[str, Any]]] = {

@@ -11,3 +11,7 @@ class WorkerLostError(ClusterError):
 
 class SnapshotError(ClusterError):
     """A snapshot is missing, not finished, damaged or of a newer program; nothing of it was used."""
+
+
+class SnapshotWriteError(SnapshotError):
+    """A snapshot could not be written or committed; the one before it is kept."""

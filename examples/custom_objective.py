@@ -26,7 +26,8 @@ from instdisc.model.bank import Bank
 from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.objectives import ObjectiveConfig
-from instdisc.train import parse, report, train
+from instdisc.train import parse
+from instdisc.training.start import report, train
 
 
 @dataclass(frozen=True, kw_only=True)

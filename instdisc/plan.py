@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from cluster.partition import Partition
+from instdisc.common import command
 from instdisc.settings.objectives import OBJECTIVES, NCEConfig, ObjectiveConfig
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -191,10 +191,19 @@ def _milliseconds(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan; 0."""
-    config = tyro.cli(PlanConfig, args=arguments, prog="python -m instdisc.plan", description=__doc__)
+    """Print the plan.
+
+    Returns:
+        See `instdisc.common.command.run`.
+    """
+    return command.run(_plan, arguments)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    config = command.read_options(
+        PlanConfig, arguments, program="instdisc.plan", description="Estimate what a run will need."
+    )
     print(report(config))
-    return 0
 
 
 if __name__ == "__main__":

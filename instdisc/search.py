@@ -2,185 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import tyro
-from PIL import Image, ImageDraw, ImageFont
-
-from cluster.errors import ClusterError
-from cluster.settings import ActorsConfig, MetricsConfig
-from cluster.snapshots import SnapshotError
-from instdisc.common.errors import ConfigError
-from instdisc.evaluation.context import Evaluation
-from instdisc.evaluation.gallery import Thumbnails
-from instdisc.evaluation.images import check_decoded, embed, open_images
-from instdisc.settings.evaluation import EvaluationConfig
-from pipelines.errors import DataError
-from pipelines.manifest import Manifest
-from pipelines.settings import LoaderConfig
-
-_SIDE, _GAP, _CAPTION = 112, 10, 34  # pixels of the drawing
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """What is searched for, and where."""
-
-    source: tyro.conf.Positional[str]
-    """A run directory, or a snapshot, here or at a URL."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Images to search for; labels are not needed."""
-    k: int = 10
-    """Nearest rows for each image."""
-    output: Path = Path("search.png")
-    """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
-    num_actors: int = 0
-    """Ray actors that share the bank; 0 searches it in this process."""
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or not self.images:
-            raise ValueError(
-                f"got k = {self.k} and {len(self.images)} images: name an image, k is at least 1"
-            )
-        if self.num_actors < 0:
-            raise ValueError(f"num_actors is {self.num_actors}, it must be 0 or more")
-
-
-class Neighbor(NamedTuple):
-    """A row of the bank that is near an image."""
-
-    row: int
-    similarity: float
-    label: str
-    """Name of its class, `-` for none."""
-    name: str
+from instdisc.common import command
+from instdisc.settings.evaluation import SearchConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print and draw the nearest rows of every image.
 
     Returns:
-        0, or 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C.
+        See `instdisc.common.command.run`.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    config = tyro.cli(
+    return command.run(_search, arguments)
+
+
+def _search(arguments: Sequence[str]) -> None:
+    config = command.read_options(
         SearchConfig,
-        args=arguments,
-        prog="python -m instdisc.search",
+        arguments,
+        program="instdisc.search",
         description="Find the nearest training images of any image.",
     )
-    try:
-        print(search(config))
-    except (ConfigError, DataError, SnapshotError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ClusterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    from instdisc.evaluation.search import search  # takes seconds
 
-
-def search(config: SearchConfig) -> str:
-    """Embed the images as training did, draw their nearest rows, and return them as text.
-
-    Raises:
-        ConfigError: There are fewer than k rows.
-        DataError: An image cannot be read or decoded.
-        SnapshotError: There is no whole snapshot.
-    """
-    manifest = open_images(config.images)
-    evaluation = Evaluation(
-        EvaluationConfig(
-            source=config.source,
-            actors=ActorsConfig(num_actors=config.num_actors),
-            loader=config.loader,
-            metrics=MetricsConfig(port=None),
-        )
-    )
-    with evaluation:
-        # Here, not in the actors: their nodes may not see the images.
-        embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
-        check_decoded(embeddings, manifest)
-        scores, rows = evaluation.search(embeddings, config.k)
-        labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
-        found = [
-            [
-                Neighbor(row, float(score), *labels[row])
-                for row, score in zip(rows[query].tolist(), scores[query], strict=True)
-            ]
-            for query in range(len(manifest))
-        ]
-        train = evaluation.source.train if evaluation.source.has_run else None
-    lines = []
-    for query, neighbors in enumerate(found):
-        lines += [manifest.name(query), *_table(neighbors), ""]
-    if train is None:
-        return "\n".join([*lines, "not drawn: a snapshot has no images; give its run directory to see them"])
-    output = config.output.expanduser()
-    draw(manifest, train, found).save(output, "PNG")
-    return "\n".join([*lines, f"drawn in {output}"])
-
-
-def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
-    """Name of the row's class, `-` for none, and of its image."""
-    if evaluation.source.has_run:
-        label, name = int(evaluation.source.train.labels[row]), evaluation.source.train.name(row)
-    else:
-        label, name = (
-            evaluation.source.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys")
-        )
-    return evaluation.source.class_names[label] if label >= 0 else "-", name
-
-
-def _table(neighbors: Sequence[Neighbor]) -> list[str]:
-    width = max(len(each.label) for each in neighbors)
-    return [
-        f"  {each.similarity:6.3f}  {each.label:<{width}}  {each.name} (row {each.row})" for each in neighbors
-    ]
-
-
-def draw(queries: Manifest, train: Manifest, found: Sequence[Sequence[Neighbor]]) -> Image.Image:
-    """A line for every query: the image, and to its right its nearest rows with similarity and class."""
-    columns = 1 + max(len(neighbors) for neighbors in found)
-    width, height = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
-    sheet = Image.new("RGB", (columns * width + 2 * _GAP, len(found) * height + _GAP), "white")
-    with Thumbnails(queries, _SIDE) as asked, Thumbnails(train, _SIDE) as stored:
-        for number, neighbors in enumerate(found):
-            top = _GAP + number * height
-            _place(sheet, asked.image(number), (_GAP, top), ["query"])
-            for column, each in enumerate(neighbors, 1):
-                place = (2 * _GAP + column * width, top)
-                _place(sheet, stored.image(each.row), place, [f"{each.similarity:.3f}", each.label])
-    return sheet
-
-
-def _place(
-    sheet: Image.Image, image: Image.Image | None, place: tuple[int, int], caption: Sequence[str]
-) -> None:
-    """Draw one image in the middle of its square, enlarged if it is small, with lines of text below it."""
-    left, top = place
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    if image is None:
-        pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="grey")
-        caption = ["cannot be decoded", *caption[1:]]
-    else:
-        factor = _SIDE / max(image.size)
-        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
-        sheet.paste(image, (left + (_SIDE - image.width) // 2, top + (_SIDE - image.height) // 2))
-    for number, text in enumerate(caption):
-        while len(text) > 1 and pen.textlength(text, font) > _SIDE:
-            text = f"{text[:-2]}…"
-        pen.text((left, top + _SIDE + 2 + 15 * number), text, fill="black", font=font)
+    print(search(config))
 
 
 if __name__ == "__main__":

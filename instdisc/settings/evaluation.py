@@ -12,6 +12,9 @@ from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.settings import LoaderConfig
 
+PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "page")
+"""Run in this order, whatever the order they are asked for in: the page shows what the others found."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
@@ -196,3 +199,45 @@ class EvaluateConfig:
     unseen: UnseenConfig = field(default_factory=UnseenConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     page: PageConfig = field(default_factory=PageConfig)
+
+    def __post_init__(self) -> None:
+        self.chosen_protocols()
+
+    def chosen_protocols(self) -> list[str]:
+        """Names of the protocols to run, in the order of `PROTOCOL_NAMES`.
+
+        Raises:
+            ValueError: One is unknown, or there is none.
+        """
+        asked = [name.strip() for name in self.protocols.split(",") if name.strip()]
+        if not asked or not set(asked) <= set(PROTOCOL_NAMES):
+            raise ValueError(
+                f"--protocols is {self.protocols!r}: expected one or more of {', '.join(PROTOCOL_NAMES)}, separated by "
+                "commas"
+            )
+        return [name for name in PROTOCOL_NAMES if name in asked]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What is searched for, and where."""
+
+    source: tyro.conf.Positional[str]
+    """A run directory, or a snapshot, here or at a URL."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Images to search for; labels are not needed."""
+    k: int = 10
+    """Nearest rows for each image."""
+    output: Path = Path("search.png")
+    """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
+    num_actors: int = 0
+    """Ray actors that share the bank; 0 searches it in this process."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or not self.images:
+            raise ValueError(
+                f"got k = {self.k} and {len(self.images)} images: name an image, k is at least 1"
+            )
+        if self.num_actors < 0:
+            raise ValueError(f"num_actors is {self.num_actors}, it must be 0 or more")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cluster.errors import SnapshotError
+from cluster.errors import SnapshotError, SnapshotWriteError
 from cluster.group import Worker
 from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
@@ -214,7 +214,7 @@ class TrainingRun:
         Collectives: all-reduces; every rank must call.
 
         Raises:
-            SnapshotError: On the first rank, if it could not be written.
+            SnapshotWriteError: On rank 0, if it could not be written.
         """
         self._report(self.snapshots.wait())
         if self.snapshots.is_saved():
@@ -223,7 +223,7 @@ class TrainingRun:
         reports = self.snapshots.wait()
         self._report(reports)
         if self.worker.is_rank_zero and reports[-1].error:
-            raise SnapshotError(
+            raise SnapshotWriteError(
                 f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
                 f"in {self.url} and run the same command again, which goes on from the one before"
             )

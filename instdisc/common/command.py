@@ -1,0 +1,90 @@
+"""What all programs share: how they read options, how they say what went wrong, and with which status they exit."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError
+from cluster.stopping import RunStopped, sigterm_as_interrupt
+from instdisc.common.errors import ConfigError, NonFiniteError
+from pipelines.errors import DataError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_STATUS: tuple[tuple[type[BaseException], int], ...] = (
+    (SnapshotWriteError, 1),
+    (ConfigError, 2),
+    (DataError, 2),
+    (NonFiniteError, 2),
+    (SnapshotError, 2),
+    (ClusterError, 1),
+    (OSError, 1),
+)
+"""The first class that an error is of decides: 2 for what the user can put right, 1 for the cluster or a disk."""
+
+
+def read_options(
+    settings: Callable[..., T], arguments: Sequence[str], *, program: str, description: str, **options: Any
+) -> T:
+    """Read the command line of a program into its settings.
+
+    Args:
+        settings: The dataclass.
+        arguments: Without the program's name.
+        program: As it is typed after `python -m`.
+        description: What it does.
+        options: Further ones of `tyro.cli`.
+
+    Raises:
+        ConfigError: A value is out of its range.
+        SystemExit: Help was asked for (status 0); an unknown option or a value of the wrong kind (status 2).
+    """
+    try:
+        values: T = tyro.cli(
+            settings, args=arguments, prog=f"python -m {program}", description=description, **options
+        )
+    except (
+        ValueError
+    ) as error:  # tyro reports those of groups of options itself, but not of options without a group
+        raise ConfigError(str(error)) from error
+    return values
+
+
+def run(
+    program: Callable[[Sequence[str]], int | None],
+    arguments: Sequence[str] | None,
+    *,
+    level: int = logging.WARNING,
+) -> int:
+    """Run a program to its exit status.
+
+    Args:
+        program: Called with the arguments; returns its status, None for 0.
+        arguments: Without the program's name; those of this process if None.
+        level: From which level on log messages are shown on standard error.
+
+    Returns:
+        0; 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C or
+        SIGTERM.
+    """
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    try:
+        with sigterm_as_interrupt():
+            return program(sys.argv[1:] if arguments is None else arguments) or 0
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except tuple(kind for kind, _ in _STATUS) as error:
+        logger.debug("", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return next(status for kind, status in _STATUS if isinstance(error, kind))

@@ -1,0 +1,155 @@
+"""All programs answer the same to the same cause, and to what needs no network or cluster at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError, WorkerLostError
+from cluster.stopping import RunStopped
+from instdisc import evaluate, export, inspect, plan, search, train
+from instdisc.common import command
+from instdisc.common.errors import ConfigError, NonFiniteError
+from pipelines.errors import DataError
+from tests.instdisc.program import picture
+from tests.ray_cluster import CHECKOUT
+
+Main = Callable[[Sequence[str] | None], int]
+
+PROGRAMS: dict[str, tuple[Main, list[str]]] = {
+    "train": (train.main, ["sample", "--num-workers", "0", "--data.path", "SOURCE"]),
+    "evaluate": (evaluate.main, ["SOURCE", "--num-actors", "0"]),
+    "search": (search.main, ["SOURCE", "IMAGE"]),
+    "export": (export.main, ["SOURCE", "--format", "safetensors"]),
+    "inspect": (inspect.main, ["SOURCE"]),
+    "plan": (plan.main, []),
+}
+WITH_SOURCE = [name for name in PROGRAMS if name != "plan"]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], list[str]]:
+    monkeypatch.chdir(tmp_path)
+    picture(0).save(tmp_path / "image.png")
+
+    def of(name: str, source: Path) -> list[str]:
+        replaced = {"SOURCE": str(source), "IMAGE": str(tmp_path / "image.png")}
+        return [replaced.get(argument, argument) for argument in PROGRAMS[name][1]]
+
+    return of
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_unknown_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        PROGRAMS[name][0]([*(["sample"] if name == "train" else []), "--no-such-option"])
+    assert ended.value.code == 2
+    assert "no-such-option" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        PROGRAMS[name][0]([*(["sample"] if name == "train" else []), "--help"])
+    assert ended.value.code == 0
+    assert f"python -m instdisc.{name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WITH_SOURCE)
+def test_a_source_that_is_not_there(
+    name: str,
+    arguments: Callable[[str, Path], list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert PROGRAMS[name][0](arguments(name, tmp_path / "nowhere")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "nowhere" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, 0),
+        (ConfigError("x"), 2),
+        (DataError("x"), 2),
+        (NonFiniteError("x"), 2),
+        (SnapshotError("x"), 2),
+        (SnapshotWriteError("x"), 1),
+        (ClusterError("x"), 1),
+        (WorkerLostError("x"), 1),
+        (PermissionError("x"), 1),
+        (KeyboardInterrupt(), 130),
+        (RunStopped("x"), 130),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else str(value),
+)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_same_cause_has_the_same_status(
+    name: str, raised: BaseException | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(arguments: Sequence[str]) -> None:
+        if raised is not None:
+            raise raised
+
+    own = {
+        "train": train,
+        "evaluate": evaluate,
+        "search": search,
+        "export": export,
+        "inspect": inspect,
+        "plan": plan,
+    }
+    monkeypatch.setattr(own[name], f"_{name}", body)
+    assert PROGRAMS[name][0]([]) == status
+
+
+def test_sigterm_ends_a_program_as_ctrl_c_does() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    assert command.run(lambda _: os.kill(os.getpid(), signal.SIGTERM), []) == 130
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train"],
+        ["train", "sample", "--help"],
+        ["train", "sample", "--training.epochs", "0"],
+        ["evaluate", "--help"],
+        ["evaluate", "runs/x", "--protocols", "magic"],
+        ["search", "--help"],
+        ["export", "--help"],
+        ["inspect", "--help"],
+        ["plan", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_errors_of_settings_import_nothing_heavy(line: list[str]) -> None:
+    """The bound is generous; `benchmarks/results` has the time itself."""
+    heavy = ("torch", "torchvision", "ray", "zarr", "faiss", "nvidia")
+    code = (
+        "import json, sys\n"
+        f"sys.argv = {line}\n"
+        f"from instdisc.{line[0]} import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert json.loads(said.stdout.splitlines()[-1]) == []
+    assert after.ru_utime - before.ru_utime < 3
