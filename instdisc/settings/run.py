@@ -130,7 +130,21 @@ class RunConfig:
     """Replace an earlier run in the run directory."""
 
     def __post_init__(self) -> None:
+        """Refuse settings that do not fit each other.
+
+        Raises:
+            ValueError: With what to change.
+        """
         training, workers = self.training, self.launch.num_workers
+        # Otherwise the number of workers is known only when they have been found.
+        fixed = workers is not None and self.launch.min_workers is None
+        pieces = max(workers or 0, 1) * training.accumulation
+        if fixed and training.batch_size % pieces:
+            raise ValueError(
+                f"a batch of {training.batch_size} images cannot be shared by {max(workers or 0, 1)} workers in "
+                f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
+                "--num-workers or --training.accumulation"
+            )
         if self.objective.within_batch and training.accumulation > 1:
             raise ValueError(
                 f"{self.objective.name} tells the images of a batch apart, which {training.accumulation} parts would "
@@ -140,15 +154,6 @@ class RunConfig:
             raise ValueError(
                 f"{self.objective.name} tells the images of a batch apart, of which there is 1: set "
                 "--training.batch-size to 2 or more, 128 is usual"
-            )
-        if workers is None or self.launch.min_workers is not None:
-            return  # known only when the workers have been found
-        pieces = max(workers, 1) * training.accumulation
-        if training.batch_size % pieces:
-            raise ValueError(
-                f"a batch of {training.batch_size} images cannot be shared by {max(workers, 1)} workers in "
-                f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
-                "--num-workers or --training.accumulation"
             )
 
     def settings(self) -> dict[str, Any]:

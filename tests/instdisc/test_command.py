@@ -50,7 +50,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_unknown_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        PROGRAMS[name][0]([*(["sample"] if name == "train" else []), "--no-such-option"])
+        PROGRAMS[name][0]([*PROGRAMS[name][1], "--no-such-option"])
     assert ended.value.code == 2
     assert "no-such-option" in "".join(capsys.readouterr())
 
