@@ -1,0 +1,1 @@
+"""The run directory: its files, and who may write there."""

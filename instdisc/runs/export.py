@@ -1,0 +1,187 @@
+"""Write a trained network in the format of another program."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from instdisc.settings.export import ExportConfig
+import torchvision
+import tyro
+from torch import Tensor, nn
+
+from cluster.errors import ClusterError
+from instdisc.common.errors import ConfigError
+from instdisc.model.backbone import CIFAR_RESNETS, Embedder
+from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+
+_SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
+_TOLERANCE = 1e-4
+
+
+def export(config: ExportConfig) -> str:
+    """Write the file and return how to use it.
+
+    Raises:
+        ConfigError: No trained network is there, or it cannot be had in this format.
+        OSError: The file cannot be written.
+    """
+    run = RunDirectory(config.run.expanduser())
+    snapshot = run.open_snapshot()
+    network, (backbone, augmentation) = load_network(snapshot), network_settings(snapshot)
+    facts = {
+        "backbone": backbone.name,
+        "embedding_dim": backbone.embedding_dim,
+        "image_size": augmentation.image_size,
+        "mean": list(augmentation.mean),
+        "std": list(augmentation.std),
+    }
+    suffix = _SUFFIXES[config.format]
+    path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        usage = _EXPORTERS[config.format](network, facts, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return f"{path}\n\n{usage.replace('FILE', repr(str(path)))}"
+
+
+def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> str:
+    """Write the state dict of the backbone without its head.
+
+    Raises:
+        ConfigError: torchvision has no such network.
+    """
+    name = facts["backbone"]
+    if name in CIFAR_RESNETS:
+        raise ConfigError(
+            f"{name} is no torchvision network: use --format safetensors or onnx, or train one, say resnet18"
+        )
+    head = list(network.backbone.named_modules())[-1][0]
+    weights = {
+        key: value for key, value in network.backbone.state_dict().items() if not key.startswith(f"{head}.")
+    }
+    torch.save(weights, path)
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        plain = torchvision.models.get_model(name, weights=None, **options)
+    arguments = "".join(f", {option}={value}" for option, value in options.items())
+    lines = [
+        "import torch, torchvision",
+        f"network = torchvision.models.{name}(weights=None{arguments})",
+        *_stem_lines(network.backbone, plain),
+        f"network.set_submodule({head!r}, torch.nn.Identity())",
+        "network.load_state_dict(torch.load(FILE, weights_only=True), strict=True)",
+        _normalisation(facts),
+    ]
+    return "\n".join(lines)
+
+
+def _stem_lines(backbone: nn.Module, plain: nn.Module) -> list[str]:
+    """How to give torchvision's model the stem for small images, where this one has it."""
+    name, stem = next((name, part) for name, part in backbone.named_modules() if isinstance(part, nn.Conv2d))
+    if stem.weight.shape == plain.get_submodule(name).weight.shape:
+        return []
+    new = f"torch.nn.Conv2d({stem.in_channels}, {stem.out_channels}, 3, padding=1, bias={stem.bias is not None})"
+    lines = [f"network.set_submodule({name!r}, {new})  # the stem for small images"]
+    ours = dict(backbone.named_modules())
+    dropped = [
+        name
+        for name, part in plain.named_modules()
+        if isinstance(part, nn.MaxPool2d) and isinstance(ours[name], nn.Identity)
+    ]
+    return lines + [f"network.set_submodule({name!r}, torch.nn.Identity())" for name in dropped]
+
+
+def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> str:
+    """Write all weights, head included."""
+    from safetensors.torch import save_file
+
+    weights = {key: value.contiguous() for key, value in network.backbone.state_dict().items()}
+    save_file(weights, path, metadata={name: json.dumps(value) for name, value in facts.items()})
+    return "\n".join(
+        [
+            "from safetensors.torch import load_file",
+            "from instdisc.model.backbone import build_embedder",
+            "from instdisc.settings.model import BackboneConfig",
+            f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']})",
+            f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
+            "network.backbone.load_state_dict(load_file(FILE))",
+            _normalisation(facts),
+        ]
+    )
+
+
+def export_onnx(network: Embedder, facts: dict[str, Any], path: Path) -> str:
+    """Write an ONNX graph, having compared its output with the network's.
+
+    Raises:
+        ConfigError: The packages are missing, or the network cannot be expressed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch needs it
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX needs a package that is not here ({error}): pip install 'instdisc[onnx]'"
+        ) from error
+    size = facts["image_size"]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        program = torch.onnx.export(
+            network,
+            (images,),
+            input_names=["images"],
+            output_names=["embeddings"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"ONNX cannot express this network ({error}): use another format") from error
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    onnx.save_model(model, path)
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    _compare(network, session, torch.cat([images, images.flip(0), images[:1]]))
+    return "\n".join(
+        [
+            "import onnxruntime",
+            "session = onnxruntime.InferenceSession(FILE)",
+            f"(embeddings,) = session.run(None, {{'images': images}})  # float32 (B, 3, {size}, {size}) to "
+            f"(B, {facts['embedding_dim']})",
+            _normalisation(facts),
+        ]
+    )
+
+
+def _compare(network: Embedder, session: Any, images: Tensor) -> None:
+    with torch.no_grad():
+        expected = network(images)
+    (found,) = session.run(None, {"images": images.numpy()})
+    difference = float((torch.from_numpy(found) - expected).abs().max())
+    if not difference <= _TOLERANCE:
+        raise ConfigError(
+            f"the ONNX graph differs from the network by {difference:.1e}, more than {_TOLERANCE}: use another format"
+        )
+
+
+def _normalisation(facts: dict[str, Any]) -> str:
+    return (
+        f"# images: float, {facts['image_size']} x {facts['image_size']} pixels in [0, 1], minus {facts['mean']}, "
+        f"divided by {facts['std']}"
+    )
+
+
+_EXPORTERS = {"torchvision": export_torchvision, "safetensors": export_safetensors, "onnx": export_onnx}
