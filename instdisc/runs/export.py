@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from instdisc.settings.export import ExportConfig
 import torchvision
-import tyro
 from torch import Tensor, nn
 
-from cluster.errors import ClusterError
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+from instdisc.settings.export import ExportConfig
 
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
 _TOLERANCE = 1e-4

@@ -20,12 +20,12 @@ from safetensors.torch import load
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
+from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import from_json, section, to_json
 from pipelines.augment import Augmentation
-from instdisc.common.errors import ConfigError
 from pipelines.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -323,7 +323,9 @@ def network_settings(snapshot: Snapshot) -> tuple[BackboneConfig, Augmentation]:
     """
     settings: dict[str, Any] = snapshot.attributes.get("settings", {})
     if NETWORK not in snapshot.files or not all(name in settings for name in NETWORK_SETTINGS):
-        raise SnapshotError(f"{snapshot.url} holds no network with its settings: give a snapshot of instdisc.train")
+        raise SnapshotError(
+            f"{snapshot.url} holds no network with its settings: give a snapshot of instdisc.train"
+        )
     return (
         section(BackboneConfig, "backbone", settings, snapshot.url),
         section(Augmentation, "augmentation", settings, snapshot.url),

@@ -13,8 +13,8 @@ import pytest
 from instdisc import evaluate, train
 from instdisc.common.errors import ConfigError
 from instdisc.runs.run_directory import RunDirectory, load_network
-from instdisc.settings.run import RunConfig
 from instdisc.settings.model import BackboneConfig
+from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import _ADDED, _RENAMED, from_json, to_json
 from pipelines.manifest import Manifest
 
@@ -24,7 +24,7 @@ RECIPES = {"labelled": "sample", "unlabelled": "cifar10-npid"}
 
 @pytest.fixture(params=sorted(RECIPES))
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Unpacks the run of release 0.1.0 into `tmp_path`: its images, its directory, and the bank that it would end with."""
+    """Unpacks a run of release 0.1.0 into `tmp_path`: its images, its directory and the bank that it would end with."""
     with tarfile.open(RELEASES / f"0.1.0-{request.param}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     return str(request.param)
@@ -50,7 +50,17 @@ def test_a_run_resumes_to_the_end_that_it_would_have_had(
     np.testing.assert_allclose(snapshot.read("embeddings"), expected, atol=1e-3)
     assert f"step {step}" in run.journal.read_text()
     protocols = "knn,statistics" if kind == "labelled" else "statistics"
-    arguments = [str(run.path), "--protocols", protocols, "--num-actors", "0", "--metrics.port", "0", "--k", "5"]
+    arguments = [
+        str(run.path),
+        "--protocols",
+        protocols,
+        "--num-actors",
+        "0",
+        "--metrics.port",
+        "0",
+        "--k",
+        "5",
+    ]
     assert evaluate.main(arguments) == 0
     assert "mean cosine" in capsys.readouterr().out
 
@@ -68,7 +78,9 @@ def test_a_recipe_may_change(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     recipe = RECIPES[kind]
     config = train.RECIPES[recipe].config
     changed = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=7.0), backbone=BackboneConfig(name="vgg11")
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=7.0),
+        backbone=BackboneConfig(name="vgg11"),
     )
     monkeypatch.setitem(train.RECIPES, recipe, train.RECIPES[recipe]._replace(config=changed))
     assert train.parse([recipe, *options(tmp_path)])[1].backbone.name == "resnet8"
