@@ -205,6 +205,7 @@ def test_a_successor_keeps_its_file_when_the_old_worker_ends(tmp_path: Path) -> 
 def test_a_killed_worker_leaves_its_file_and_its_successor_renews_it(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom cluster.metrics import *\n"
+        "from cluster.settings import MetricsConfig\nfrom instdisc.common.metrics import TRAINING\n"
         "with exported(Metrics(TRAINING, run='blue', rank=0), MetricsConfig(port=int(sys.argv[1])), local_rank=0,"
         " world_size=1, directory=Path(sys.argv[2])):\n    time.sleep(100)\n"
     )
