@@ -19,11 +19,11 @@ from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshots import SnapshotRows
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.common.errors import ConfigError
+from instdisc.common.files import write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
 from instdisc.evaluation.source import Source
-from instdisc.runs.run_directory import write_json
 from instdisc.settings.evaluation import EvaluationConfig
 from pipelines.manifest import Manifest
 

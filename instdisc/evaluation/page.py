@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from instdisc.common.files import read_lines, write_text
 from instdisc.evaluation.gallery import Example, best_and_worst
 from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
-from instdisc.runs.run_directory import read_lines, write_text
 from instdisc.settings.evaluation import PageConfig
 
 if TYPE_CHECKING:

@@ -7,11 +7,10 @@ import fcntl
 import json
 import logging
 import math
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.common.errors import ConfigError
+from instdisc.common.files import append_line, read_lines, write_json, write_text
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
@@ -358,44 +358,6 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
     if row["kind"] == "train":
         return float(row["step"])
     return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
-
-
-def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append one JSON line and hand it to the operating system at once; a full disk costs the line and nothing more."""
-    length = None
-    try:
-        with path.open("ab") as file:
-            length = file.tell()
-            file.write(json.dumps(values).encode() + b"\n")
-    except OSError as error:
-        logger.warning("a line of %s is lost: %s", path, error)
-        with suppress(OSError):
-            if length is not None:
-                os.truncate(path, length)  # else the next line would continue the half of this one
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file but such as were cut short; none if there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file that is either whole or not there."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import take_over
 from cluster.stopping import Stopped
 from instdisc.common.errors import NonFiniteError
+from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
-from instdisc.runs.run_directory import RunDirectory, append_line, write_json
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
 from instdisc.training.monitor import KnnMonitor, raw_pixels

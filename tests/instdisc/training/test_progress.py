@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from instdisc.runs.run_directory import RunDirectory, append_line
+from instdisc.common.files import append_line
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.training.progress import ProgressBar
 from tests.ray_cluster import wait_until
 
