@@ -21,7 +21,7 @@ from torch import Tensor
 
 from instdisc.model.bank import random_unit_rows
 from instdisc.objectives.attention import (
-    Kernel,
+    AttentionKernel,
     attend_in_blocks,
     attend_in_parts,
     choose_kernel,
@@ -57,7 +57,9 @@ def transposed_blocks(queries: Tensor, rows: Tensor, temperature: float) -> tupl
     return (attended / mass).T, highest / temperature + torch.log(mass)
 
 
-def one_call(kernel: Kernel, queries: Tensor, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def one_call(
+    kernel: AttentionKernel, queries: Tensor, rows: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The fused kernel on all rows at once."""
     output, log_sums = kernel(queries[None, None], rows[None, None], 1 / temperature)
     return output[0, 0].float(), log_sums[0, 0, : len(queries)]

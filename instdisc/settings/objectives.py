@@ -12,7 +12,7 @@ class StepCost(NamedTuple):
 
     Attributes:
         operations: Floating-point operations of products of many queries with the same rows.
-        gathered_rows: Rows that are read one by one. A row that is read for a single query takes as long as reading it.
+        gathered_rows: Rows that are read one by one, each for a single query unless `operations` counts its products.
     """
 
     operations: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,3 +125,8 @@ def test_impossible_size_is_refused(option: str, capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "must be" in said
+
+
+def test_a_plan_is_made_without_torch() -> None:
+    code = "import sys; from instdisc import plan; plan.main([]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from cluster.exchange import Exchange
+from cluster.metrics import Metrics
 from cluster.partition import Partition
+from instdisc.common.metrics import TRAINING
 from instdisc.model.bank import Bank, random_unit_rows
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.objectives.nce import NCE
@@ -247,3 +249,11 @@ def test_first_log_partition_fits_a_random_bank() -> None:
 def test_settings_outside_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         NCEConfig(**{field: value})
+
+
+def test_every_gauge_is_one_that_workers_export() -> None:
+    objective, metrics = NCE(NCEConfig(), 20, empty_bank(DIM)), Metrics(TRAINING, run="run", rank=0)
+    metrics.set(**objective.gauges())
+    labels = {"run": "run", "rank": "0"}
+    exported = metrics.registry.get_sample_value("instdisc_log_partition", labels)
+    assert exported == objective.log_partition
