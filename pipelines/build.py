@@ -1,13 +1,14 @@
 """From whatever holds the images to the manifest."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.decode import CorruptImage
 from pipelines.errors import DataError, naming_the_cause
 from pipelines.exif import TURNS, UPRIGHT, orientation
 from pipelines.folders import scan_folder
@@ -67,8 +68,9 @@ def _as_stored(manifest: Manifest) -> Manifest:
     heights, widths = manifest.heights.copy(), manifest.widths.copy()
     with closing(ImageReader(manifest)) as reader:
         for row in range(len(manifest)):
-            if TURNS[orientation(reader.read(row)) or UPRIGHT].swap:
-                heights[row], widths[row] = manifest.widths[row], manifest.heights[row]
+            with suppress(CorruptImage):  # whoever loads it finds out
+                if TURNS[orientation(reader.read(row)) or UPRIGHT].swap:
+                    heights[row], widths[row] = manifest.widths[row], manifest.heights[row]
     return replace(manifest, heights=heights, widths=widths, upright=False)
 
 

@@ -25,7 +25,7 @@ _OTHER_ENDIAN = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _FEW_HIGH_BYTES = 64  # below, samples have 14 bits at most
-_CONTRAST = 8  # levels of 255
+CONTRAST = 8  # levels of 255; an image that spans fewer is nearly constant
 
 Numbers = npt.NDArray[np.integer[Any]] | npt.NDArray[np.floating[Any]]
 
@@ -112,7 +112,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 def nearly_constant(image: Image.Image) -> bool:
     """Whether an RGB image has next to no contrast: no channel spans 8 levels of 255."""
     extrema: Any = image.getextrema()
-    return all(high - low < _CONTRAST for low, high in extrema)
+    return all(high - low < CONTRAST for low, high in extrema)
 
 
 def encode_pnm(image: Image.Image) -> bytes:

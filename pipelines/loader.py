@@ -11,6 +11,7 @@ import torch
 
 from pipelines.augment import Augmentation
 from pipelines.batch import Batch, Loader, LoaderJob, OnCorrupt
+from pipelines.contrast import ContrastWatch
 from pipelines.errors import DataError
 from pipelines.host import HostLoader
 from pipelines.manifest import Manifest
@@ -50,7 +51,8 @@ def open_loader(
             loader, before the batch is returned; a warning is logged by default.
 
     Returns:
-        An iterator over `Batch`, to be closed (it is a context manager).
+        An iterator over `Batch`, to be closed (it is a context manager). In training on the CPU it then warns once
+        of the images it loaded that are nearly constant.
 
     Raises:
         DataError: If DALI is asked for and not installed.
@@ -70,9 +72,11 @@ def open_loader(
         prefetch=config.prefetch,
         on_corrupt=on_corrupt or _warn,
     )
+    # A batch on a GPU is not looked at: that would make its step wait.
+    watch = ContrastWatch(manifest, augmentation) if training and device.type == "cpu" else None
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
-        return _OneAhead(HostLoader(job))
+        return _OneAhead(HostLoader(job), watch)
     if not has_dali:
         raise DataError(
             "the DALI loader is asked for, but DALI is not installed: install the extra with "
@@ -80,16 +84,16 @@ def open_loader(
         )
     from pipelines.dali import DaliLoader  # not at the top: DALI is optional
 
-    return _OneAhead(DaliLoader(job))
+    return _OneAhead(DaliLoader(job), watch)
 
 
 class _OneAhead(Loader):
     """Implements `Loader`: has the next batch put together in a thread while the consumer works on this one."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, watch: ContrastWatch | None) -> None:
+        self._loader, self._watch = loader, watch
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._following: Future[Batch | None] | None = self._thread.submit(next, loader, None)
+        self._following: Future[Batch | None] | None = self._thread.submit(self._next)
 
     def __next__(self) -> Batch:
         if self._following is None:
@@ -98,7 +102,7 @@ class _OneAhead(Loader):
         batch = following.result()
         if batch is None:
             raise StopIteration
-        self._following = self._thread.submit(next, self._loader, None)
+        self._following = self._thread.submit(self._next)
         return batch
 
     def close(self) -> None:
@@ -106,6 +110,14 @@ class _OneAhead(Loader):
         self._following = None
         self._thread.shutdown()
         self._loader.close()
+        if self._watch:
+            self._watch.close()
+
+    def _next(self) -> Batch | None:
+        batch = next(self._loader, None)
+        if batch and self._watch:
+            self._watch.look(batch)
+        return batch
 
 
 def _warn(row: int, name: str, reason: str) -> None:

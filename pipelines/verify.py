@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.decode import CorruptImage
+from pipelines.contrast import tell_nearly_constant
+from pipelines.decode import CorruptImage, nearly_constant
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest, Rejected
 from pipelines.reader import ImageReader
@@ -18,8 +20,18 @@ from pipelines.scan import progress_bar
 _CHUNK = 64
 
 
+class _Finding(NamedTuple):
+    reason: str  # why the image cannot be used; empty if it can
+    is_flat: bool
+
+
+_SOUND, _FLAT = _Finding("", False), _Finding("", True)
+
+
 def verify(manifest: Manifest, *, workers: int | None = None, show_progress: bool = True) -> Manifest:
     """Decode every image fully, to RGB, with the reader and the decoder that judge images while training.
+
+    Warns of images that are nearly constant; they are kept.
 
     Args:
         manifest: What to check.
@@ -33,7 +45,7 @@ def verify(manifest: Manifest, *, workers: int | None = None, show_progress: boo
     Raises:
         DataError: No image can be decoded, or the storage fails.
     """
-    reasons: list[str | None] = []
+    findings: list[_Finding] = []
     with (
         closing(ImageReader(manifest)) as reader,
         warnings.catch_warnings(),
@@ -42,37 +54,37 @@ def verify(manifest: Manifest, *, workers: int | None = None, show_progress: boo
     ):
         warnings.simplefilter("ignore")  # Pillow warns of oddities in images that it decodes all the same
         for part in _results(manifest, reader, pool):
-            reasons += part
+            findings += part
             bar.update(len(part))
-    broken = [row for row, reason in enumerate(reasons) if reason is not None]
+    tell_nearly_constant([manifest.name(row) for row, found in enumerate(findings) if found.is_flat])
+    broken = [row for row, found in enumerate(findings) if found.reason]
     if not broken:
         return manifest
-    rejected = [Rejected(manifest.name(row), reasons[row] or "") for row in broken]
+    rejected = [Rejected(manifest.name(row), findings[row].reason) for row in broken]
     if len(broken) == len(manifest):
         first = rejected[0]
         raise DataError(f"none of {len(manifest)} images can be decoded, e.g. {first.name}: {first.reason}")
     return manifest.select(np.delete(np.arange(len(manifest)), broken), rejected)
 
 
-def _results(manifest: Manifest, reader: ImageReader, pool: ThreadPoolExecutor) -> Iterator[list[str | None]]:
-    """Chunk by chunk in row order: why each image cannot be used, None if it can."""
-    pending: deque[Future[list[str | None]]] = deque()
+def _results(manifest: Manifest, reader: ImageReader, pool: ThreadPoolExecutor) -> Iterator[list[_Finding]]:
+    """Chunk by chunk in row order."""
+    pending: deque[Future[list[_Finding]]] = deque()
     for start in range(0, len(manifest), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(manifest)))
-        pending.append(pool.submit(_check, manifest, reader, rows))
+        pending.append(pool.submit(_check, reader, rows))
         if len(pending) > 1000:  # a manifest may have more chunks than memory has room for futures
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _check(manifest: Manifest, reader: ImageReader, rows: range) -> list[str | None]:
-    return [_why_not(manifest, reader, row) for row in rows]
+def _check(reader: ImageReader, rows: range) -> list[_Finding]:
+    return [_examine(reader, row) for row in rows]
 
 
-def _why_not(manifest: Manifest, reader: ImageReader, row: int) -> str | None:
+def _examine(reader: ImageReader, row: int) -> _Finding:
     try:
-        reader.decode(row)
+        return _FLAT if nearly_constant(reader.decode(row)) else _SOUND
     except CorruptImage as corrupt:
-        return str(corrupt)
-    return None
+        return _Finding(str(corrupt), False)

@@ -100,8 +100,12 @@ class ImageRows:
         logger.warning("%s: %s", self.manifest.root / name, reason)
 
 
-def open_images(paths: Sequence[Path]) -> Manifest:
+def open_images(paths: Sequence[Path], *, upright: bool) -> Manifest:
     """A manifest of single images, in their order.
+
+    Args:
+        paths: The images.
+        upright: Whether they are to be turned as their EXIF orientation says.
 
     Raises:
         DataError: One is missing or no image.
@@ -111,7 +115,7 @@ def open_images(paths: Sequence[Path]) -> Manifest:
         with listing.open("w", newline="") as file:
             csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
         try:
-            manifest = build_manifest(listing, show_progress=False)
+            manifest = build_manifest(listing, show_progress=False, upright=upright)
         except DataError as error:
             raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
     if manifest.rejected:

@@ -109,7 +109,7 @@ class Run:
         """
         if not images:
             raise ValueError("got no images, expected the path of at least one")
-        manifest = open_images([Path(image) for image in images])
+        manifest = open_images([Path(image) for image in images], upright=self._source.turns_images)
         rows = ImageRows(
             manifest=manifest,
             network=self._source.network,

@@ -123,7 +123,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
     if config.path is not None:
-        manifest = open_labelled(config.path, config, "--queries.path")
+        manifest = open_labelled(config.path, config, "--queries.path", upright=source.turns_images)
     else:
         manifest = Manifest.load(source.run.test_manifest)
         if source.run.settings()["data"].get("classes") is not None:
@@ -152,14 +152,16 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
     )
 
 
-def open_labelled(path: str, config: QueryConfig, option: str) -> Manifest:
+def open_labelled(path: str, config: QueryConfig, option: str, *, upright: bool) -> Manifest:
     """The images that the user named with an option, all of which must be readable.
+
+    Those that are to be compared with images that were not turned upright are not turned either.
 
     Raises:
         DataError: There are none, or some cannot be read.
     """
     try:
-        manifest = build_manifest(resolve(path, root=config.root, download=config.download))
+        manifest = build_manifest(resolve(path, root=config.root, download=config.download), upright=upright)
     except DataError as error:
         raise DataError(f"{option}: {error}") from error
     if manifest.rejected:

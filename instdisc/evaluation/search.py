@@ -36,7 +36,6 @@ def search(config: SearchConfig) -> str:
         DataError: An image cannot be read or decoded.
         SnapshotError: There is no whole snapshot.
     """
-    manifest = open_images(config.images)
     evaluation = Evaluation(
         EvaluationConfig(
             source=config.source,
@@ -45,6 +44,7 @@ def search(config: SearchConfig) -> str:
             metrics=MetricsConfig(port=None),
         )
     )
+    manifest = open_images(config.images, upright=evaluation.source.turns_images)
     with evaluation:
         # Here, not in the actors: their nodes may not see the images.
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))

@@ -89,6 +89,11 @@ class Source:
             )
         return manifest
 
+    @property
+    def turns_images(self) -> bool:
+        """Whether the images of the bank were turned upright; so must be those that are compared with them."""
+        return not self.has_run or Manifest.load(self.run.manifest).upright
+
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the bank's classes, by number; empty without labels."""

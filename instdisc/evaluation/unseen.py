@@ -89,7 +89,12 @@ def _held_out(manifest: Manifest, config: UnseenConfig, trained: set[str]) -> li
 def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
     """The labelled images; unlike the queries of kNN they need not have a class in common with the bank."""
     if config.path is not None:
-        manifest = open_labelled(config.path, evaluation.config.queries, "--unseen.path")
+        manifest = open_labelled(
+            config.path,
+            evaluation.config.queries,
+            "--unseen.path",
+            upright=evaluation.source.turns_images,
+        )
     elif evaluation.source.run.test_manifest.exists():
         manifest = Manifest.load(evaluation.source.run.test_manifest)
     else:

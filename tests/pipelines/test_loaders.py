@@ -1,5 +1,6 @@
 import gc
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -9,13 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.augment import Augmentation
 from pipelines.errors import DataError
 from pipelines.loader import Batch, LoaderConfig
 from pipelines.manifest import Manifest
 from pipelines.order import Order, Request
-from tests.pipelines.images import BACKENDS, in_order, load, open_any, photos, same
+from tests.pipelines.images import (
+    BACKENDS,
+    encode,
+    in_order,
+    load,
+    open_any,
+    photo,
+    photos,
+    same,
+    write_images,
+)
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -306,3 +318,19 @@ def test_threads_by_default(
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     assert LoaderConfig(backend=backend).available_threads() == (expected or cores)
     assert LoaderConfig(backend=backend, threads=7).available_threads() == 7
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_nearly_constant_images_are_counted_once(
+    tmp_path: Path, backend: str, views: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An image of which a view happens to be flat is none of them."""
+    flat = Image.new("RGB", (40, 40), (120, 3, 7))
+    sky = Image.fromarray(np.pad(np.asarray(photo(40, 40)), ((400, 0), (0, 400), (0, 0)), mode="constant"))
+    images = [encode(each, "PNG") for each in (flat, photo(40, 40), sky, flat)]
+    manifest = write_images(tmp_path, images, [(40, 40), (40, 40), (440, 440), (40, 40)])
+    with caplog.at_level(logging.WARNING):
+        load(manifest, in_order(4, 4, epochs=9), backend, views=views, on_corrupt=None)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "2 images are nearly constant, e.g. 0000, 0003"
+    ]

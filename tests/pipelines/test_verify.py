@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,15 @@ def test_nothing_sound_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(encode("RGB", "JPEG")[:-200])
     with pytest.raises(DataError, match=r"none of 1 images can be decoded, e\.g\. cut\.jpg: .*truncated"):
         verify(build_manifest(tmp_path))
+
+
+def test_nearly_constant_images_are_counted_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("b", "c"):
+        Image.new("RGB", (9, 9), (120, 3, 7)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.png").write_bytes(ODD["rgb.png"])
+    manifest = build_manifest(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert verify(manifest) is manifest
+    assert "2 images are nearly constant, e.g. b.png, c.png" in caplog.text
