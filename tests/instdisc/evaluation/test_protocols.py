@@ -16,7 +16,6 @@ from instdisc.common.errors import ConfigError
 from instdisc.evaluation import finetune, linear, statistics, unseen
 from instdisc.evaluation.context import Evaluation
 from instdisc.settings.evaluation import EvaluationConfig, QueryConfig
-from instdisc.settings.model import BackboneConfig
 from tests.instdisc.program import BLUE, RED, solid
 
 QUICK = linear.LinearConfig(max_dims=64, regularizations=(1.0, 0.1), iterations=50)
@@ -62,7 +61,7 @@ def test_fine_tuning_refuses_settings_at_once(wrong: dict[str, Any]) -> None:
 
 
 def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
-    backbone = BackboneConfig(**evaluation.source.settings["backbone"])
+    backbone = evaluation.source.backbone
     trained, scratch = (
         finetune.new_classifier(
             evaluation.source.network, backbone, 32, 3, trained=start, seed=0
