@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")

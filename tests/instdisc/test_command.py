@@ -100,6 +100,15 @@ def test_no_line_break_of_a_docstring_is_left_in_help(
     assert early == []
 
 
+def test_training_without_a_recipe_prints_usage_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main([])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("usage: python -m instdisc.train RECIPE")
+
+
 def test_help_begins_with_the_usual_options(capsys: pytest.CaptureFixture[str]) -> None:
     first, _, rest = help_of("train", capsys).partition("show this help message")
     usual = re.findall(r"^ *(--[a-z.-]+) ", first, re.MULTILINE)
