@@ -16,6 +16,23 @@ from instdisc.common.errors import ConfigError
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.run import RunConfig
 
+_USUAL_OPTIONS = {
+    "--data.path IMAGES": "a folder, tar files, a list of paths, or the name of a data set",
+    "--data.test-path IMAGES": "labelled images to measure the accuracy on",
+    "--run-dir PATH": "where the run is kept; the same command resumes it",
+    "--num-workers N": "processes; 0 trains in this one, without Ray",
+    "--training.epochs N": "passes over the images",
+    "--training.batch-size N": "images per step, over all workers",
+    "--training.seed N": "of weights, order, augmentation and negatives",
+    "--optimizer.learning-rate RATE": "the highest one",
+    "--backbone.name NAME": "resnet18, resnet50, … of torchvision, or resnet8, resnet20, resnet32",
+    "--backbone.embedding-dim D": "entries of an embedding",
+    "--augmentation.image-size PIXELS": "the side of the square that the network sees",
+    "--objective.temperature T": "divides similarities; 0.07 to 0.2 are usual",
+    "--knn.every EPOCHS": "between two measurements of the accuracy",
+    "--overwrite": "replace an earlier run in the run directory",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train a recipe and print its results.
@@ -51,7 +68,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
@@ -93,10 +110,16 @@ def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfi
         RunConfig,
         arguments,
         program=f"instdisc.train {name}",
-        description=RECIPES[name].description,
+        description=f"{RECIPES[name].description}\n\n{_usual_options()}",
         default=default,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _usual_options() -> str:
+    width = max(map(len, _USUAL_OPTIONS)) + 2
+    lines = [f"  {option:<{width}}{text}" for option, text in _USUAL_OPTIONS.items()]
+    return "\n".join(["Usual options; all are below, with the values of this recipe:", *lines])
 
 
 def run_directory(recipe: str, config: RunConfig) -> Path:

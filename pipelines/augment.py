@@ -28,8 +28,8 @@ Reals = npt.NDArray[np.float64]
 class Augmentation:
     """How training images are varied, and how all images are sized and normalised.
 
-    The distributions are those of torchvision's `RandomResizedCrop`, `ColorJitter`, `RandomGrayscale` and
-    `RandomHorizontalFlip`; a strength of 0 switches its part off.
+    The distributions are those of torchvision's `RandomResizedCrop`, `ColorJitter`, `RandomGrayscale`
+    and `RandomHorizontalFlip`; a strength of 0 switches its part off.
     """
 
     image_size: int = 224

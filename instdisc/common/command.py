@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError
 from cluster.stopping import RunStopped, sigterm_as_interrupt
@@ -30,6 +32,36 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
 """The first class that an error is of decides: 2 for what the user can put right, 1 for the cluster or a disk."""
 
 
+class _JoinedHelp:
+    """A rule for tyro: its own, but the help of a field is one line, which tyro then wraps.
+
+    By itself tyro keeps the line breaks of docstrings below fields, as their lines are indented.
+    """
+
+    def __init__(self) -> None:
+        self._asking = False
+
+    def __call__(self, info: StructTypeInfo) -> StructConstructorSpec | None:
+        if self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            self._asking = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return dataclasses.replace(spec, fields=tuple(map(self._joined, spec.fields)))
+
+    @staticmethod
+    def _joined(field: StructFieldSpec) -> StructFieldSpec:
+        def helptext() -> str | None:
+            text = field.helptext() if callable(field.helptext) else field.helptext
+            return None if text is None else " ".join(text.split())
+
+        return dataclasses.replace(field, helptext=helptext)
+
+
 def read_options(
     settings: Callable[..., T], arguments: Sequence[str], *, program: str, description: str, **options: Any
 ) -> T:
@@ -46,9 +78,16 @@ def read_options(
         ConfigError: A value is out of its range.
         SystemExit: Help was asked for (status 0); an unknown option or a value of the wrong kind (status 2).
     """
+    registry = ConstructorRegistry()
+    registry.struct_rule(_JoinedHelp())
     try:
         values: T = tyro.cli(
-            settings, args=arguments, prog=f"python -m {program}", description=description, **options
+            settings,
+            args=arguments,
+            prog=f"python -m {program}",
+            description=description,
+            registry=registry,
+            **options,
         )
     except (
         ValueError

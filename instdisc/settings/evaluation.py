@@ -35,7 +35,7 @@ class QueryConfig:
 class EvaluationConfig:
     """What is evaluated, on what, and where."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
     """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
@@ -222,9 +222,12 @@ class EvaluateConfig:
 class SearchConfig:
     """What is searched for, and where."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
     """A run directory, or a snapshot, here or at a URL."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
+    ]
     """Images to search for; labels are not needed."""
     k: int = 10
     """Nearest rows for each image."""

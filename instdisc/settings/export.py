@@ -15,7 +15,7 @@ Format = Literal["torchvision", "safetensors", "onnx"]
 class ExportConfig:
     """What is written, and where."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run directory."""
     format: Annotated[Format, tyro.conf.arg(aliases=["-f"])]
     """torchvision: weights without the head, which load into torchvision's own model. safetensors: all weights, with
