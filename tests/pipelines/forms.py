@@ -153,6 +153,9 @@ def _jpegs(image: Image.Image) -> dict[str, Form]:
         for name, each in options.items()
     }
     found["grey jpeg"] = _form(encode(grey, "JPEG", quality=95), grey, lossy=True)
+    found["progressive grey jpeg"] = _form(
+        encode(grey, "JPEG", quality=95, progressive=True), grey, lossy=True
+    )
     found["cmyk jpeg"] = _form(encode(cmyk, "JPEG", quality=95), cmyk, lossy=True)
     for number in range(2, 9):
         data = encode(
