@@ -147,8 +147,9 @@ def damaged(mutations: int) -> dict[str, Any]:
         "1000000",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
-    return {"exit status": done.returncode, **found}
+    if done.returncode:
+        return {"exit status": done.returncode, "last words": done.stderr[-1000:]}
+    return {"exit status": 0, **json.loads(done.stdout)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

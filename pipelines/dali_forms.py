@@ -73,15 +73,15 @@ def may_go_to_dali(data: bytes, height: int, width: int) -> bool:
 def _is_usual_jpeg(data: bytes) -> bool:
     """Whether a JPEG looks whole, and is coded in a way that is tested."""
     header = list(jpeg_segments(data))
-    frames = [(marker, start) for marker, start, _ in header if marker in FRAMES]
+    frames = [(marker, data[start:stop]) for marker, start, stop in header if marker in FRAMES]
     if _JPEG_END not in data[-_END_WITHIN:] or not frames or header[-1][0] != START_OF_SCAN:
         return False
     later = jpeg_later_segments(data, header[-1][2])
-    (coding, start), *others = frames
-    if later is None or others or coding not in _HUFFMAN_FRAMES:
+    (coding, frame), *others = frames
+    if later is None or others or coding not in _HUFFMAN_FRAMES or len(frame) < 6:
         return False
     scans = [data[start:stop] for marker, start, stop in (header[-1], *later) if marker == START_OF_SCAN]
-    return coding != _PROGRESSIVE or _hold_all(scans, components=data[start + 5])
+    return coding != _PROGRESSIVE or _hold_all(scans, components=frame[5])
 
 
 def _hold_all(scans: list[bytes], *, components: int) -> bool:
@@ -91,7 +91,7 @@ def _hold_all(scans: list[bytes], *, components: int) -> bool:
     """
     complete: dict[int, int] = {}  # component -> bits of its coefficients
     for scan in scans:
-        if len(scan) != 4 + 2 * scan[0]:
+        if not scan or len(scan) != 4 + 2 * scan[0]:
             return False
         first, last, bits_left = scan[-3], scan[-2], scan[-1] & 15
         if bits_left == 0 and last < _COEFFICIENTS:

@@ -69,6 +69,10 @@ def test_forms_without_a_proof_do_not_go(name: str) -> None:
         JPEG[: FRAME + 4] + b"\x0c" + JPEG[FRAME + 5 :],  # 12 bits
         JPEG[:FRAME] + JPEG[FRAME : FRAME + 19] + JPEG[FRAME:],  # two frames
         JPEG[:-100] + b"\xff\x5a" + JPEG[-98:],
+        PROGRESSIVE[:-2] + b"\xff\xda\0\2\xff\xd9",  # a scan of nothing
+        PROGRESSIVE[: PROGRESSIVE.index(b"\xff\xc2")]
+        + b"\xff\xc2\0\2"
+        + PROGRESSIVE[-600:],  # a frame of nothing
         PROGRESSIVE[: PROGRESSIVE.rindex(b"\xff\xda")] + b"\xff\xd9",  # without its last scan
         PNG[:-12],
         PNG[:40] + PNG[-12:],
