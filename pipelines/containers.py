@@ -43,25 +43,33 @@ def jpeg_segments(head: bytes) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def jpeg_is_in_order(data: bytes, scan: int) -> bool:
-    """Whether the first scan's data, from `scan` on, and what follows it leads to the end of a JPEG.
+def jpeg_later_segments(data: bytes, scan: int) -> list[tuple[int, int, int]] | None:
+    """Find what follows the first scan of a JPEG.
 
-    libjpeg goes on after many a marker that cannot stand where it stands, and gives up at others. Who decodes only a
-    part of the image may not come to see it.
+    Args:
+        data: The whole file.
+        scan: Where the first scan's pixels begin.
+
+    Returns:
+        (marker, start, stop) of each segment, None if a marker cannot stand where it stands, or there is no end.
+        libjpeg goes on after many such markers and gives up at others, and who decodes a part of the image alone may
+        not come to see them.
     """
     content = np.frombuffer(data, np.uint8)
     positions = scan + np.flatnonzero(content[scan:-1] == 0xFF)
     markers = content[positions + 1]
     positions = positions[(markers != 0) & ((markers < 0xD0) | (markers > 0xD7)) & (markers != 0xFF)]
+    found: list[tuple[int, int, int]] = []
     while (following := int(np.searchsorted(positions, scan))) < len(positions):
         position = int(positions[following])
         marker = data[position + 1]
         if marker == _END_OF_IMAGE:
-            return True
+            return found
         if marker not in _BETWEEN_SCANS:
-            return False
+            return None
         scan = position + 2 + int.from_bytes(data[position + 2 : position + 4])
-    return False
+        found.append((marker, position + 4, scan))
+    return None
 
 
 def png_chunks(head: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -12,12 +12,11 @@ import os
 from zlib import crc32
 
 from pipelines.containers import (
-    DAMAGED,
     FRAMES,
     JPEG,
     PNG,
     START_OF_SCAN,
-    jpeg_is_in_order,
+    jpeg_later_segments,
     jpeg_segments,
     png_chunks,
 )
@@ -36,6 +35,8 @@ _FORMS = frozenset(
     ]
 )
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive
+_PROGRESSIVE = 0xC2
+_COEFFICIENTS = 64  # of a block of 8 x 8 pixels
 _JPEG_END = b"\xff\xd9"
 _END_WITHIN = 32  # bytes; some writers pad a file
 
@@ -71,11 +72,32 @@ def may_go_to_dali(data: bytes, height: int, width: int) -> bool:
 
 def _is_usual_jpeg(data: bytes) -> bool:
     """Whether a JPEG looks whole, and is coded in a way that is tested."""
-    marker, stop = DAMAGED, 0
-    for marker, _, stop in jpeg_segments(data):  # noqa: B007  the last ones count
-        if marker in FRAMES and marker not in _HUFFMAN_FRAMES:
+    header = list(jpeg_segments(data))
+    frames = [(marker, data[start:stop]) for marker, start, stop in header if marker in FRAMES]
+    if _JPEG_END not in data[-_END_WITHIN:] or not frames or header[-1][0] != START_OF_SCAN:
+        return False
+    later = jpeg_later_segments(data, header[-1][2])
+    (coding, frame), *others = frames
+    if later is None or others or coding not in _HUFFMAN_FRAMES or len(frame) < 6:
+        return False
+    scans = [data[start:stop] for marker, start, stop in (header[-1], *later) if marker == START_OF_SCAN]
+    return coding != _PROGRESSIVE or _hold_all(scans, components=frame[5])
+
+
+def _hold_all(scans: list[bytes], *, components: int) -> bool:
+    """Whether the scans of a progressive JPEG bring all coefficients to their last bit.
+
+    Where some are missing, libjpeg guesses them, each version in its own way.
+    """
+    complete: dict[int, int] = {}  # component -> bits of its coefficients
+    for scan in scans:
+        if not scan or len(scan) != 4 + 2 * scan[0]:
             return False
-    return marker == START_OF_SCAN and _JPEG_END in data[-_END_WITHIN:] and jpeg_is_in_order(data, stop)
+        first, last, bits_left = scan[-3], scan[-2], scan[-1] & 15
+        if bits_left == 0 and last < _COEFFICIENTS:
+            for component in scan[1:-3:2]:
+                complete[component] = complete.get(component, 0) | ((1 << last + 1) - (1 << first))
+    return len(complete) == components and all(bits == (1 << _COEFFICIENTS) - 1 for bits in complete.values())
 
 
 def _is_whole_png(data: bytes) -> bool:

@@ -22,6 +22,7 @@ _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WHITES = (255, 1023, 4095, 16383, 65535)
 _LEAST_SPAN = 1 / 16
 _OTHER_ENDIAN = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+_GREY_ALPHA = "LA;16B"
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _FEW_HIGH_BYTES = 64  # below, samples have 14 bits at most
@@ -91,6 +92,12 @@ def to_bytes(values: Numbers, *, white: int | None = None) -> npt.NDArray[np.uin
     fitting = next((candidate for candidate in whites if high <= candidate), None)
     if low >= 0 and fitting and (white or low == high or high - low >= _LEAST_SPAN * fitting):
         low, high = 0.0, float(fitting)
+    if values.dtype.kind == "u" and values.itemsize == 2:  # by a table, as there are many such and large ones
+        return _scale(np.arange(1 << 16), low, high)[values]
+    return _scale(values, low, high)
+
+
+def _scale(values: Numbers, low: float, high: float) -> npt.NDArray[np.uint8]:
     scaled = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=high, neginf=low)
     scaled = (scaled - low) * (255 / (high - low or 1))
     return np.asarray((scaled + 0.5).clip(0, 255).astype(np.uint8))
@@ -160,15 +167,20 @@ def _low_bytes_too(image: Image.Image, data: bytes, tiles: list[Any]) -> Image.I
     The high bytes alone are right where they use the range. Where they do not, as in 12 bits stored in 16, the
     image is decoded once more with the bytes swapped, which yields the low ones.
     """
-    high = np.asarray(image)
-    if high.max() >= _FEW_HIGH_BYTES or any(_rawmode(tile)[-4:] not in _OTHER_ENDIAN for tile in tiles):
+    rawmodes = {_rawmode(tile) for tile in tiles}
+    high = np.asarray(image)[..., :3] if image.mode == "RGBA" else np.asarray(image)
+    fills_range = high.max() >= _FEW_HIGH_BYTES and int(high.max()) - int(high.min()) > 256 * _LEAST_SPAN
+    known = all(mode[-4:] in _OTHER_ENDIAN and not mode.startswith("RGBa") for mode in rawmodes)
+    if fills_range or not known:
         return image
     with Image.open(io.BytesIO(data), formats=FORMATS) as again:
         again.info.pop("xmp", None)
         again.tile = [_with_swapped_bytes(tile) for tile in tiles]
         low = np.asarray(again)
-    values = high.astype(np.uint16) << 8 | low
-    return Image.frombytes(image.mode, image.size, to_bytes(values).tobytes())
+    if rawmodes == {_GREY_ALPHA}:
+        low = low[..., 1:2]
+    values = high.astype(np.uint16) << 8 | low[..., : high.shape[2]]
+    return Image.frombytes("CMYK" if image.mode == "CMYK" else "RGB", image.size, to_bytes(values).tobytes())
 
 
 def _of_one_channel(tile: Any, suffix: str) -> Any:
@@ -183,5 +195,6 @@ def _rawmode(tile: Any) -> str:
 
 def _with_swapped_bytes(tile: Any) -> Any:
     rawmode = _rawmode(tile)
-    swapped = rawmode[:-4] + _OTHER_ENDIAN[rawmode[-4:]]
+    # Grey with alpha has no other order, but can be taken for four channels: high, low, high, low.
+    swapped = "RGBA" if rawmode == _GREY_ALPHA else rawmode[:-4] + _OTHER_ENDIAN[rawmode[-4:]]
     return tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))

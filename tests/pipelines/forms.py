@@ -129,6 +129,10 @@ def _with_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     return Image.merge("RGBA", (*image.split(), alpha)), Image.merge("LA", (image.convert("L"), alpha))
 
 
+def _opaque(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    return np.concatenate([values, np.full_like(values[..., :1], 65535)], axis=2)
+
+
 def _frames() -> dict[str, Any]:
     return {"save_all": True, "append_images": [photo(HEIGHT, WIDTH, seed) for seed in (2, 3)]}
 
@@ -153,6 +157,9 @@ def _jpegs(image: Image.Image) -> dict[str, Form]:
         for name, each in options.items()
     }
     found["grey jpeg"] = _form(encode(grey, "JPEG", quality=95), grey, lossy=True)
+    found["progressive grey jpeg"] = _form(
+        encode(grey, "JPEG", quality=95, progressive=True), grey, lossy=True
+    )
     found["cmyk jpeg"] = _form(encode(cmyk, "JPEG", quality=95), cmyk, lossy=True)
     for number in range(2, 9):
         data = encode(
@@ -185,6 +192,8 @@ def _pngs(image: Image.Image) -> dict[str, Form]:
         "png of 16 bits": _form(png(pixels.astype(np.uint16) * 257), image),
         "png of 16 bits with alpha": _form(png(np.asarray(rgba).astype(np.uint16) * 257), image),
         "png of 12 bits in 16": _form(png(pixels.astype(np.uint16) * 16), image),
+        "png of 12 bits in 16 with alpha": _form(png(_opaque(pixels.astype(np.uint16) * 16)), image),
+        "grey png of 12 bits in 16 with alpha": _form(png(_opaque(levels.astype(np.uint16) * 16)), grey),
         "grey png of 16 bits": _form(png(levels.astype(np.uint16) * 257), grey),
         "grey png of 16 bits with alpha": _form(png(np.asarray(grey_alpha).astype(np.uint16) * 257), grey),
         "grey png of 12 bits in 16": _form(png(levels.astype(np.uint16) * 16), grey),
