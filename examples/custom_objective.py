@@ -12,22 +12,19 @@ Each rank owns its own embeddings as keys. The owners agree on one number per qu
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from instdisc import train
 from instdisc.model.bank import Bank
 from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
-from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.objectives import ObjectiveConfig
-from instdisc.train import parse
-from instdisc.training.start import report, train
+from instdisc.settings.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +81,16 @@ class Decoupled(Objective):
         return torch.cat([gradient_GD, loss_G[:, None], similarity_G[:, None]], dim=1)
 
 
-def main(options: Sequence[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _, config = parse(["sample", *options])
-    config = replace(config, objective=DecoupledConfig())
-    run = RunDirectory(config.run_dir or Path("runs/decoupled"))
-    print(report(train("decoupled", config, run), run))
+RECIPES["decoupled"] = Recipe(
+    "The bundled sample, by decoupled contrastive learning.",
+    replace(RECIPES["sample"].config, objective=DecoupledConfig()),
+)
+
+
+def main(options: Sequence[str]) -> int:
+    # In this process: Ray's workers would not find what this file defines when it is run as a program.
+    return train.main(["decoupled", *options, "--num-workers", "0"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -52,8 +52,8 @@ class Manifest:
         labels: int32 (N,), index into `class_names`, -1 where unlabelled.
         class_names: Empty without labels.
         rejected: The images left out. Not part of the fingerprint.
-        upright: Whether images are turned as their EXIF orientation says. False for manifests of schema 1, whose
-            users go on as they began.
+        upright: Whether images are turned as their EXIF orientation says. False for manifests of schema 1: runs
+            that began with one resume without turning.
 
     Raises:
         DataError: The columns differ in length or type.

@@ -89,9 +89,8 @@ def read_options(
             registry=registry,
             **options,
         )
-    except (
-        ValueError
-    ) as error:  # tyro reports those of groups of options itself, but not of options without a group
+    except ValueError as error:
+        # tyro itself reports those of groups of options, but not those of options without a group.
         raise ConfigError(str(error)) from error
     return values
 

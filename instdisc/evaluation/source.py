@@ -92,7 +92,7 @@ class Source:
     @property
     def turns_images(self) -> bool:
         """Whether the images of the bank were turned upright; so must be those that are compared with them."""
-        return not self.has_run or Manifest.load(self.run.manifest).upright
+        return bool(self.snapshot.attributes.get("upright", False))  # 0.1.0 turned none and did not say so
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -97,8 +97,8 @@ class NCEConfig(ObjectiveConfig):
     proximal_weight: float = 0.0
     """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
     log_partition_mode: Literal["moving-average", "frozen"] = "moving-average"
-    """How Z is estimated: followed all along, or averaged over the first batches and kept, as in the paper (which can
-    diverge on small data)."""
+    """How Z is estimated: by a moving average throughout training, or averaged over the first batches and kept, as in
+    the paper (which can diverge on small data)."""
     log_partition_momentum: float = 0.99
     """Weight of the past in the moving average of Z, from 0 to below 1."""
     log_partition_batches: int = 1
@@ -136,7 +136,7 @@ class InfoNCEConfig(SoftmaxConfig):
     """m, rows of the bank that the positive is told apart from."""
     shared_negatives: bool = True
     """Draw the negatives once for all images of a batch, or of its part (`--training.accumulation`), which costs a
-    small part of drawing for every image anew. Rows of these images are then left out."""
+    small part of drawing for every image separately. Rows of these images are then never drawn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from instdisc.common.errors import ConfigError
-from instdisc.settings import objectives
+from instdisc.settings.objectives import ObjectiveConfig
 from instdisc.settings.run import RunConfig
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def from_json(stored: Mapping[str, Any], where: str) -> RunConfig:
     """
     schema = _schema(stored, where)
     objective_type = stored.get("objective_type") or _OBJECTIVES_OF_SCHEMA_1.get(str(stored.get("recipe")))
-    objective = getattr(objectives, str(objective_type), None)
+    objective = {each.__name__: each for each in _subclasses(ObjectiveConfig)}.get(str(objective_type))
     if objective is None:
         raise ConfigError(f"{where} is of the objective {objective_type}, which this version does not have")
     values = {name: value for name, value in stored.items() if name not in NOT_SETTINGS}
@@ -89,6 +89,13 @@ def section(kind: type[T], name: str, stored: Mapping[str, Any], where: str) -> 
     """
     values = _translated({name: stored[name]}, _schema(stored, where))
     return _built(kind, values[name], f"{where}: {name}", {})
+
+
+def _subclasses(kind: type[ObjectiveConfig]) -> Iterator[type[ObjectiveConfig]]:
+    """Those of this package, and those that an objective outside of it defines."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def _schema(stored: Mapping[str, Any], where: str) -> int:

@@ -173,6 +173,7 @@ class RunSnapshots:
             "temperature": config.objective.temperature,
             "settings": {"schema": SCHEMA, **{name: settings[name] for name in NETWORK_SETTINGS}},
             "class_names": list(self._manifest.class_names),
+            "upright": self._manifest.upright,
             "world_size": trainer.worker.world_size,
             "seed": config.training.seed,
             "objective": trainer.objective.state_dict(),

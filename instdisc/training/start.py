@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import shlex
 import sys
@@ -13,7 +14,7 @@ from cluster.launch import connected, launch
 from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
-from instdisc.common.classes import choose_classes, labels_among, match_classes
+from instdisc.common.classes import choose_classes, labels_among
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
@@ -21,7 +22,7 @@ from instdisc.settings.run import RunConfig
 from instdisc.training.progress import ProgressBar
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest
-from pipelines.datasets import resolve
+from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.verify import verify
@@ -46,8 +47,9 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Check in the order of the price: the settings, the cluster, the images; then start the workers."""
+    """Check settings, then the cluster, then the images, the cheapest first; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
+    _find_missing_paths(config)
     resumes = not config.overwrite and run.holds_run()
     summary = run.read_summary() if resumes else None
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
@@ -113,6 +115,21 @@ def _launch(
         remove_targets(run.targets)
 
 
+def _find_missing_paths(config: RunConfig) -> None:
+    """Refuse paths with nothing there before anything that takes seconds.
+
+    Raises:
+        DataError: What listing the images would say.
+    """
+    options: tuple[Literal["path", "test_path"], ...] = ("path", "test_path")
+    for option in options:
+        path = getattr(config.data, option)
+        if path is None or path.partition(":")[0] in SPLITS or glob.has_magic(path):
+            continue
+        if not Path(path).expanduser().exists():
+            _open_images(config, option)
+
+
 def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     """The training and the test images, checked against the settings and each other."""
     train_images = _open_images(config, "path")
@@ -134,7 +151,7 @@ def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
         if config.data.classes is not None:
             chosen = test_images.of_classes(train_images.class_names)
         labels_among(chosen, train_images)
-        missing = match_classes(chosen.class_names, train_images.class_names)[1]
+        missing = [name for name in chosen.class_names if name not in train_images.class_names]
         if missing:
             logger.warning(
                 "%d classes of the test images are not among the training classes, e.g. %s",

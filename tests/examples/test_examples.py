@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "classes.txt").write_text("cat\n")
     where = ["--data.root", folder, "--data.classes", folder / "classes.txt", "--run-dir", folder / "run"]
     how = ["--num-workers", "0", "--training.epochs", "1", "--knn.no-baselines", "--metrics.port", "0"]
-    custom_objective.main([*map(str, where), *how])
+    assert custom_objective.main([*map(str, where), *how]) == 0
     return folder / "run"
 
 
@@ -35,6 +35,13 @@ def test_the_custom_objective_is_trained(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert (summary["recipe"], summary["num_instances"], summary["steps"]) == ("decoupled", 500, 3)
     assert RunDirectory(trained).settings()["objective"] == {"temperature": 0.1}
+
+
+def test_the_custom_objective_resumes(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = (trained / "summary.json").read_text()
+    options = ["--run-dir", str(trained), "--data.root", str(trained.parent), "--metrics.port", "0"]
+    assert custom_objective.main(options) == 0, capsys.readouterr().err
+    assert (trained / "summary.json").read_text() == summary
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

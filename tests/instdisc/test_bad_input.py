@@ -31,6 +31,17 @@ def test_no_such_path(run: Run, tmp_path: Path) -> None:
     refused(run(write_pictures(tmp_path / "train", 20), test=tmp_path / "elsewhere"), "elsewhere")
 
 
+def test_a_path_with_nothing_there_is_told_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no cluster answers
+    images = write_pictures(tmp_path / "train", 8)
+    options = ["--run-dir", str(tmp_path / "out"), "--training.batch-size", "8"]
+    for paths in (["nowhere"], [str(images), "--data.test-path", "nowhere"]):
+        assert main(["sample", *options, "--data.path", *paths]) == 2
+        assert "nothing at nowhere" in capsys.readouterr().err
+
+
 def test_an_empty_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(run(tmp_path / "empty"), "no images found", "empty")

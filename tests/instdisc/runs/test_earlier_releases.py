@@ -12,6 +12,7 @@ import pytest
 
 from instdisc import evaluate, train
 from instdisc.common.errors import ConfigError
+from instdisc.evaluation.source import Source
 from instdisc.runs.run_directory import RunDirectory, load_network
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
@@ -72,6 +73,27 @@ def test_a_run_that_has_not_resumed_is_evaluated(kind: str, tmp_path: Path) -> N
     assert config.knn.k == 5
     assert config.training.epochs == 4
     assert load_network(run.open_snapshot()).backbone is not None
+
+
+def test_images_are_turned_as_those_of_the_bank_were(kind: str, tmp_path: Path) -> None:
+    """Also where the snapshot is all that there is, and after the run has resumed."""
+    assert train.main([RECIPES[kind], *options(tmp_path)]) == 0
+    steps = sorted((tmp_path / "run" / "snapshots").glob("step-*"))
+    assert len(steps) == 2
+    for step in steps:
+        alone = step.rename(tmp_path / f"alone-{step.name}")
+        assert not Source(str(alone)).turns_images
+    new = ["--run-dir", str(tmp_path / "new"), "--training.epochs", "1", "--training.batch-size", "4"]
+    small = ["--backbone.name", "resnet8", "--augmentation.image-size", "24"]
+    assert train.main(["cifar10-softmax", *options(tmp_path), *new, *small]) == 0
+    assert Source(str(tmp_path / "new")).turns_images
+
+
+@pytest.mark.parametrize("name", ["math", "ObjectiveConfig", "dataclass", "MagicConfig"])
+def test_an_objective_that_is_not_here_is_refused(kind: str, tmp_path: Path, name: str) -> None:
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    with pytest.raises(ConfigError, match=f"objective {name}"):
+        from_json(stored | {"objective_type": name}, "config.json")
 
 
 def test_a_recipe_may_change(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
