@@ -49,7 +49,7 @@ def last_step(run: RunDirectory) -> int:
 def resumed_at(run: RunDirectory) -> list[str]:
     """The messages of workers that went on from a snapshot."""
     rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
-    return [row["message"] for row in rows if row["kind"] == "status" and "going on from" in row["message"]]
+    return [row["message"] for row in rows if row["kind"] == "status" and "resuming from" in row["message"]]
 
 
 def train_with_kills(run: RunDirectory, epochs: int, steps: list[int]) -> list[float]:

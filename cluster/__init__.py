@@ -1,1 +1,1 @@
-"""Many processes, many machines: launch, exchange, snapshots. Moves rows; knows nothing of images or labels."""
+"""Many processes, many machines: launch, exchange, snapshots. Moves rows; does not know what they mean."""

@@ -19,7 +19,7 @@ _WAIT_SLICE_S, _LONGEST_WAIT_S = 15, 1800
 
 @contextlib.contextmanager
 def connect(config: ActorsConfig) -> Iterator[None]:
-    """Be connected to Ray for the block, as `cluster.launch.launch` is, unless there are no actors.
+    """Be connected to Ray for the block, as `cluster.launch.launch` is, unless `num_actors` is 0.
 
     Raises:
         ClusterError: The cluster cannot be reached.

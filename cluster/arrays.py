@@ -38,7 +38,7 @@ class StoredArray:
             return np.asarray(self._array[start:stop])
         except Exception as error:  # every store and codec of Zarr has errors of its own
             raise ClusterError(
-                f"rows {start} to {stop} of {self._path} cannot be read ({error}): write the array anew"
+                f"rows {start} to {stop} of {self._path} cannot be read ({error}): write the array again"
             ) from error
 
 
@@ -67,5 +67,5 @@ def open_array(path: str) -> StoredArray:
         return StoredArray(path, array, dict(array.attrs))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
-            f"{path} is no array that can be read ({error}): give a .npy file or a Zarr array"
+            f"{path} is not a readable array ({error}): give a .npy file or a Zarr array"
         ) from error

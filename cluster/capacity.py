@@ -1,4 +1,4 @@
-"""Where on a Ray cluster a worker group finds room: now, a little later, or for more workers than run."""
+"""Where on a Ray cluster a worker group finds room: now, after a wait, or for more workers than are running."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wait_for_room(
     slice_s = _WAIT_SLICE_S if config.min_workers is None else _ELASTIC_SLICE_S
     groups: Sequence[WorkerGroup] = []
     while True:
-        # Looked at anew each time: nodes come and go while waiting.
+        # Queried each time: nodes come and go while waiting.
         nodes = live_nodes()
         before, groups = groups, groups_to_try(nodes, config, is_allowed, restarting=restarting)
         if groups != before:
@@ -121,11 +121,11 @@ def watching_for_room(
 ) -> Iterator[None]:
     """For the block, look for room for more workers than an elastic group has, and call `found(reason)` once.
 
-    An autoscaler is told how many workers are wanted, again and again: jobs overwrite each other's wishes.
+    An autoscaler is told how many workers are wanted, again and again: jobs overwrite each other's requests.
     """
     ended = threading.Event()
     wanted = config.num_workers or 0
-    # A wish cannot say where the workers shall be.
+    # A request cannot say where to place the workers.
     asks = config.autoscaling and config.strategy != "STRICT_SPREAD"
 
     def ask(workers: int) -> None:
@@ -160,7 +160,7 @@ def watching_for_room(
 
 
 def live_nodes() -> list[Node]:
-    """Return what the nodes have that live, and are not about to be taken away."""
+    """Return the resources of the live nodes that are not being drained."""
     draining = draining_nodes()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in draining]
@@ -223,7 +223,7 @@ def _nodes_of_this_job() -> set[str]:
 def is_granted(
     group: WorkerGroup, workers: int, timeout_s: float, selector: dict[str, str] | None = None
 ) -> bool:
-    """Return whether so many of the group's workers find free resources in time, on nodes with such labels."""
+    """Return whether this many of the group's workers find free resources in time, on nodes that `selector` matches."""
     reservation = placement_group(
         [group.resources_per_worker] * workers,
         group.strategy,

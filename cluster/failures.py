@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from cluster.errors import ClusterError, SnapshotError, WorkerLostError
 
-# What gloo and NCCL say on the ranks that remain when another one hangs, or has gone. Both raise RuntimeError or
+# What gloo and NCCL say on the remaining ranks when another one hangs or has died. Both raise RuntimeError or
 # a subclass of it for every kind of trouble, so only the words tell.
 _TIMED_OUT = re.compile(
     r"timed out waiting \d+ ?ms|application timeout caused pair closure"
@@ -23,12 +23,12 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 
-# What gloo puts around its message: a place in its source, advice, good wishes.
+# What gloo puts around its message: a place in its source, and advice.
 _TRIMMINGS = re.compile(r"^\[[^]]*\.cc:\d+\] | This is typically caused by.*", re.DOTALL)
 
 
 class WorkerFailure(Exception):  # noqa: N818 - a parcel; whoever called `launch` never sees it
-    """An exception of the worker function, made fit for the way to the driver.
+    """An exception of the worker function, made picklable for the driver.
 
     Attributes:
         error: The exception itself, or a `ClusterError` that quotes it where it cannot be pickled.
@@ -105,7 +105,7 @@ def _portable(error: BaseException) -> Exception:
 
 def _says_peer_lost(error: BaseException | None) -> bool:
     while error is not None:
-        # A storage that resets a connection is no peer.
+        # A connection reset by storage does not mean a lost peer.
         is_peers = isinstance(error, RuntimeError) and not isinstance(error, SnapshotError)
         if is_peers and _LOST_PEER.search(str(error)):
             return True
@@ -114,7 +114,7 @@ def _says_peer_lost(error: BaseException | None) -> bool:
 
 
 def _cause_of_death(failure: Exception) -> str:
-    """Return the sentences of Ray's report that say why the process ended."""
+    """Return the sentences of Ray's report that say why the process died."""
     report = " ".join(str(getattr(failure, "health_check_failure", failure)).split())
     cause = report.rpartition("The actor is dead because ")[2].partition(" Some common causes")[0]
     return f"{cause.rstrip('.')} (where memory ran out: use fewer workers per node or a smaller batch)"

@@ -40,7 +40,7 @@ class Worker:
         return self.rank == 0
 
     def stop_requested(self) -> str | None:
-        """Return why the function shall save its state and return `Stopped`, None as long as it may go on.
+        """Return why the function should save its state and return `Stopped`, None while it may continue.
 
         For example `SIGINT` or `node 3f21ab90 is being drained, 25 s left`. May be called every step: the cluster is
         asked about once a second, which takes a millisecond. The answer need not be the same on all ranks at a time;

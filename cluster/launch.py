@@ -61,7 +61,7 @@ def launch(
         ClusterError: If the cluster has no room for the workers or cannot be reached.
         WorkerLostError: If a worker died more often than `max_restarts`.
         RunStopped: If Ctrl-C or SIGTERM came and the function returned `Stopped`.
-        KeyboardInterrupt: If interrupted twice, or when `stop_grace_s` was over; the workers have been ended.
+        KeyboardInterrupt: If interrupted twice, or when `stop_grace_s` was over; the workers have been killed.
         Exception: What the function raised, on the lowest rank whose error does not follow from another's.
             Its `__cause__` holds the worker's traceback.
     """
@@ -92,7 +92,7 @@ def launch(
             )
             value = _run_until_done(run, config, signals)
     if isinstance(value, Stopped):
-        raise RunStopped(f"stopped by {value.reason} at {value.progress}; the next run goes on from there")
+        raise RunStopped(f"stopped by {value.reason} at {value.progress}; the next run resumes from there")
     return value
 
 
@@ -134,18 +134,18 @@ def _run_until_done(
         except WorkerLostError as error:
             if signals.reason:
                 raise RunStopped(
-                    f"stopped by {signals.reason}, but {error}; the next run goes on from the last snapshot"
+                    f"stopped by {signals.reason}, but {error}; the next run resumes from the last snapshot"
                 ) from error
             if restarts == config.max_restarts:
                 raise WorkerLostError(
-                    f"{error}; the next run goes on from the last snapshot, or this one by itself with --max-restarts"
+                    f"{error}; the next run resumes from the last snapshot; --max-restarts makes a run do so by itself"
                 ) from error
             restarts += 1
             logger.warning(
-                "%s; going on from the last snapshot (restart %d of %d)", error, restarts, config.max_restarts
+                "%s; resuming from the last snapshot (restart %d of %d)", error, restarts, config.max_restarts
             )
         else:
             if signals.reason or not isinstance(value, Stopped):
                 return value
-            logger.warning("%s: saved at %s, going on from there", value.reason, value.progress)
+            logger.warning("%s: saved at %s, resuming from there", value.reason, value.progress)
         restarting = True

@@ -87,7 +87,7 @@ class Metrics:
     """
 
     def __init__(self, table: MetricTable, *, run: str, rank: int) -> None:
-        # A directory's name may hold bytes that are no text.
+        # A directory's name may hold bytes that are not valid UTF-8.
         self.table, self.run, self.rank = table, os.fsencode(run).decode(errors="replace"), rank
         # Otherwise every counter and histogram exports its time of creation as a metric of its own.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ class Metrics:
         self._counters[name].inc(amount)
 
     def set(self, **values: float | None) -> None:
-        """Set gauges by name; None stands for a value that there is not and changes nothing.
+        """Set gauges by name; None means "no value" and leaves the gauge unchanged.
 
         Raises:
             KeyError: The table has no such gauge.
@@ -169,7 +169,7 @@ class Endpoint:
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
     def wait_until_read(self) -> None:
-        """Return when the values that stand now have been asked for; at once if nobody asks.
+        """Wait until the current values have been scraped; return immediately if nothing scrapes them.
 
         For values that are set at the very end of a process. Waits for twice the time between the last two questions,
         at most a minute.
@@ -232,9 +232,9 @@ def _seconds_since(timestamp: float) -> float:
 
 
 def _listen(metrics: Metrics, config: MetricsConfig, local_rank: int) -> WSGIServer | None:
-    """Start the server on the first free port; None, with a warning unless it is wished, if there is none.
+    """Start the server on the first free port. Returns None if none is free (with a warning) or metrics are off.
 
-    Waits for its own port, which a predecessor that is about to end may still hold: a cluster may scrape no other.
+    Waits for its own port, which a predecessor that is about to exit may still hold: a cluster may scrape no other.
     """
     if not config.port:
         return None
@@ -285,7 +285,7 @@ class _Target:
         self._content = (json.dumps([{"targets": [address], "labels": labels}]) + "\n").encode()
 
     def write(self, world_size: int) -> None:
-        """Write the file at once or not at all, and drop those of ranks that are no more."""
+        """Write the file atomically, and remove those of ranks that no longer exist."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(self._path.name + ".tmp")

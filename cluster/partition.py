@@ -56,7 +56,7 @@ class Partition:
         """The rank that owns each row.
 
         Args:
-            rows: int64, any shape, on the CPU; negative numbers stand for no row.
+            rows: int64, any shape, on the CPU; negative numbers mean "no row".
 
         Returns:
             int64, same shape; -1 where the row is negative.

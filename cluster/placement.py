@@ -80,7 +80,7 @@ def require_room(group: WorkerGroup, nodes: Sequence[Node], option: str = "--num
     Args:
         group: The smallest that would do.
         nodes: Of the cluster.
-        option: What was asked for so many workers by.
+        option: The flag that requested this many workers.
 
     Raises:
         ClusterError: With what was asked, what the nodes have, and the flag to change.

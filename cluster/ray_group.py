@@ -109,17 +109,17 @@ class _Trainer(TorchTrainer):
         self._controller = controller
 
     def abort(self) -> None:
-        """End the workers, as Ray Train does on Ctrl-C."""
+        """Terminate the workers, as Ray Train does on Ctrl-C."""
         if self._controller is not None:
-            with suppress(RayError):  # raised in any case: the controller ends itself
+            with suppress(RayError):  # always raised: the controller terminates itself
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Exchange those that are in the way.
+        """Replace those that get in the way.
 
-        The watch over the workers' reservation, which ends with the job anyway, finds the cluster by guessing: on a
-        machine that runs two, it dies with a traceback in the output of both; without a dashboard, it complains every
-        second.
+        The watch over the workers' reservation, which Ray frees with the job anyway, guesses which cluster is meant: on
+        a machine that runs two, it dies with a traceback in the output of both; without a dashboard, it complains
+        every second.
         """
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [
@@ -130,9 +130,9 @@ class _Trainer(TorchTrainer):
 
 
 class _BackendCallback(BackendSetupCallback):
-    """Forms the process group, and leaves its end to that of the processes, which follows at once.
+    """Forms the process group; leaves tearing it down to the exit of the processes, which follows immediately.
 
-    Otherwise Ray Train waits half a minute for workers that hang or are gone.
+    Otherwise Ray Train waits half a minute for workers that hang or have died.
     """
 
     def before_execution_group_shutdown(self, execution_group: Any) -> None:
@@ -140,7 +140,7 @@ class _BackendCallback(BackendSetupCallback):
 
 
 class _SigtermCallback(WorkerCallback):
-    """On a worker: SIGTERM asks the group to stop; the second one ends the process, as without this."""
+    """On a worker: SIGTERM asks the group to stop; a second one kills the process, as it would without this."""
 
     def __init__(self, board: StopBoard) -> None:
         self._board = board

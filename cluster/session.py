@@ -37,13 +37,13 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # That token authentication is on is no news to somebody whose cluster lives as long as the run.
+    # Silence Ray's notice about token authentication: it is noise for a cluster that we started.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         if address not in ("", "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            # Ray itself would try for ever.
+            # Ray itself would retry forever.
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ class LaunchConfig:
     """Workers in the group. None: one per GPU of the cluster, two on a cluster without any. 0: this process,
     without Ray."""
     min_workers: int | None = None
-    """Go on with fewer workers, down to this many, while the cluster has no room for all. None: never."""
+    """Continue with fewer workers, at least this many, while the cluster has no room for all. None: never."""
     cpus_per_worker: float | None = None
     """CPUs reserved for, and threads used by, each worker. None: an equal share of the cluster's; of an elastic group
     that at its first start."""
@@ -25,21 +25,21 @@ class LaunchConfig:
     strategy: Strategy = "PACK"
     """PACK fills one node after the other, SPREAD alternates, STRICT_SPREAD puts one worker on a node."""
     autoscaling: bool = False
-    """The cluster adds nodes that are asked for. An elastic group then asks for all that it can use (except with
-    STRICT_SPREAD), and what the nodes of now cannot hold is waited for instead of refused."""
+    """The cluster adds nodes on demand. An elastic group then requests all that it can use (except with
+    STRICT_SPREAD), and requests beyond the current nodes wait instead of failing."""
     wait_s: float = 300.0
     """Seconds to wait for resources that are busy or still starting before giving up."""
     collective_timeout_s: int = 600
     """Seconds after which a collective that a worker never joins fails."""
     max_restarts: int = 0
-    """How often to start again after a worker or node was lost. Where `num_workers` is None the new group is as large
-    as the cluster and the batch size allow by then. Errors of the program itself are never retried; a drained node does
-    not count."""
+    """How many times to restart after losing a worker or node. Where `num_workers` is None the new group is as large
+    as the cluster and the batch size allow at that point. Errors of the program itself are never retried; a drained
+    node does not count."""
     stop_grace_s: float = 60.0
-    """Seconds that the workers have to save and stop after Ctrl-C or SIGTERM. 0: they are ended at once."""
+    """Seconds that the workers have to save and stop after Ctrl-C or SIGTERM. 0: they are killed immediately."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no cluster could satisfy."""
+        """Validate the values."""
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
         if self.min_workers is not None and not 1 <= self.min_workers <= (
@@ -93,7 +93,7 @@ class MetricsConfig:
     """Port of the first worker of a node; the next workers use the ports above it. 0 or None: no metrics are served."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no port."""
+        """Validate the port."""
         if self.port is not None and not (self.port == 0 or 1024 <= self.port <= 65_000):
             raise ValueError(
                 f"metrics port is {self.port}, it must be from 1024 to 65000, or 0 for no metrics"

@@ -51,7 +51,7 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class SnapshotReport:
-    """How one save ended on this rank.
+    """The outcome of one save on this rank.
 
     Attributes:
         step: What was saved.
@@ -82,7 +82,7 @@ class SnapshotWriter:
     """Takes snapshots of tables that are partitioned over ranks; one writer per rank, one thread each.
 
     `save` copies and returns; the thread writes. A failed snapshot (full disk, vanished store) is reported, never
-    raised: training goes on, and the last committed snapshot stays. A rank whose pieces are durable leaves a small
+    raised: the caller continues, and the last committed snapshot stays. A rank whose pieces are durable leaves a small
     list of them; rank 0 waits for the lists of all ranks, then commits, then removes old snapshots. Call `close` at
     the end, also after an error: the interpreter does not exit while the thread waits for other ranks.
 
@@ -156,7 +156,7 @@ class SnapshotWriter:
         self._last_step = step
 
     def poll(self) -> list[SnapshotReport]:
-        """Return how the saves that ended since the last call ended. Never waits, never raises."""
+        """Return the reports of the saves that finished since the last call. Never waits, never raises."""
         ended = []
         while self._pending and self._pending[0].done():
             ended.append(self._pending.popleft().result())
@@ -172,13 +172,13 @@ class SnapshotWriter:
         wait_for(self._pending, timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait as `wait` does, then stop waiting for other ranks. `poll` still tells how the last save ended."""
+        """Wait as `wait` does, then stop waiting for other ranks. `poll` still returns the report of the last save."""
         self.wait(timeout_s)
         self._given_up.set()
         self._thread.shutdown()
 
     def _copy(self, name: str, rows: Rows) -> tuple[NDArray[Any], str]:
-        """Return rows as they are stored, in memory that nobody else changes, and the name of their dtype."""
+        """Return rows as they are stored, in memory of their own, and the name of their dtype."""
         if not isinstance(rows, Tensor):
             if not isinstance(rows, np.ndarray) or rows.dtype.kind in "OTU":
                 return np.array(rows, dtype=np.dtypes.StringDType()), "string"
@@ -313,7 +313,9 @@ class SnapshotWriter:
         for step in steps(self._storage):
             folder = step_folder(step)
             if step < committed and step not in kept:
-                self._storage.remove(f"{folder}/{COMMIT}")  # first, so that the rest is no snapshot any more
+                self._storage.remove(
+                    f"{folder}/{COMMIT}"
+                )  # first, so that the rest no longer counts as a snapshot
                 self._storage.remove(folder)
 
     def _discard(self, folder: Storage) -> None:

@@ -7,8 +7,8 @@ A directory of snapshots (local, or a URL that fsspec opens) holds one folder pe
     step-000001200/ATTEMPT/NAME           small files
     step-000001200/ATTEMPT/parts/         what each rank wrote, for the rank that commits
 
-Beside them stands OWNER, the id of the run that writes there. A folder without COMMIT.json is no snapshot, only what
-an interrupted write left. Pieces lie in a folder of the attempt that wrote them, so that nothing of an earlier,
+Beside them lies OWNER, the id of the run that writes there. A folder without COMMIT.json is not a snapshot but
+what an interrupted write left. Pieces lie in a folder of the attempt that wrote them, so that nothing of an earlier,
 interrupted one can be taken for a piece of a later one.
 `cluster/snapshot_writer.py` writes all this.
 """
@@ -262,7 +262,7 @@ def newest_step(url: str | Path) -> int | None:
 
 
 def owner_of(url: str | Path) -> str | None:
-    """The run whose snapshots a directory is for, as `take_over` noted it; None if it is nobody's.
+    """The run whose snapshots a directory is for, as `take_over` noted it; None if it has no owner.
 
     Raises:
         SnapshotError: The directory cannot be read.
@@ -273,7 +273,7 @@ def owner_of(url: str | Path) -> str | None:
 
 
 def take_over(url: str | Path, owner: str) -> None:
-    """Make a directory that of a new run: all snapshots there, committed or not, go. Nobody may be writing there.
+    """Give a directory to a new run: deletes all snapshots there, committed or not. No process may be writing there.
 
     Raises:
         SnapshotError: The directory cannot be read or written to.
@@ -282,7 +282,9 @@ def take_over(url: str | Path, owner: str) -> None:
         storage = Storage.at(url)
         storage.write(OWNER, owner.encode())
         for step in steps(storage):
-            storage.remove(f"{step_folder(step)}/{COMMIT}")  # first, so that the rest is no snapshot any more
+            storage.remove(
+                f"{step_folder(step)}/{COMMIT}"
+            )  # first, so that the rest no longer counts as a snapshot
             storage.remove(step_folder(step))
 
 
@@ -321,7 +323,7 @@ def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
             step = max(committed_steps(storage), default=None)
             if step is None:
                 if "://" not in storage.url and not Path(storage.url).exists():
-                    raise SnapshotError(f"{url}: no committed snapshot: there is no such directory")
+                    raise SnapshotError(f"{url}: no committed snapshot: the directory does not exist")
                 raise SnapshotError(
                     f"{url}: no committed snapshot; give the directory that holds the step-… folders of a run"
                 )

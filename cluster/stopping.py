@@ -1,4 +1,4 @@
-"""Ending a run early but in order: who asks for it, how the workers learn of it, what their function answers."""
+"""Graceful stops: who requests one, how the workers learn of it, what their function returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ASK_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Stopped:
-    """Returned by a worker function that ended early because `Worker.stop_requested` said so, its state saved.
+    """Returned by a worker function that stopped early because `Worker.stop_requested` said so, its state saved.
 
     Attributes:
         reason: What `stop_requested` said.
@@ -32,8 +32,8 @@ class Stopped:
     progress: str
 
 
-class RunStopped(Exception):  # noqa: N818 - not an error: what was asked for has happened
-    """The run was ended early by a signal; started again it goes on from what it saved."""
+class RunStopped(Exception):  # noqa: N818 - not an error: the stop was requested
+    """A signal stopped the run early; started again it resumes from what it saved."""
 
 
 class StopSignals:
@@ -87,22 +87,24 @@ class StopSignals:
 
     def _wait(self, number: int, reason: str, ask: Callable[[str], None], answered: threading.Event) -> None:
         logger.warning(
-            "%s: the workers save and stop, which may take %g s; once more stops them at once",
+            "%s: the workers save and stop, which may take %g s; a second signal kills them",
             reason,
             self._grace_s,
         )
         try:
             ask(reason)
-        except Exception as error:  # of any kind: the workers cannot be reached, so only their end is left
+        except (
+            Exception
+        ) as error:  # of any kind: the workers cannot be reached, so killing them is all that is left
             logger.warning("the workers cannot be asked to stop: %s", error)
         if not answered.wait(self._grace_s):
-            logger.warning("the workers have not stopped after %g s: ending them", self._grace_s)
+            logger.warning("the workers have not stopped after %g s: killing them", self._grace_s)
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """For the block, let SIGTERM raise KeyboardInterrupt. Ray's own handler ends the process by an abort."""
+    """For the block, let SIGTERM raise KeyboardInterrupt. Ray's own handler aborts the process."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -119,7 +121,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 class StopBoard:
-    """Where a group of Ray workers finds why it shall stop: one key in the cluster's key-value store.
+    """Where a group of Ray workers finds out why it should stop: one key in the cluster's key-value store.
 
     Picklable; whoever uses it must be connected to Ray.
 
@@ -137,21 +139,21 @@ class StopBoard:
         _internal_kv_put(self._key, reason, overwrite=False, namespace=_NAMESPACE)
 
     def read(self) -> str | None:
-        """Return why the group shall stop, None if it need not."""
+        """Return why the group should stop, None if it need not."""
         from ray.experimental.internal_kv import _internal_kv_get
 
         value: bytes | None = _internal_kv_get(self._key, namespace=_NAMESPACE)
         return None if value is None else value.decode()
 
     def remove(self) -> None:
-        """Forget the reason, once the group has ended."""
+        """Delete the reason, once the group has exited."""
         from ray.experimental.internal_kv import _internal_kv_del
 
         _internal_kv_del(self._key, namespace=_NAMESPACE)
 
 
 class StopWatch:
-    """What `Worker.stop_requested` asks on a worker of Ray. Costs nothing but once a second: about a millisecond then.
+    """What `Worker.stop_requested` calls on a Ray worker. Polls at most once a second; a poll takes about 1 ms.
 
     Args:
         board: That of the group.
@@ -165,7 +167,7 @@ class StopWatch:
         self._ask_at = 0.0
 
     def __call__(self) -> str | None:
-        """Return why the group shall stop, None if it need not."""
+        """Return why the group should stop, None if it need not."""
         now = time.monotonic()
         if self._reason is None and now >= self._ask_at:
             self._ask_at = now + _ASK_EVERY_S
@@ -184,7 +186,7 @@ class StopWatch:
 
 
 def draining_nodes() -> dict[str, int]:
-    """Return the nodes that are about to be taken away, and when (Unix time in ms, 0: nobody said)."""
+    """Return the nodes that are being drained, and their deadlines (Unix time in ms, 0: unknown)."""
     from ray._private.state import state  # Ray Train's own watcher has no other source either
 
     nodes: dict[str, int] = state.get_draining_nodes()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _LOADED_AT_A_TIME = 64 * BLOCK_ROWS
 _QUERIES_AT_A_TIME = 4096
-# Else the batches of images, and the last bits of what is computed, would depend on the number of actors.
+# Otherwise the batches, and the last bits of the computed rows, would depend on the number of actors.
 _ROWS_COMPUTED_AT_A_TIME = 256
 _IN_FLIGHT = 2  # blocks of queries: one is merged while the next is searched
 _MOST_ROWS = 1 << 32

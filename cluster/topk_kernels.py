@@ -58,7 +58,7 @@ class TopKKernel(ABC):
     """Rows held by one process, and the search among them.
 
     Args:
-        rows: float32 (S, D); a row of NaN is no row. Overwritten there with zeros, otherwise used in place.
+        rows: float32 (S, D); rows of NaN do not count. They are overwritten with zeros, otherwise used in place.
         start: Number of the first row in the whole table.
     """
 

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """A run or a snapshot, its queries and its bank; a context manager that ends the actors it started.
+    """A run or a snapshot, its queries and its bank; a context manager that shuts down the actors it started.
 
-    Errors that a user can put right are raised by the part that meets them: `ConfigError`, `DataError`, `ClusterError`.
+    Errors that a user can fix are raised where they occur: `ConfigError`, `DataError`, `ClusterError`.
 
     Args:
         config: Settings.
@@ -154,7 +154,7 @@ class Evaluation:
         return self._top_k.search(queries, k, excluded=excluded)
 
     def _release(self) -> None:
-        """End the actors that hold the bank, who would keep others waiting for their CPUs."""
+        """Shut down the bank's actors so that other work can use their CPUs."""
         if self._top_k is not None:
             self._top_k.close()
             self._top_k = None
@@ -192,12 +192,12 @@ class Evaluation:
     def share_out(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]
     ) -> Iterator[Any]:
-        """`cluster.actors.share_out` to processes of the size of the actors, which are ended first."""
+        """`cluster.actors.share_out` to processes of the size of the actors, which are shut down first."""
         self._release()
         return share_out(function, shared, items, self.config.actors)
 
     def write(self, name: str, values: dict[str, Any]) -> Path:
-        """Write `output/NAME.json`, whole or not at all, with what tells of which snapshot it is."""
+        """Write `output/NAME.json`, atomically, with the identity of the snapshot."""
         path = self.output / f"{name}.json"
         write_json(path, {**self._snapshot_identity, **values})
         return path

@@ -22,7 +22,7 @@ _LOSSLESS_SIDE = 64  # smaller pictures are PNGs, in which JPEG's blocks do not 
 
 
 class Picture(NamedTuple):
-    """An image with what stands below it."""
+    """An image with its caption."""
 
     name: str
     label: str

@@ -245,7 +245,7 @@ def _select(
 ) -> tuple[float, float, Tensor]:
     """The best λ, its accuracy on the held-out rows and its weights.
 
-    From the strongest on, each fit starts where the one before ended, until the accuracy falls: the weakest take
+    From the strongest on, each fit starts from the result of the one before, until the accuracy falls: the weakest take
     longest and would win only where there is nothing to overfit.
     """
     train, left = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
 _RESULTS = ("knn", "linear", "finetune", "unseen", "statistics")
-_KNN_CURVES = {"knn_top1_recomputed": "fresh embeddings", "knn_top1_bank": "memory bank"}
+_KNN_CURVES = {"knn_top1_recomputed": "recomputed embeddings", "knn_top1_bank": "memory bank"}
 _BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrained network"}
 
 
@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What stands on the page, from top to bottom."""
+    """The contents of the page, from top to bottom."""
 
     title: str
     subtitle: str

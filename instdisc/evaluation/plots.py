@@ -1,4 +1,4 @@
-"""Line charts and histograms as SVG, coloured by the style sheet of the page that they stand in."""
+"""Line charts and histograms as SVG, coloured by the style sheet of the page that holds them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class LabelledQueries:
         embeddings: float32 (Q, D).
         labels: int64 (Q,) in the numbers of the bank's classes. Classes that the bank lacks have numbers of their own
             above those, which no vote can name.
-        rows: int64 (Q,), the row of each query in `manifest`, in the array or, left out of it, in the bank.
+        rows: int64 (Q,), the row of each query in `manifest`, in the array or, for leave-one-out, in the bank.
         excluded: int64 (Q,), the bank's row that is the query itself, or None.
         manifest: The images, None where there are none.
         unknown: Classes among `labels` that the bank lacks: name and number of queries.
@@ -76,7 +76,7 @@ class LabelledQueries:
 
 
 def leave_one_out(source: Source, compute: Compute) -> LabelledQueries:
-    """Up to 10,000 labelled rows, spread evenly; embedded anew where the run is at hand, else as they are stored."""
+    """Up to 10,000 labelled rows, spread evenly; recomputed where the run is available, otherwise as stored."""
     labels = source.bank_labels
     labelled = np.flatnonzero(labels >= 0)
     spread = np.linspace(0, len(labelled) - 1, min(_MOST_LEFT_OUT, len(labelled)))
@@ -194,13 +194,17 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> Labelled
     backbone = vectors.attributes.get("backbone")
     ours = source.snapshot.attributes.get("backbone")
     if backbone is not None and ours is not None and backbone != ours:
-        raise ConfigError(f"{path} was made with backbone {backbone}, the bank with {ours}: embed them anew")
+        raise ConfigError(
+            f"{path} was made with backbone {backbone}, the bank with {ours}: recompute the embeddings"
+        )
     if len(vectors.shape) != 2 or classes.shape != vectors.shape[:1]:
         raise ConfigError(
             f"{path} has shape {vectors.shape} and {labels_path} {classes.shape}: expected (Q, D) and (Q,)"
         )
     if vectors.dtype.kind not in "fiu":
-        raise ConfigError(f"{path} holds {vectors.dtype}, expected numbers: embed the queries anew")
+        raise ConfigError(
+            f"{path} holds {vectors.dtype}, expected numbers: recompute the queries' embeddings"
+        )
     if vectors.shape[1] != source.embedding_dim:
         raise ConfigError(
             f"{path} has {vectors.shape[1]} dimensions and the bank {source.embedding_dim}: they are not "
@@ -220,10 +224,12 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> Labelled
         raise ConfigError(f"no entry of {labels_path} is a class (0 or above)")
     embeddings = embeddings[rows].astype(np.float32)
     if not np.isfinite(embeddings).all():
-        raise ConfigError(f"{path} holds numbers that are not finite: embed the queries anew")
+        raise ConfigError(f"{path} holds numbers that are not finite: recompute the queries' embeddings")
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     if not lengths.all():
-        raise ConfigError(f"{path} holds rows of zeros, which have no direction: embed the queries anew")
+        raise ConfigError(
+            f"{path} holds rows of zeros, which have no direction: recompute the queries' embeddings"
+        )
     if not np.isin(labels[rows], source.bank_labels).any():
         raise ConfigError(
             f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"

@@ -26,7 +26,7 @@ _BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the proces
 
 
 def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
-    """Describe fresh embeddings of the training images; labels are not needed, but used where there are some.
+    """Describe recomputed embeddings of the training images; labels are optional.
 
     Positives are two random views of an image, as training varies them; where images have labels, also two images of
     one class.
@@ -125,7 +125,7 @@ def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> 
 
     Args:
         embeddings_ND: Unit vectors (N, D).
-        labels_N: int64 (N,); rows with a negative label are of no class and left out.
+        labels_N: int64 (N,); rows with a negative label have no class and are skipped.
         bins: Intervals of the histograms.
 
     Returns:

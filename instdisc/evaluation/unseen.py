@@ -41,7 +41,7 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     labels = np.asarray(manifest.labels, dtype=np.int64)
     rows = np.flatnonzero(np.isin(labels, [manifest.class_names.index(name) for name in held_out]))
     if not len(rows):
-        raise ConfigError(f"{manifest.root} has no image of the {len(held_out)} classes to retrieve among")
+        raise ConfigError(f"{manifest.root} has no images of the {len(held_out)} classes to retrieve among")
     embeddings = evaluation.compute(manifest, rows=rows)
     decoded = np.isfinite(embeddings[:, 0])
     embeddings, labels = embeddings[decoded], labels[rows[decoded]]

@@ -39,7 +39,7 @@ class EvaluationConfig:
     """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
-    """Compare with fresh embeddings of the training images instead of those stored while training."""
+    """Compare with recomputed embeddings of the training images instead of those stored while training."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -73,7 +73,7 @@ class LinearConfig:
     held_out: float = 0.2
     """Share of each class of the training images that λ is chosen on."""
     max_dims: int = 4096
-    """Entries that the features of a stage are averaged down to; the papers keep about 9,000."""
+    """The features of a stage are average-pooled to at most this many entries; the papers keep about 9,000."""
     max_images: int = 50_000
     """Training images used, the same share of every class: their features are held in memory."""
     iterations: int = 100
@@ -100,9 +100,9 @@ class FinetuneConfig:
     epochs: int = 30
     """Passes over the labelled images."""
     batch_size: int = 64
-    """Images per step, fewer where there are not as many."""
+    """Images per step; fewer if there are fewer images."""
     min_steps: int = 300
-    """Steps at least: the epochs are as many more as a few images need to come to this."""
+    """Minimum number of steps: with few images the number of epochs is raised to reach it."""
     rate: float = 0.05
     """The highest learning rate."""
     weight_decay: float = 5e-4
@@ -134,7 +134,7 @@ class UnseenConfig:
     """Labelled images in any form that training takes; the run's test images by default."""
     classes: str | None = None
     """Which classes to retrieve among: all, first-half, second-half, or a file that names one class per line; those
-    that training had are reported. By default all that training had no image of (`--data.classes` of training)."""
+    seen in training are reported. By default all classes unseen in training (its `--data.classes`)."""
     ranks: tuple[int, ...] = (1, 2, 4, 8, 10, 100)
     """K of Recall@K."""
     clusterings: int = 10

@@ -24,7 +24,7 @@ class OptimizerConfig:
     decay: float = 0.1
     """Factor of each drop."""
     warmup_epochs: float = 0.0
-    """The rate rises linearly from 0 over so many epochs."""
+    """Length of the linear warm-up, in epochs."""
 
     def __post_init__(self) -> None:
         if not all(

@@ -111,7 +111,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "imagenet-resnet50-infonce": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over the image and 65,536 others, "
-        "drawn anew in every step; otherwise the settings of imagenet-resnet50-npid. The README of the public NPID "
+        "redrawn in every step; otherwise the settings of imagenet-resnet50-npid. The README of the public NPID "
         "code reports 58.5% for a linear classifier, with 65,536 negatives and a longer recipe (cited, not measured).",
         RunConfig(
             data=DataConfig(path="imagenet/train", test_path="imagenet/val"),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 
 class Clock:
-    """Times the steps: from asking for a batch to the end of its step, so that what lies between steps is left out.
+    """Times the steps, each from asking for a batch to its end; what happens between steps does not count.
 
-    Fractions and speeds leave the first step out, which starts the loader and compiles.
+    Fractions and speeds skip the first step, which starts the loader and compiles.
 
     Attributes:
         train_seconds: Over all steps, earlier parts of the run included.
@@ -36,7 +36,7 @@ class Clock:
         self.waited = time.perf_counter() - self._started
 
     def tick(self, images: int) -> float:
-        """At the end of a step on so many images; returns its seconds."""
+        """Call at the end of a step, with its number of images; returns its seconds."""
         seconds = time.perf_counter() - self._started
         self.train_seconds += seconds
         if not self._first_step:

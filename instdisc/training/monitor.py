@@ -1,4 +1,4 @@
-"""Weighted kNN accuracy with the bank, or freshly computed embeddings, left where they are: on their ranks."""
+"""Weighted kNN accuracy with the bank or with recomputed embeddings, which stay on their ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One progress bar for the run, drawn where the command was typed from the metrics file that the first rank writes."""
+"""One progress bar for the run, shown in the launching terminal, driven by the metrics file that rank 0 writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ProgressBar:
 
     Args:
         metrics: The JSON-lines file. It is opened at once, so that it may be renamed later.
-        final: Where it will be by the end; the same for a run that goes on, whose lines so far are not shown again.
+        final: Where it will be by the end; the same for a resumed run, whose lines so far are not shown again.
             Of a file that replaces it there, the lines that were not shown yet are.
     """
 

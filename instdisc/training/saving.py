@@ -1,9 +1,9 @@
-"""What a snapshot of a run holds, and how training goes on from it, with any number of ranks.
+"""What a snapshot of a run holds, and how training resumes from it, with any number of ranks.
 
 Tables, partitioned as the bank is: `embeddings`, `labels`, `keys`, and those of the objective. Files: the network, with
-batch statistics averaged over the ranks, the optimizer, and for every rank its own statistics. Attributes: where
-training stands, and what identifies the run. The random numbers of a step are functions of the seed and the step, so
-none of their state is kept, and neither is that of the loader.
+batch statistics averaged over the ranks, the optimizer, and for every rank its own statistics. Attributes: the
+progress of training, and what identifies the run. The random numbers of a step are functions of the seed and the step,
+so none of their state is kept, and neither is that of the loader.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RunSnapshots:
         self.committed_step, self.committed_time = 0, time.time()
 
     def restore(self) -> TrainingProgress | None:
-        """Put the trainer where the newest snapshot stands; None if there is none.
+        """Restore the trainer from the newest snapshot; None if there is none.
 
         Raises:
             ConfigError: It is of other images, another network or another number of them.
@@ -102,7 +102,7 @@ class RunSnapshots:
             return self._restore(open_snapshot(Storage.at(self._url).below(step_folder(step)).url))
         except SnapshotError as error:
             raise SnapshotError(
-                f"{error}. To go on from the snapshot before it, move {step_folder(step)} away and run the same "
+                f"{error}. To resume from the snapshot before it, move {step_folder(step)} away and run the same "
                 "command again"
             ) from error
 
@@ -130,7 +130,7 @@ class RunSnapshots:
             if noted.get(name) != ours:
                 raise ConfigError(
                     f"the snapshots in {self._url} are of a run whose {name.replace('_', ' ')} is {noted.get(name)!r}, "
-                    f"this run's is {ours!r}: choose another --run-dir or --snapshots.url, or start anew with "
+                    f"this run's is {ours!r}: choose another --run-dir or --snapshots.url, or start over with "
                     "--overwrite"
                 )
 
@@ -149,7 +149,7 @@ class RunSnapshots:
     def save(self, progress: TrainingProgress) -> None:
         """Copy this rank's part and start writing it; returns while it is being written.
 
-        Where the last one is still being written on some rank, this one is left out.
+        Skipped while the last one is still being written on some rank.
 
         Collectives: two all-reduces; every rank must call.
         """
@@ -192,23 +192,23 @@ class RunSnapshots:
         return bool(self._trainer.exchange.sum(busy) > 0)
 
     def is_saved(self) -> bool:
-        """Whether the step that training stands at is committed.
+        """Whether the current step is committed.
 
         Collectives: one all-reduce; every rank must call.
         """
-        # The first rank alone knows: the others only of their own part.
+        # Only rank 0 knows: the others know of their own part alone.
         saved = self._trainer.worker.is_rank_zero and self.committed_step == self._trainer.steps > 0
         flag = torch.tensor(float(saved), device=self._trainer.worker.device)
         return bool(self._trainer.exchange.sum(flag) > 0)
 
     def poll(self) -> list[SnapshotReport]:
-        """How the snapshots that ended since the last call ended."""
+        """The reports of the snapshots that finished since the last call."""
         reports = self._writer.poll()
         self.committed_step = max([self.committed_step, *(each.step for each in reports if not each.error)])
         return reports
 
     def wait(self) -> list[SnapshotReport]:
-        """Wait for what is being written; how it ended.
+        """Wait for what is being written; returns its reports.
 
         Collectives: all-reduces until all ranks are done, so that no time limit of a collective is reached; every rank
         must call.
@@ -218,7 +218,7 @@ class RunSnapshots:
         return self.poll()
 
     def abandon(self) -> None:
-        """Wait for nobody any more; a snapshot that is being written may stay without its commit."""
+        """Stop waiting for other ranks; an unfinished snapshot may be left uncommitted."""
         self._writer.close(0)
 
 
@@ -228,7 +228,7 @@ def _load(snapshot: Snapshot, name: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ConfigError(
             f"{snapshot.url}: {name} is not in the safetensors format ({error}): name an earlier snapshot, or start "
-            "anew with --overwrite"
+            "over with --overwrite"
         ) from error
 
 

@@ -63,7 +63,7 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "weights"))
         embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
-        # Not a method of this object: a cycle would keep the process group's threads until the interpreter ends.
+        # Not a method of this object: a cycle would keep the process group's threads until the interpreter exits.
         self._norms: list[Tensor] = []
         self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
         self._network = _wrap(self.embedder, config, worker)
@@ -335,7 +335,7 @@ def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
     if training.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     if worker.world_size > 1:
-        # Buffers are averaged when they are needed instead of broadcast in every step. DDP orders its sums anew after
+        # Buffers are averaged when they are needed instead of broadcast in every step. DDP reorders its sums after
         # the first step unless it looks for unused parameters: a resumed run would differ in the last bits.
         on_cpu = worker.device.type == "cpu"
         if on_cpu:

@@ -40,7 +40,7 @@ Job = tuple[str, RunConfig, RunDirectory]
 def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     """Train on one rank; the function that `cluster.launch` runs on every worker.
 
-    Goes on from the newest snapshot of the run, if there is one.
+    Resumes from the newest snapshot of the run, if there is one.
 
     Args:
         worker: This rank.
@@ -54,9 +54,8 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
     recipe, config, run = job
     metrics = Metrics(TRAINING, run=run.path.name, rank=worker.rank)
     if worker.is_rank_zero:
-        metrics.add(
-            "restarts_total", worker.restarts
-        )  # before anybody can read it: a counter must not rise from 0
+        # Set before the endpoint opens, so that Prometheus never sees an increase from 0.
+        metrics.add("restarts_total", worker.restarts)
     with exported(
         metrics,
         config.metrics,
@@ -117,7 +116,7 @@ class TrainingRun:
         )
 
     def complete(self) -> dict[str, Any] | Stopped:
-        """Start or go on, train, last measurements, last snapshot."""
+        """Start or resume, train, save the last snapshot, measure."""
         self.trainer.exchange.barrier()
         if self.worker.is_rank_zero and self.is_new:
             take_over(self.url, self.run.next.settings()["run_id"])
@@ -144,7 +143,7 @@ class TrainingRun:
             self._save_now()
             raise NonFiniteError(
                 f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
-                "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start anew with --overwrite"
+                "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start over with --overwrite"
             ) from None
         self._save_now()
         if reason is not None:
@@ -152,15 +151,15 @@ class TrainingRun:
         return self._summarise(self._measure(self.config.training.epochs))
 
     def _announce(self, *, resumed: bool) -> None:
-        """Say where training starts, and measure the baselines if that is the beginning."""
+        """Log where training starts; at the beginning, measure the baselines."""
         if self.worker.is_rank_zero and not self.is_new:
             self.run.rewind_journal(self.trainer.steps, self.order.steps_per_epoch)
-            where = (
-                f"from the snapshot of step {self.trainer.steps}"
+            start = (
+                f"resuming from the snapshot of step {self.trainer.steps}"
                 if resumed
-                else "from the beginning: no snapshot"
+                else "starting from the beginning: no snapshot"
             )
-            self._say(f"going on {where}, {self.worker.world_size} worker(s)")
+            self._say(f"{start}, {self.worker.world_size} worker(s)")
         if not self.monitor.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
         if self.config.knn.baselines and self.monitor.possible and not resumed:
@@ -168,10 +167,10 @@ class TrainingRun:
             values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
             if self.worker.is_rank_zero and not self.run.baselines():
                 append_line(self.run.journal, {"kind": "baselines", **values})
-        self._measure_if_due()  # where the run ended between a snapshot and the measurement that followed
+        self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
 
     def _train(self) -> str | None:
-        """All epochs that are left; returns why it ended early, if it did."""
+        """Train the remaining epochs; returns the reason if stopped early."""
         training, steps_per_epoch = self.config.training, self.order.steps_per_epoch
         with open_loader(
             self.manifest,
@@ -210,7 +209,7 @@ class TrainingRun:
         return TrainingProgress(self.clock.train_seconds, self.means)
 
     def _save_now(self) -> None:
-        """Save where training stands and wait until it is committed.
+        """Save the current state and wait until it is committed.
 
         Collectives: all-reduces; every rank must call.
 
@@ -225,17 +224,17 @@ class TrainingRun:
         self._report(reports)
         if self.worker.is_rank_zero and reports[-1].error:
             raise SnapshotWriteError(
-                f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): make room "
-                f"in {self.url} and run the same command again, which goes on from the one before"
+                f"step {self.trainer.steps}: the last snapshot could not be written ({reports[-1].error}): free some "
+                f"space in {self.url} and rerun the same command; it resumes from the previous snapshot"
             )
 
     def _report(self, reports: list[SnapshotReport]) -> None:
-        """Tell how snapshots ended. A failed one costs nothing but itself."""
+        """Log and count finished snapshots. A failed one does not stop training."""
         for report in reports:
             if report.error:
                 self.metrics.add("snapshot_failures_total")
                 logger.warning(
-                    "[%d/%d step %d] no snapshot: %s; training goes on, the last one is kept",
+                    "[%d/%d step %d] snapshot failed: %s; training continues, the previous one is kept",
                     *(self.worker.rank, self.worker.world_size, report.step, report.error),
                 )
                 continue
@@ -251,7 +250,7 @@ class TrainingRun:
             self._measure(epoch)
 
     def _measure(self, epoch: int) -> dict[str, float | None]:
-        """KNN accuracy with re-computed embeddings and with the bank as it stands."""
+        """KNN accuracy with recomputed embeddings and with the bank."""
         if not self.monitor.possible:
             return {}
         with self.trainer.with_averaged_buffers():

@@ -26,7 +26,7 @@ def on(cluster: RayCluster) -> dict[str, str]:
 
 def stopped_at(said: str, reason: str) -> int:
     """The number at which the program says that it was stopped."""
-    found = re.search(rf"stopped by {reason} at number (\d+); the next run goes on from there", said)
+    found = re.search(rf"stopped by {reason} at number (\d+); the next run resumes from there", said)
     assert found is not None, said
     assert "Traceback" not in said
     return int(found[1])
@@ -58,12 +58,12 @@ def test_elastic_group_shrinks_grows_and_leaves_a_drained_node(tmp_path: Path) -
     nodes = [sorted(worker["node"] for worker in group["workers"]) for group in job.groups]
     assert nodes == [[second.ip, third.ip], [second.ip], [second.ip, fourth.ip], [fourth.ip]]
     # What was lost is named; where there was time to save, no number was counted twice.
-    assert "going on from the last snapshot (restart 1 of 1)" in said
+    assert "resuming from the last snapshot (restart 1 of 1)" in said
     begins = [group["begin"] for group in job.groups]
     assert (
-        f"there is room for 2 workers instead of 1: saved at number {begins[2]}, going on from there" in said
+        f"there is room for 2 workers instead of 1: saved at number {begins[2]}, resuming from there" in said
     )
-    drain_line = rf"node {drained[:8]} is being drained, \d+ s left: saved at number {begins[3]}, going on"
+    drain_line = rf"node {drained[:8]} is being drained, \d+ s left: saved at number {begins[3]}, resuming"
     assert re.search(drain_line, said), said
 
 
@@ -109,7 +109,7 @@ def test_worker_that_is_sent_sigterm_saves_first(ray_cluster: RayCluster, tmp_pa
         said, _ = program.communicate(timeout=120)
     assert program.returncode == 0, said
     assert job.groups[1]["restarts"] == 0
-    assert f"rank 1 was sent SIGTERM: saved at number {begin}, going on from there" in said
+    assert f"rank 1 was sent SIGTERM: saved at number {begin}, resuming from there" in said
 
 
 def test_worker_that_is_sent_sigusr1_says_where_it_is(ray_cluster: RayCluster, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_interrupt_stops_workers_and_cluster(tmp_path: Path) -> None:
         assert program.stderr is not None
         # The function does not ask whether to stop, so the first signal has no effect.
         for line in program.stderr:
-            if "once more stops them at once" in line:
+            if "a second signal kills them" in line:
                 break
         program.send_signal(signal.SIGINT)
         _, errors = program.communicate(timeout=60)

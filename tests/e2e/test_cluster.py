@@ -83,6 +83,6 @@ def test_a_lost_worker_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
         said, _ = program.communicate(timeout=300)
     assert program.returncode == 0, said
     assert "restart 1 of 1" in said
-    assert "going on from the snapshot of step" in said
+    assert "resuming from the snapshot of step" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 78

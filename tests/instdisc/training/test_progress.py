@@ -68,14 +68,14 @@ def test_every_line_is_shown_once_though_the_file_moves_and_is_rewound(
         printed.wait_for("epoch 2")
         for _ in range(2):
             run.rewind_journal(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
-            say(run.journal, "going on from step 2")
+            say(run.journal, "resuming from step 2")
         measured(run.journal, 2, 0.75)
     assert printed.text.splitlines() == [
         "hello",
         "epoch 1: kNN top-1 recomputed 25.0%",
         "epoch 2: kNN top-1 recomputed 50.0%",
-        "going on from step 2",
-        "going on from step 2",
+        "resuming from step 2",
+        "resuming from step 2",
         "epoch 2: kNN top-1 recomputed 75.0%",
     ]
 
@@ -87,10 +87,10 @@ def test_a_run_that_goes_on_does_not_show_its_history(run: RunDirectory, printed
         file.write('{"kind": "tra')  # by a process that was killed
     with ProgressBar(run.journal, run.journal):
         run.rewind_journal(STEPS_PER_EPOCH, STEPS_PER_EPOCH)
-        say(run.journal, "going on from step 2")
+        say(run.journal, "resuming from step 2")
         train(run.journal, 3)
     shown = printed.text.splitlines()
-    assert shown[0] == "going on from step 2"
+    assert shown[0] == "resuming from step 2"
     assert shown[1].startswith("step 3/10, epoch 1.5, loss 1, 300 images/s")
     assert len(shown) == 2
 

@@ -174,7 +174,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     with killed_at_last(command):
         wait_until(lambda: f'"step": {step + 3},' in run.journal.read_text(), timeout_s=120)
     messages = [json.loads(line).get("message") for line in run.journal.read_text().splitlines()]
-    assert f"going on from the snapshot of step {step}, 1 worker(s)" in messages
+    assert f"resuming from the snapshot of step {step}, 1 worker(s)" in messages
 
 
 def test_snapshots_of_another_run_are_refused(run: Run, tmp_path: Path) -> None:
