@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cluster.errors import ClusterError, WorkerLostError
+from cluster.failures import out_of_memory
 from cluster.placement import WorkerGroup, choose_group, describe
 from cluster.settings import ActorsConfig
 
@@ -118,7 +119,8 @@ def get(references: Sequence[Any]) -> list[Any]:
         cause = error.cause
         raise (cause if isinstance(cause, Exception) else error) from None
     except RayError as error:
-        raise WorkerLostError(f"an actor died and could not be started again: {error}") from error
+        cause = out_of_memory(str(error)) or error
+        raise WorkerLostError(f"an actor died and could not be restarted: {cause}") from error
 
 
 def available_threads() -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import pickle
 import re
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from cluster.errors import ClusterError, SnapshotError, WorkerLostError
+
+logger = logging.getLogger(__name__)
 
 # What gloo and NCCL say on the remaining ranks when another one hangs or has died. Both raise RuntimeError or
 # a subclass of it for every kind of trouble, so only the words tell.
@@ -25,6 +30,16 @@ _LOST_PEER = re.compile(
 
 # What gloo puts around its message: a place in its source, and advice.
 _TRIMMINGS = re.compile(r"^\[[^]]*\.cc:\d+\] | This is typically caused by.*", re.DOTALL)
+
+
+# What Ray's memory monitor reports: a summary, then all candidates, then the largest processes, one per line.
+_OUT_OF_MEMORY = re.compile(
+    r"killed due to the node running low on memory.*?"
+    r"Memory on the node \(IP: (?P<node>[^,)]+).*?was (?P<used>[\d.]+)GB used / (?P<limit>[\d.]+)GB",
+    re.DOTALL,
+)
+_PROCESS = re.compile(r"^\d+\t(?P<memory>[\d.]+)\t(?P<command>.+)$", re.MULTILINE)
+_MOST_PROCESSES, _MOST_CHARACTERS = 3, 60
 
 
 class WorkerFailure(Exception):  # noqa: N818 - a parcel; whoever called `launch` never sees it
@@ -56,7 +71,7 @@ def capture(error: BaseException) -> WorkerFailure:
     return WorkerFailure(_portable(error), trace, _says_peer_lost(error))
 
 
-def raise_root_cause(failures: Mapping[int, Exception], world_size: int) -> NoReturn:
+def raise_root_cause(failures: Mapping[int, Exception], world_size: int, directory: Path) -> NoReturn:
     """Raise the failure that the others follow from.
 
     An exception of the function comes first, then the death of a process, then a lost connection; the lowest
@@ -65,6 +80,7 @@ def raise_root_cause(failures: Mapping[int, Exception], world_size: int) -> NoRe
     Args:
         failures: By rank, at least one: `WorkerFailure`, or what Ray Train says of a process that died.
         world_size: Workers in the group, for the message.
+        directory: Where to keep a report of Ray's that is too long for the message.
 
     Raises:
         WorkerLostError: If no worker raised an error of its own.
@@ -80,7 +96,9 @@ def raise_root_cause(failures: Mapping[int, Exception], world_size: int) -> NoRe
     rank = min(failures, key=precedence)
     failure = failures[rank]
     if not isinstance(failure, WorkerFailure):
-        raise WorkerLostError(f"rank {rank} of {world_size} died: {_cause_of_death(failure)}") from failure
+        raise WorkerLostError(
+            f"rank {rank} of {world_size} died: {_cause_of_death(failure, directory)}"
+        ) from failure
     cause = _WorkerTraceback(failure.trace)
     if failure.lost_peer:
         slow = "; another worker hangs, or needs longer than --collective-timeout-s allows"
@@ -113,8 +131,50 @@ def _says_peer_lost(error: BaseException | None) -> bool:
     return False
 
 
-def _cause_of_death(failure: Exception) -> str:
-    """Return the sentences of Ray's report that say why the process died."""
-    report = " ".join(str(getattr(failure, "health_check_failure", failure)).split())
-    cause = report.rpartition("The actor is dead because ")[2].partition(" Some common causes")[0]
-    return f"{cause.rstrip('.')} (where memory ran out: use fewer workers per node or a smaller batch)"
+def out_of_memory(report: str, directory: Path | None = None) -> str | None:
+    """Shorten Ray's report of a process that it killed because a node ran out of memory.
+
+    Args:
+        report: With its line breaks.
+        directory: Where to keep the report, as `out-of-memory.txt`; None: only in the log, at level DEBUG.
+
+    Returns:
+        One sentence: the node, its memory, its largest processes and what to do. None if the report is of another kind.
+    """
+    found = _OUT_OF_MEMORY.search(report)
+    if found is None:
+        return None
+    largest = ", ".join(
+        f"{process['command'][:_MOST_CHARACTERS]} {process['memory']} GB"
+        for process in itertools.islice(_PROCESS.finditer(report), _MOST_PROCESSES)
+    )
+    logger.debug("%s", report)
+    return (
+        f"out of memory on node {found['node']}: {found['used']} of {found['limit']} GB used, most by "
+        f"{largest or 'unknown processes'}; use fewer processes per node, a smaller batch or nodes with more memory"
+        f"{_kept(report, directory)}"
+    )
+
+
+def _kept(report: str, directory: Path | None) -> str:
+    """Write the report; returns where it is, for the end of a message."""
+    if directory is None:
+        return ""
+    path = directory / "out-of-memory.txt"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(report + "\n")
+    except OSError as error:  # a full disk must not hide why the process died
+        logger.warning("Ray's report cannot be written to %s: %s", path, error)
+        return ""
+    return f" (Ray's report: {path})"
+
+
+def _cause_of_death(failure: Exception, directory: Path) -> str:
+    """Return why the process died: the sentences of Ray's report that say so, or `out_of_memory`."""
+    report = str(getattr(failure, "health_check_failure", failure))
+    if shortened := out_of_memory(report, directory):
+        return shortened
+    cause = " ".join(report.split()).rpartition("The actor is dead because ")[2]
+    cause = cause.partition(" Some common causes")[0].rstrip(".")
+    return f"{cause} (where memory ran out: use fewer workers per node or a smaller batch)"

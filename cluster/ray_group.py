@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 
 from cluster.capacity import wait_for_room, watching_for_room
 from cluster.errors import ClusterError, WorkerLostError
-from cluster.failures import capture, raise_root_cause
+from cluster.failures import capture, out_of_memory, raise_root_cause
 from cluster.group import JOB_DIRECTORY, Worker
 from cluster.settings import LaunchConfig
 from cluster.stopping import StopBoard, Stopped, StopSignals, StopWatch
@@ -89,11 +89,12 @@ def run_group(
         trainer.abort()
         raise
     except _train.WorkerGroupError as error:
-        raise_root_cause(error.worker_failures, group.num_workers)
+        raise_root_cause(error.worker_failures, group.num_workers, storage / ".ray")
     except _train.TrainingFailedError as error:
         raise WorkerLostError(f"the worker group did not start: {error}") from error
     except RayError as error:
-        raise ClusterError(f"lost the process that controls the workers: {error}; run again") from error
+        cause = out_of_memory(str(error), storage / ".ray") or error
+        raise ClusterError(f"lost the process that controls the workers: {cause}; run again") from error
     finally:
         with suppress(RayError):
             board.remove()

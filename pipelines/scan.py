@@ -1,5 +1,6 @@
 """What looking through folders, lists and tar files gives, before it becomes a manifest."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from pipelines.manifest import Rejected
 
 Labels = Literal["auto", "folders", "none"]
 MAX_CLASSES = 1_000_000
+_LINE_S = 10.0
 
 
 class Row(NamedTuple):
@@ -66,5 +68,25 @@ def numbered_classes(labels: Iterable[int], where: object) -> tuple[str, ...]:
 
 
 def progress_bar(show: bool, total: int, unit: str) -> "tqdm[None]":
-    """A bar on standard error that appears once the work has taken a second."""
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=not show, delay=1.0)
+    """Progress on standard error: a bar on a terminal, after a second; elsewhere a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, unit_scale=True, disable=not show, delay=1.0)
+    return _Lines(
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        disable=not show,
+        delay=_LINE_S,
+        mininterval=_LINE_S,
+        leave=False,
+        ncols=0,
+    )
+
+
+class _Lines(tqdm):  # type: ignore[misc]  # tqdm is not typed
+    """Prints lines for a log file, where a bar could not overwrite itself."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the state. An empty message asks to clear the bar; a line stays."""
+        if msg is None:
+            print(self, file=self.fp, flush=True)

@@ -54,7 +54,7 @@ def _inspect_run(run: RunDirectory) -> Iterator[str]:
     state = (
         "complete"
         if run.summary.exists()
-        else "not complete: the same command goes on from the newest snapshot"
+        else "not complete: the same command resumes from the newest snapshot"
     )
     print(f"state      {state}")
     try:

@@ -51,7 +51,7 @@ class RunDirectory:
     test_manifest/        the images that kNN accuracy is measured on
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may stand there more than once
-    snapshots/            embeddings, labels and keys of all rows, the network, and all that training goes on from;
+    snapshots/            embeddings, labels and keys of all rows, the network, and all that training resumes from;
                           elsewhere if --snapshots.url says so
     summary.json          the results, written last
     .metrics/             where Prometheus finds the workers of a run under way
@@ -89,7 +89,7 @@ class RunDirectory:
     def claim(self) -> Iterator[None]:
         """Hold the directory, which is made if need be, against other runs.
 
-        Where the file system cannot lock, warns and goes on.
+        Where the file system cannot lock, only warns.
 
         Raises:
             ConfigError: Another run holds it, or it cannot be written to.
@@ -111,7 +111,7 @@ class RunDirectory:
                     ) from error
                 if error.errno not in _NO_LOCKS:
                     raise ConfigError(
-                        f"cannot lock {file.name} ({error}): mend it or choose another --run-dir"
+                        f"cannot lock {file.name} ({error}): fix this or choose another --run-dir"
                     ) from error
                 logger.warning(
                     "the file system of %s has no locks (%s): a second run in it would not be noticed, start none",
@@ -120,7 +120,7 @@ class RunDirectory:
             yield
 
     def holds_run(self) -> bool:
-        """Whether there is a run to go on with.
+        """Whether there is a run to resume.
 
         Raises:
             ConfigError: Files with the names of a run's are in the way.
@@ -130,8 +130,8 @@ class RunDirectory:
             if self.next.path.exists():
                 return False  # `begin` was interrupted
             raise ConfigError(
-                f"{present[0]} is in the way and no run's: choose another --run-dir, or replace what is there with "
-                "--overwrite"
+                f"{present[0]} exists but is not part of a run: choose another --run-dir, or replace what is there "
+                "with --overwrite"
             )
         return bool(present)
 
@@ -222,7 +222,7 @@ class RunDirectory:
     def begin(self) -> None:
         """Replace an earlier run by the prepared one. Files that are not a run's stay.
 
-        Interrupted and called again, it goes on where it was.
+        Interrupted and called again, it continues where it was interrupted.
         """
         cleared = self.next.path / _CLEARED
         if not cleared.exists():

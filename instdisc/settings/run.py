@@ -91,7 +91,7 @@ class KnnMonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotConfig:
-    """Snapshots, from which a run goes on after an interruption, and which are its result."""
+    """Snapshots, from which a run resumes after an interruption, and which are its result."""
 
     url: str | None = None
     """Where they are kept: a folder that all nodes see, or an fsspec URL such as s3://bucket/run. RUN_DIR/snapshots by

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -339,6 +340,25 @@ def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
         # the first step unless it looks for unused parameters: a resumed run would differ in the last bits.
         on_cpu = worker.device.type == "cpu"
         if on_cpu:
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            _spend_ddp_warning()
         network = DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=on_cpu)
     return network
+
+
+def _spend_ddp_warning() -> None:
+    """Have DDP warn that no parameter is unused, which it does once per process, with stderr redirected.
+
+    Its C++ code prints to file descriptor 2, past Python's `warnings`; the log level would silence all other warnings
+    of C++ too.
+
+    Collectives: those of DDP's constructor; every rank must call.
+    """
+    network = DistributedDataParallel(nn.LayerNorm(1), find_unused_parameters=True)
+    stderr = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        network(torch.zeros(1, 1))
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

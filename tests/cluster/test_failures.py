@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkerLostError
-from cluster.failures import WorkerFailure, capture, raise_root_cause
+from cluster.failures import WorkerFailure, capture, out_of_memory, raise_root_cause
 from tests.processes import run_ranks
 from tests.ray_cluster import wait_until
 
@@ -80,13 +80,13 @@ def time_out(rank: int, world_size: int) -> WorkerFailure | None:
     return failure
 
 
-def test_hung_peer_is_lost() -> None:
+def test_hung_peer_is_lost(tmp_path: Path) -> None:
     failure, _ = run_ranks(2, time_out)
     assert failure.lost_peer
     with pytest.raises(
         WorkerLostError, match=r"rank 0 of 2 lost .*Timed out.* --collective-timeout-s allows"
     ):
-        raise_root_cause({0: failure}, 2)
+        raise_root_cause({0: failure}, 2, tmp_path)
 
 
 # The words of NCCL's watchdog, for which a GPU is needed.
@@ -98,22 +98,52 @@ PAIR = RuntimeError("Application timeout caused pair closure")  # gloo's for all
 
 
 @pytest.mark.parametrize("error", [WATCHDOG, PAIR])
-def test_timeouts_are_seen_through_the_error_that_wraps_them(error: RuntimeError) -> None:
+def test_timeouts_are_seen_through_the_error_that_wraps_them(error: RuntimeError, tmp_path: Path) -> None:
     failure = caught(ClusterError("exchange failed"), behind=error)
     assert failure.lost_peer
     with pytest.raises(WorkerLostError, match="--collective-timeout-s"):
-        raise_root_cause({1: failure}, 2)
+        raise_root_cause({1: failure}, 2, tmp_path)
 
 
-def test_own_error_comes_before_death_and_lost_peers_and_low_ranks_before_high() -> None:
+def test_own_error_comes_before_death_and_lost_peers_and_low_ranks_before_high(tmp_path: Path) -> None:
     dead = RuntimeError("The actor is dead because it was killed. Some common causes include: (1) …")
     failures = {0: caught(PEER), 1: dead, 2: caught(ValueError("second")), 3: caught(ValueError("third"))}
     with pytest.raises(ValueError, match="second") as own:
-        raise_root_cause(failures, 4)
+        raise_root_cause(failures, 4, tmp_path)
     assert own.value.__notes__ == ["(raised on rank 2 of 4)"]
     with pytest.raises(WorkerLostError, match=r"^rank 1 of 4 died: it was killed \("):
-        raise_root_cause({0: failures[0], 1: dead}, 4)
+        raise_root_cause({0: failures[0], 1: dead}, 4, tmp_path)
     with pytest.raises(
         WorkerLostError, match=r"rank 0 of 4 lost another worker: Connection closed by peer \S+$"
     ):
-        raise_root_cause({0: failures[0], 3: caught(PEER)}, 4)
+        raise_root_cause({0: failures[0], 3: caught(PEER)}, 4, tmp_path)
+
+
+# What Ray 2.60 reported of a worker that it killed, on a node whose threshold was set to 22%.
+OUT_OF_MEMORY = (Path(__file__).parent / "out_of_memory.txt").read_text().rstrip()
+SHORTENED = (
+    "out of memory on node 192.0.2.2: 5.27 of 23.54 GB used, most by ray::RayTrainWorker 1.41 GB, "
+    "python -m benchmarks.images --photos imagenet-sample-160.tar 1.20 GB, python oom.py 0.39 GB; "
+    "use fewer processes per node, a smaller batch or nodes with more memory"
+)
+
+
+def test_report_of_memory_is_shortened_and_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "run" / ".ray"
+    with pytest.raises(WorkerLostError) as lost:
+        raise_root_cause({0: caught(PEER), 1: RuntimeError(OUT_OF_MEMORY)}, 2, directory)
+    kept = directory / "out-of-memory.txt"
+    assert str(lost.value) == f"rank 1 of 2 died: {SHORTENED} (Ray's report: {kept})"
+    assert kept.read_text() == OUT_OF_MEMORY + "\n"
+
+
+def test_report_of_memory_that_cannot_be_kept_is_shortened_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert out_of_memory(OUT_OF_MEMORY, tmp_path / "file") == SHORTENED
+    assert "Ray's report cannot be written to" in caplog.text
+
+
+def test_other_reports_are_not_of_memory() -> None:
+    assert out_of_memory("The actor is dead because its node has died.") is None

@@ -37,9 +37,10 @@ def test_a_path_with_nothing_there_is_told_before_ray_starts(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no cluster answers
     images = write_pictures(tmp_path / "train", 8)
     options = ["--run-dir", str(tmp_path / "out"), "--training.batch-size", "8"]
-    for paths in (["nowhere"], [str(images), "--data.test-path", "nowhere"]):
+    nowhere = str(tmp_path / "nowhere")
+    for paths in ([nowhere], [str(images), "--data.test-path", nowhere]):
         assert main(["sample", *options, "--data.path", *paths]) == 2
-        assert "nothing at nowhere" in capsys.readouterr().err
+        assert f"nothing at {nowhere}" in capsys.readouterr().err
 
 
 def test_an_empty_folder(run: Run, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_files_that_are_no_runs_are_left_alone(run: Run, tmp_path: Path) -> None
     (tmp_path / "out" / "manifest").mkdir(parents=True)
     (tmp_path / "out" / "manifest" / "precious").write_text("mine")
     images = write_pictures(tmp_path / "train", 20)
-    refused(run(images), "in the way", "--overwrite")
+    refused(run(images), "not part of a run", "--overwrite")
     assert (tmp_path / "out" / "manifest" / "precious").read_text() == "mine"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,3 +325,15 @@ def test_the_loader_must_give_as_many_views_as_the_objective_compares() -> None:
     images, ids = my_part(0, 1)
     with pytest.raises(ConfigError, match=r"nce compares 1 view.*the loader gives 2.*views=1"):
         make_trainer(0, 1).step(images.repeat(2, 1, 1, 1, 1), ids, learning_rate=RATE)
+
+
+def step_with_stderr(rank: int, world_size: int, directory: Path) -> None:
+    with (directory / str(rank)).open("w") as file:
+        os.dup2(file.fileno(), 2)  # C++ writes there, past `sys.stderr`
+    one_step(rank, world_size, {})
+    os.write(2, b"the end")
+
+
+def test_ranks_print_no_warning_of_ddp(tmp_path: Path) -> None:
+    run_ranks(2, step_with_stderr, tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["the end"] * 2
