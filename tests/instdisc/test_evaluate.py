@@ -279,7 +279,11 @@ def test_files_that_are_no_arrays(evaluate: Evaluate, trained: Path, tmp_path: P
     np.savez(tmp_path / "several.npz", np.ones(2))
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
     np.save(tmp_path / "words.npy", np.full((2, 16), "a"))
-    for name, text in (("empty", "not a readable array"), ("several", "several arrays"), ("words", "expected numbers")):
+    for name, text in (
+        ("empty", "not a readable array"),
+        ("several", "several arrays"),
+        ("words", "expected numbers"),
+    ):
         path = str(tmp_path / f"{name}.npy")
         refused(evaluate(trained, "--queries.path", path, "--queries.labels", str(labels)), text)
 
