@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -22,6 +25,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 _BIN = Path(sys.executable).parent
 _MARK = "INSTDISC_TEST_PROCESSES"
+_FIRST_PORT, _PORTS, _PORTS_OF_ONE_TEST = 20_000, 12_000, 20
 _FAKE_HEAD = "f" * 51 + "00000"  # as Ray's fake provider calls it
 _AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
@@ -191,10 +195,26 @@ def killed_at_last(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free, as are usually the next few, and that no other call returns for a long time.
+
+    A port that the system picks may be picked again before it is listened on: by another call, by a test process
+    beside this one, or for any connection.
+    """
+    for port in _candidate_ports():
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the candidates never end")
+
+
+@functools.cache
+def _candidate_ports() -> Iterator[int]:
+    """This test process's share of the ports above those of Ray's workers and below those of connections."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = _PORTS // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = range(_FIRST_PORT + number * share, _FIRST_PORT + (number + 1) * share, _PORTS_OF_ONE_TEST)
+    start = random.SystemRandom().randrange(len(own))  # another session may have left some in use
+    return itertools.cycle([*own[start:], *own[:start]])
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
