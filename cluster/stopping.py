@@ -32,6 +32,11 @@ class Stopped:
     progress: str
 
 
+def is_deliberate(reason: str) -> bool:
+    """Whether `Stopped.reason` is a signal to the process that launched: the run does not continue by itself."""
+    return reason in {number.name for number in _SIGNALS}
+
+
 class RunStopped(Exception):  # noqa: N818 - not an error: the stop was requested
     """A signal stopped the run early; started again it resumes from what it saved."""
 
