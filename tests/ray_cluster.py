@@ -76,12 +76,13 @@ class RayCluster:
 
 @contextmanager
 def ray_head(
-    num_cpus: int, *, ip: str = "127.0.0.1", inside: Sequence[str] = (), grows_to: int = 0
+    num_cpus: int, *, num_gpus: int = 0, ip: str = "127.0.0.1", inside: Sequence[str] = (), grows_to: int = 0
 ) -> Iterator[RayCluster]:
     """Start a head node with a dashboard, and end it with all it started.
 
     Args:
         num_cpus: Of the node; 0 for one that only manages the others.
+        num_gpus: That it claims to have.
         ip: Its address.
         inside: What its command line has to begin with, for a network namespace.
         grows_to: Nodes of one CPU that Ray's autoscaler adds when they are asked for, at most; one is there from the
@@ -100,6 +101,8 @@ def ray_head(
             *(f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
             f"--ray-client-server-port={free_port()}",
         ]
+        if num_gpus:
+            command.append(f"--num-gpus={num_gpus}")
         if grows_to:
             command.append(f"--autoscaling-config={_autoscaling(directory, f'{ip}:{gcs_port}', grows_to)}")
         log = Path(directory, "start.log")

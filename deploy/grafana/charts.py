@@ -95,8 +95,8 @@ def of_nodes(*metrics: str) -> list[Target]:
 
 
 def of_processes(metric: str) -> list[Target]:
-    """One line for each kind of process on a node."""
-    return [(f"sum by (ip, Component) ({on_nodes(metric)})", "{{ip}} {{Component}}")]
+    """One line for each of the kinds of processes on a node that need most."""
+    return [(f"topk(5, sum by (ip, Component) ({on_nodes(metric)}))", "{{ip}} {{Component}}")]
 
 
 def of_ray(metric: str, *labels: str) -> list[Target]:

@@ -16,7 +16,14 @@ from cluster.failures import capture
 from cluster.group import Worker
 from cluster.launch import launch
 from cluster.settings import LaunchConfig
-from tests.ray_cluster import CHECKOUT, RayCluster, free_port, processes_of_this_block, wait_until
+from tests.ray_cluster import (
+    CHECKOUT,
+    RayCluster,
+    free_port,
+    processes_of_this_block,
+    ray_head,
+    wait_until,
+)
 
 HERE = LaunchConfig(num_workers=0)
 TWO = LaunchConfig(num_workers=2)
@@ -205,6 +212,19 @@ def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCa
         with pytest.raises(ClusterError, match=r"waited 2 s for 1 workers .* free are 0 CPUs"):
             launch(describe_worker, 1.0, LaunchConfig(num_workers=1, wait_s=2), name="test", storage=tmp_path)
         assert ray.is_initialized()  # whoever connected shall disconnect
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPUs PyTorch cannot use")
+def test_gpu_that_pytorch_cannot_use_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver that is too old: Ray counts the GPU all the same."""
+    config = LaunchConfig(num_workers=1, gpus_per_worker=1, max_restarts=3)
+    with ray_head(num_cpus=2, num_gpus=1) as cluster:
+        for name, value in (cluster.environment | {"RAY_ADDRESS": cluster.address}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ClusterError, match=r"PyTorch cannot use it: .*driver") as raised:
+            launch(describe_worker, 1.0, config, name="none", storage=tmp_path)
+    assert not isinstance(raised.value, WorkerLostError)  # which would be tried again
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 import yaml
@@ -21,6 +22,8 @@ from tests.deploy.manifests import (
 )
 
 README = (DEPLOY / "README.md").read_text()
+DOCKERFILE = (DEPLOY / "docker/Dockerfile").read_text()
+DEVICES = ("cpu", "gpu")
 
 
 @pytest.mark.parametrize(("heading", "table"), [("Training", TRAINING), ("Evaluation", EVALUATION)])
@@ -64,32 +67,47 @@ def test_the_pod_that_copies_files_may_run_in_the_namespace() -> None:
     assert claim == find("kind-cpu", "PersistentVolumeClaim")["metadata"]["name"]
 
 
-def test_one_version_of_ray_everywhere() -> None:
-    pin = re.search(r"^ray==(.+)$", (CHECKOUT / "constraints.txt").read_text(), flags=re.MULTILINE)
+def pinned(package: str) -> str:
+    pin = re.search(rf"^{package}==(.+)$", (CHECKOUT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert pin is not None
-    images = re.findall(r"^FROM (\S+) AS (\w+)$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE)
-    assert images == [(f"rayproject/ray:{pin[1]}-py311-{target}", target) for target in ("cpu", "gpu")]
-    for overlay in OVERLAYS:
-        for name in ("instdisc-train", "instdisc-evaluate"):
-            assert find(overlay, "RayJob", name)["spec"]["rayClusterSpec"]["rayVersion"] == pin[1]
+    return pin[1]
 
 
-def test_both_images_end_as_an_ordinary_user() -> None:
-    stages = (DEPLOY / "docker/Dockerfile").read_text().split("\nFROM ")[1:]
-    assert len(stages) == 2
-    for stage in stages:
-        users = re.findall(r"^USER (.+)$", stage, flags=re.MULTILINE)
-        assert users == ["1000:100"]
+@pytest.mark.parametrize("name", ["instdisc-train", "instdisc-evaluate"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_one_version_of_ray_everywhere(overlay: str, name: str) -> None:
+    assert find(overlay, "RayJob", name)["spec"]["rayClusterSpec"]["rayVersion"] == pinned("ray")
+
+
+def test_the_image_of_either_device_is_built_by_the_same_lines() -> None:
+    base, *settings, image = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
+    assert base.endswith(" AS base\n\n")
+    assert {part.partition("\n")[0] for part in settings} == {f"base AS {each}-settings" for each in DEVICES}
+    assert image.startswith("${DEVICE}-settings\n")
+    assert not re.search(r"\b(cpu|gpu)\b", image)
+    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for part in settings:
+        variables = dict(re.findall(r"\b([A-Z_]+)=(\"[^\"]*\"|\S*)", part))
+        assert {"EXTRAS", "TORCH_FROM", "COMPILER"} <= set(variables)
+        assert set(variables["EXTRAS"].split(",")) <= set(extras)
+        cuda = variables.get("NVIDIA_REQUIRE_CUDA")
+        assert cuda in (None, f'"cuda>={pinned("cuda-toolkit").partition(".")[0]}.0"')
+    built = re.findall(r"--build-arg DEVICE=(\w+) -t \S*instdisc:0\.1\.0-(\w+) ", DOCKERFILE + README)
+    assert built == [(each, each) for each in DEVICES] * 2
+
+
+def test_the_image_ends_as_an_ordinary_user() -> None:
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, flags=re.MULTILINE) == ["1000:100"]
+    assert DOCKERFILE.endswith("\nUSER 1000:100\n")
 
 
 def test_the_image_gets_what_it_copies() -> None:
     kept = (DEPLOY / "docker/Dockerfile.dockerignore").read_text().split()
-    for copied in re.findall(
-        r"^COPY --\S+ (.+) \S+$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE
-    ):
-        for source in copied.split():
-            assert (CHECKOUT / source).exists()
-            assert f"!{source}" in kept
+    copies = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE)
+    assert copies
+    for source in " ".join(copies).split():
+        assert (CHECKOUT / source).exists()
+        assert f"!{source}" in kept
 
 
 def test_compose_mounts_what_there_is() -> None:

@@ -32,6 +32,7 @@ RULES = [
 ALERTS = [rule for rule in RULES if "alert" in rule]
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
 CHARTS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+CURVES = [panel for panel in CHARTS if panel["type"] == "xychart"]
 EXPRESSIONS = [target["expr"] for panel in CHARTS for target in panel["targets"]]
 
 
@@ -155,25 +156,49 @@ def test_only_the_gpus_and_nodes_of_the_chosen_runs_are_shown(tmp_path: Path) ->
         "Processors of a node": (f'ray_node_cpu_utilization{{{where}, ip="10.0.0.1", SessionName="s1"}}', 31),
         "Ray actors": ('{State="ALIVE"}', 3),
     }
-    tests = {
-        "rule_files": [str(DEPLOY / "prometheus/rules.yml")],
-        "tests": [
+    asked = [(filled(charts[title]), "5m", [sample]) for title, sample in expected.items()]
+    check_expressions(tmp_path, series, asked)
+
+
+def test_curves_of_several_runs_share_a_chart(tmp_path: Path) -> None:
+    """Even of runs of one name, and where one is ahead of the other."""
+    labels = ['{cluster="c", namespace="n", run="same"}', '{cluster="c", namespace="other", run="same"}']
+    series = {
+        f'{metric}{each[:-1]}, rank="0"}}': values
+        for metric in (
+            "instdisc_epoch",
+            "instdisc_loss",
+            "instdisc_knn_accuracy_ratio",
+            "instdisc_bank_knn_accuracy_ratio",
+        )
+        for each, values in zip(labels, ("0+1x9", "0+2x9"), strict=True)
+    }
+    asked = [
+        (filled(target["expr"], run="same"), "3m", list(zip(labels, (3, 6), strict=True)))
+        for panel in CURVES
+        for target in panel["targets"]
+    ]
+    check_expressions(tmp_path, series, asked)
+
+
+def check_expressions(
+    folder: Path, series: dict[str, str], asked: list[tuple[str, str, list[tuple[str, float]]]]
+) -> None:
+    """Let promtool check what expressions, at a time each, give for these series under the project's rules."""
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
             {
-                "interval": "1m",
-                "input_series": [{"series": name, "values": values} for name, values in series.items()],
-                "promql_expr_test": [
-                    {
-                        "expr": filled(charts[title]),
-                        "eval_time": "5m",
-                        "exp_samples": [{"labels": labels, "value": value}],
-                    }
-                    for title, (labels, value) in expected.items()
-                ],
+                "expr": expression,
+                "eval_time": moment,
+                "exp_samples": [{"labels": labels, "value": value} for labels, value in samples],
             }
+            for expression, moment, samples in asked
         ],
     }
-    file = tmp_path / "tests.yml"
-    file.write_text(yaml.safe_dump(tests))
+    file = folder / "tests.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "prometheus/rules.yml")], "tests": [test]}))
     promtool("test", "rules", str(file))
 
 
@@ -199,9 +224,6 @@ def has_data(live: tuple[Prometheus, float], expression: str) -> bool:
 def test_every_chart_has_data(live: tuple[Prometheus, float], panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         assert has_data(live, filled(target["expr"])), target["expr"]
-
-
-CURVES = [panel for panel in CHARTS if panel["type"] == "xychart"]
 
 
 @pytest.mark.parametrize("panel", CURVES, ids=[panel["title"] for panel in CURVES])
