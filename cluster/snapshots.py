@@ -297,7 +297,7 @@ def _reachable(url: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # every file system that fsspec opens has errors of its own
         raise SnapshotError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached, and the "
+            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached and the "
             "credentials for it"
         ) from error
 

@@ -83,7 +83,7 @@ class PlanConfig(Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one rank bears.
+    """The cost of one rank.
 
     Attributes:
         memory_bytes: Of the largest shard: the bank, and tables that the objective keeps beside it.
@@ -99,7 +99,7 @@ class Cost:
 
 
 def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
-    """What a rank of `world_size` bears with a bank of `num_instances` rows.
+    """The cost of a rank of `world_size` with a bank of `num_instances` rows.
 
     Raises:
         ValueError: Bank or batch cannot be cut over so many ranks.
@@ -166,7 +166,7 @@ def report(config: PlanConfig) -> str:
         lines += ["", f"* bank and tables take more than half of a rank's {config.memory_gigabytes:g} GB"]
     lines += [
         "",
-        "assumed, and not measured unless you set what you measured with benchmarks/objectives.py and scaling.py:",
+        "rates assumed, not measured; measure yours with benchmarks/objectives.py and scaling.py and set them:",
         f"  rows read one by one at {config.gather_bytes_per_second:.3g} bytes/s, products done at "
         f"{config.flops_per_second:.3g} operations/s",
         f"  a rank sends {config.link_bytes_per_second:.3g} bytes/s, each collective takes at least "

@@ -58,7 +58,7 @@ def tell_nearly_constant(names: list[str]) -> None:
     """Warn of the images `names`, if there are any."""
     if names:
         logger.warning(
-            "%d images are nearly constant, e.g. %s: look at one; what their files hold may be misunderstood",
+            "%d images are nearly constant, e.g. %s: look at one; their pixel format may have been misread",
             len(names),
             ", ".join(names[:_MOST_NAMED]),
         )

@@ -79,7 +79,7 @@ def open_loader(
         return _OneAhead(HostLoader(job), watch)
     if not has_dali:
         raise DataError(
-            "the DALI loader is asked for, but DALI is not installed: install the extra with "
+            "the DALI loader was requested but DALI is not installed: install the extra with "
             "`pip install 'instdisc[dali]'`, or set the loader's backend to host"
         )
     from pipelines.dali import DaliLoader  # not at the top: DALI is optional

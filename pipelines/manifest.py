@@ -115,7 +115,7 @@ class Manifest:
         return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
 
     def of_classes(self, names: Sequence[str]) -> Self:
-        """Return a manifest of the images of some classes, which are numbered anew in the order of `names`.
+        """Return a manifest of the images of some classes, renumbered in the order of `names`.
 
         Args:
             names: The classes; those that this manifest lacks have no images.

@@ -37,8 +37,8 @@ class DataConfig:
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
     verify: bool = False
-    """Decode every image before training and leave out the broken ones. Without it a broken image is found when its
-    turn comes, named, and given no weight."""
+    """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
+    first loaded, and has no weight in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class TrainingConfig(Ranged):
     epochs: Count = 200
     """Passes over the images."""
     batch_size: Count = 256
-    """Images per step over all workers; must be divisible by their number. Images that fill no whole batch at the end
-    of an epoch are left out of it; they are others in every epoch."""
+    """Images per step over all workers; must be divisible by their number. The incomplete last
+    batch of an epoch is dropped; which images it holds changes every epoch."""
     accumulation: Count = 1
-    """Parts that a worker's share of a batch is cut into, to save memory."""
+    """Gradient accumulation steps: parts that a worker's share of a batch is cut into, to save memory."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the network's arithmetic; auto is bfloat16 on GPUs and on CPUs with instructions for it."""
     compile: bool = False
@@ -69,7 +69,7 @@ class KnnMonitorConfig(Ranged):
     """Weighted kNN accuracy while training."""
 
     every: Annotated[int, Range(at_least=0)] = 10
-    """Epochs between two measurements; the last epoch is always measured. 0: at the end only."""
+    """Measure every so many epochs, and always after the last one. 0: only then."""
     k: Annotated[int, Range(at_least=1, usual="200")] = 200
     """k."""
     temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
@@ -130,12 +130,12 @@ class RunConfig:
             )
         if self.objective.within_batch and training.accumulation > 1:
             raise ValueError(
-                f"{self.objective.name} tells the images of a batch apart, which {training.accumulation} parts would "
-                "make smaller: leave --training.accumulation at 1"
+                f"{self.objective.name} compares the images of a batch with each other, and "
+                f"{training.accumulation} parts would make it smaller: leave --training.accumulation at 1"
             )
         if self.objective.within_batch and training.batch_size < 2:
             raise ValueError(
-                f"{self.objective.name} tells the images of a batch apart, of which there is 1: set "
+                f"{self.objective.name} compares the images of a batch with each other, and there is only 1: set "
                 "--training.batch-size to 2 or more, 128 is usual"
             )
 
