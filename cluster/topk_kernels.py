@@ -25,7 +25,6 @@ NO_ROW = np.uint64(2**64 - 1)
 _SLICE = 8 * BLOCK_ROWS  # rows whose scores are all kept at a time where ties make that necessary
 _SPARE = 8  # neighbors beyond k, so that rounding to equal scores at the end rarely costs a second search
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.uint64]
 
