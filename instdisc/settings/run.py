@@ -11,6 +11,7 @@ import tyro
 
 from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
+from instdisc.common.errors import ConfigError
 from instdisc.settings.model import BackboneConfig, BankConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
@@ -62,6 +63,21 @@ class TrainingConfig(Ranged):
     """Seed of weights, bank, order, augmentation and negatives."""
     log_every: Count = 10
     """Steps between lines of the metrics file."""
+
+    def local_batch(self, world_size: int) -> int:
+        """Images per rank and step.
+
+        Raises:
+            ConfigError: They are not a whole number, or cannot be cut into equal parts.
+        """
+        pieces = world_size * self.accumulation
+        if self.batch_size % pieces:
+            raise ConfigError(
+                f"a batch of {self.batch_size} images cannot be shared by {world_size} workers in {self.accumulation} "
+                f"part(s) each: make --training.batch-size a multiple of {pieces} or change --num-workers or "
+                "--training.accumulation"
+            )
+        return self.batch_size // world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +136,8 @@ class RunConfig:
         """
         training, workers = self.training, self.launch.num_workers
         # Otherwise the number of workers is known only when they have been found.
-        fixed = workers is not None and self.launch.min_workers is None
-        pieces = max(workers or 0, 1) * training.accumulation
-        if fixed and training.batch_size % pieces:
-            raise ValueError(
-                f"a batch of {training.batch_size} images cannot be shared by {max(workers or 0, 1)} workers in "
-                f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
-                "--num-workers or --training.accumulation"
-            )
+        if workers is not None and self.launch.min_workers is None:
+            training.local_batch(max(workers, 1))
         if self.objective.within_batch and training.accumulation > 1:
             raise ValueError(
                 f"{self.objective.name} compares the images of a batch with each other, and "
