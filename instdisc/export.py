@@ -1,4 +1,4 @@
-"""Take a trained network elsewhere: `python -m instdisc.export RUN --format torchvision|safetensors|onnx`."""
+"""Export a trained network: `python -m instdisc.export RUN --format torchvision|safetensors|onnx`."""
 
 from __future__ import annotations
 

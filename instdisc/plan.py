@@ -1,4 +1,4 @@
-"""What a run will need before machines are rented: `python -m instdisc.plan [--instances N …] [--world-size W …]`.
+"""Estimate what a run needs before renting machines: `python -m instdisc.plan [--instances N …] [--world-size W …]`.
 
 Memory and bytes follow from the sizes alone; times also from rates, which can be set.
 """
@@ -64,9 +64,9 @@ class PlanConfig(Ranged):
     """Floating-point operations of a rank's products of queries and rows. A guess for a data-centre GPU; two CPU cores
     reached 154e9."""
     link_bytes_per_second: Positive = 25e9
-    """What a rank can send to others; that of 200 Gbit/s by default."""
+    """What a rank can send to others; 200 Gbit/s by default."""
     collective_seconds: float = 30e-6
-    """What each of the collectives of a step costs at least."""
+    """The least that each collective of a step takes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

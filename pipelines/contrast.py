@@ -1,4 +1,4 @@
-"""Images that decode to next to no contrast: counted and named, as what their files hold may be misunderstood."""
+"""Nearly constant images: counted and named, as their pixel format may have been misread."""
 
 from __future__ import annotations
 

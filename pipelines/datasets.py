@@ -33,7 +33,7 @@ def resolve(
     Args:
         path_or_name: A path or pattern, returned as it is, or `name[:split[+split]]`, e.g. `cifar10`,
             `cifar10:test`, `stl10:train+unlabeled`; the split is `train` if none is given. The names are the
-            keys of `SPLITS`. A folder of such a name is meant by `./cifar10`.
+            keys of `SPLITS`. A folder of such a name is written `./cifar10`.
         root: Where data sets are kept. The one named is written there once, as `root/name/split.tar` with
             lossless PNGs, from the files that torchvision keeps in `root`; `sample` comes with this code.
         download: Whether torchvision may fetch what is missing.

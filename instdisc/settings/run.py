@@ -32,9 +32,9 @@ class DataConfig:
     are classified by the others (leave one out). A recipe's test images are only used with its training images."""
     classes: str | None = None
     """Train on images of these classes only: first-half, second-half, or a file that names one class per line; for
-    retrieval among classes that were not trained on. kNN accuracy is of these classes too."""
+    retrieval among classes that were not trained on. kNN accuracy is measured on these classes only."""
     root: Path = Path("data")
-    """Where data sets with a name are kept, in torchvision's own files or as the tar files made of them once."""
+    """Where named data sets are kept: torchvision's own files, and the tar files made from them."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
     verify: bool = False
@@ -58,7 +58,7 @@ class TrainingConfig(Ranged):
     compile: bool = False
     """Compile the network with torch.compile."""
     sync_batch_norm: bool = False
-    """Batch statistics over all workers; needs GPUs."""
+    """Compute batch statistics over all workers; needs GPUs."""
     seed: int = 0
     """Seed of weights, bank, order, augmentation and negatives."""
     log_every: Count = 10
@@ -104,7 +104,7 @@ class SnapshotConfig(Ranged):
     every_steps: Count = 1000
     """Steps between two snapshots; one more is taken at the end and when the run is asked to stop."""
     keep: Count = 2
-    """How many of the newest are kept."""
+    """How many of the newest snapshots to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
