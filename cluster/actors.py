@@ -66,7 +66,7 @@ def choose_actors(config: ActorsConfig) -> WorkerGroup:
         )
     raise ClusterError(
         f"waited {_LONGEST_WAIT_S} s for {group.num_workers} actors of {group.resources_per_worker}: "
-        "ask for less with --num-actors or --cpus-per-actor, or wait for the end of other jobs"
+        "ask for less with --num-actors or --cpus-per-actor, or wait until other jobs end"
     )
 
 
@@ -86,7 +86,7 @@ def share_out(
 
     Raises:
         ClusterError: The cluster has no room.
-        WorkerLostError: A process died again and again.
+        WorkerLostError: A process died repeatedly.
         Exception: What the function raised.
     """
     if config.num_actors == 0:
@@ -107,7 +107,7 @@ def get(references: Sequence[Any]) -> list[Any]:
     """What calls in other processes returned; errors as they were raised there.
 
     Raises:
-        WorkerLostError: A process died again and again.
+        WorkerLostError: A process died repeatedly.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError

@@ -66,7 +66,7 @@ def wait_for_room(
         if waited >= config.wait_s:
             raise ClusterError(
                 f"waited {waited:.0f} s for {group}; the cluster has {describe(nodes)}, free are {free}; ask "
-                "for less with --num-workers or --cpus-per-worker, wait longer with --wait-s or end other jobs"
+                "for less with --num-workers or --cpus-per-worker, wait longer with --wait-s or stop other jobs"
             )
         logger.warning("waiting for %s: free are %s (%.0f of %.0f s)", group, free, waited, config.wait_s)
 
@@ -75,7 +75,7 @@ def check_capacity(config: LaunchConfig) -> None:
     """Refuse a group that the cluster could not hold even if it were idle, unless the cluster adds nodes.
 
     Raises:
-        ClusterError: With what was asked for and what there is.
+        ClusterError: Names what was requested and what is available.
     """
     if config.autoscaling:
         return
@@ -91,7 +91,7 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
     group. A smaller group whose workers took what the others had left would have no room to grow again.
 
     Raises:
-        ClusterError: The nodes that will be added must be known to tell the share.
+        ClusterError: The share depends on nodes that have not been added yet.
     """
     group = choose_group(
         nodes,
@@ -121,7 +121,7 @@ def watching_for_room(
 ) -> Iterator[None]:
     """For the block, look for room for more workers than an elastic group has, and call `found(reason)` once.
 
-    An autoscaler is told how many workers are wanted, again and again: jobs overwrite each other's requests.
+    The request to an autoscaler is repeated, as jobs overwrite each other's requests.
     """
     ended = threading.Event()
     wanted = config.num_workers or 0

@@ -140,12 +140,7 @@ class Exchange:
 
         Collectives: one all-reduce; every rank must call.
         """
-        if self.world_size == 1:
-            return values
-        total = values.clone()
-        dist.all_reduce(total)
-        self._count_all_reduce(values)
-        return total
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     @_timed
     def log_sum_exp(self, values: Tensor) -> Tensor:
@@ -172,12 +167,7 @@ class Exchange:
 
         Collectives: one all-reduce; every rank must call.
         """
-        if self.world_size == 1:
-            return values
-        largest = values.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self._count_all_reduce(values)
-        return largest
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
     @_timed
     def barrier(self) -> None:
@@ -188,11 +178,16 @@ class Exchange:
         if self.world_size > 1:
             dist.barrier()
 
-    def _count_all_reduce(self, values: Tensor) -> None:
+    def _all_reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world_size == 1:
+            return values
+        reduced = values.clone()
+        dist.all_reduce(reduced, operation)
         # What a ring sends; backends that use a tree for small tensors send about as much.
         self.sent_bytes += (
             2 * values.numel() * values.element_size() * (self.world_size - 1) // self.world_size
         )
+        return reduced
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

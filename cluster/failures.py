@@ -16,7 +16,7 @@ from cluster.errors import ClusterError, SnapshotError, WorkerLostError
 logger = logging.getLogger(__name__)
 
 # What gloo and NCCL say on the remaining ranks when another one hangs or has died. Both raise RuntimeError or
-# a subclass of it for every kind of trouble, so only the words tell.
+# a subclass of it for every kind of trouble, so only the message distinguishes them.
 _TIMED_OUT = re.compile(
     r"timed out waiting \d+ ?ms|application timeout caused pair closure"
     r"|collective operation timeout|milliseconds before timing out",

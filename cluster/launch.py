@@ -100,7 +100,7 @@ def launch(
 def connected(config: LaunchConfig) -> Iterator[None]:
     """Be connected for the block to the cluster on which `launch` will run, unless it runs in this process.
 
-    Whoever has work to do before `launch`, and none to do in vain, learns here whether there is room for the workers.
+    Tells before expensive preparations whether there will be room for the workers.
 
     Raises:
         ClusterError: The cluster cannot be reached, or could not hold the workers even if it were idle.
@@ -138,7 +138,7 @@ def _run_until_done(
                 ) from error
             if restarts == config.max_restarts:
                 raise WorkerLostError(
-                    f"{error}; the next run resumes from the last snapshot; --max-restarts makes a run do so by itself"
+                    f"{error}; the next run resumes from the last snapshot; with --max-restarts it does so by itself"
                 ) from error
             restarts += 1
             logger.warning(

@@ -1,4 +1,4 @@
-"""What a process tells Prometheus: one table of all metrics, and the endpoint that serves them.
+"""Metrics of a process for Prometheus, and the endpoint that serves them.
 
 Every worker serves its own `/metrics`, the first of a node on the base port, the next ones above it, and writes a file
 into the run directory by which Prometheus finds it (`file_sd`). Nothing here stops training: a port that is taken or a
@@ -82,7 +82,7 @@ class Metrics:
     Recording costs about a microsecond and is done whether or not the values are served.
 
     Args:
-        table: The metrics that it may tell.
+        table: The metrics that it has.
         run: Name of the run, the same for its training and its evaluation, over all restarts.
         rank: This process among those of the run.
     """
@@ -184,7 +184,7 @@ class Endpoint:
                 self._served.wait_for(lambda: self._asked[1] > now, longest)
 
     def close(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
 

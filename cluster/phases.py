@@ -52,7 +52,7 @@ class Phases:
             self._enter(self._names[-1])
 
     def begin_step(self) -> None:
-        """Begin a step; what was timed since the end of the last one counts for none."""
+        """Begin a step; what was timed since the end of the last one is dropped."""
         self._marks = []
 
     def finish_step(self) -> list[dict[str, float]]:

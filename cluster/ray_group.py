@@ -130,7 +130,7 @@ class _Trainer(TorchTrainer):
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Replace those that get in the way.
+        """Leave out a callback that does harm here.
 
         The watch over the workers' reservation, which Ray frees with the job anyway, guesses which cluster is meant: on
         a machine that runs two, it dies with a traceback in the output of both; without a dashboard, it complains

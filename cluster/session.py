@@ -49,7 +49,7 @@ def ray_session() -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`) "
-            "and whether it wants RAY_AUTH_MODE=token, or do without Ray: --num-workers 0 (evaluation: --num-actors 0)"
+            "and whether it needs RAY_AUTH_MODE=token, or run without Ray: --num-workers 0 (evaluation: --num-actors 0)"
         ) from error
     try:
         with sigterm_as_interrupt():

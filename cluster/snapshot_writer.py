@@ -35,6 +35,7 @@ from cluster.snapshots import (
     checksum,
     committed_steps,
     is_chunk,
+    remove_step,
     seal,
     step_folder,
     steps,
@@ -311,12 +312,8 @@ class SnapshotWriter:
         """Remove all but the newest commits, and what interrupted writes left before this commit."""
         kept = {*committed_steps(self._storage)[-self._keep :], committed}
         for step in steps(self._storage):
-            folder = step_folder(step)
             if step < committed and step not in kept:
-                self._storage.remove(
-                    f"{folder}/{COMMIT}"
-                )  # first, so that the rest no longer counts as a snapshot
-                self._storage.remove(folder)
+                remove_step(self._storage, step)
 
     def _discard(self, folder: Storage) -> None:
         """Free the space of a failed attempt."""

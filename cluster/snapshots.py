@@ -35,18 +35,6 @@ from zarr.storage import WrapperStore
 from cluster.errors import SnapshotError
 from cluster.storage import Storage
 
-__all__ = [
-    "Snapshot",
-    "SnapshotError",
-    "SnapshotRows",
-    "committed_steps",
-    "newest_step",
-    "open_snapshot",
-    "owner_of",
-    "snapshot_steps",
-    "take_over",
-]
-
 SCHEMA_VERSION = 1
 COMMIT = "COMMIT.json"
 OWNER = "OWNER"
@@ -69,6 +57,12 @@ def steps(storage: Storage) -> list[int]:
 def committed_steps(storage: Storage) -> list[int]:
     """Return the steps of committed snapshots, in ascending order."""
     return [step for step in steps(storage) if storage.exists(f"{step_folder(step)}/{COMMIT}")]
+
+
+def remove_step(storage: Storage, step: int) -> None:
+    """Delete a step's folder; its commit first, so that the rest no longer counts as a snapshot."""
+    storage.remove(f"{step_folder(step)}/{COMMIT}")
+    storage.remove(step_folder(step))
 
 
 def checksum(name: str, data: memoryview) -> int:
@@ -282,10 +276,7 @@ def take_over(url: str | Path, owner: str) -> None:
         storage = Storage.at(url)
         storage.write(OWNER, owner.encode())
         for step in steps(storage):
-            storage.remove(
-                f"{step_folder(step)}/{COMMIT}"
-            )  # first, so that the rest no longer counts as a snapshot
-            storage.remove(step_folder(step))
+            remove_step(storage, step)
 
 
 @contextmanager
@@ -297,7 +288,7 @@ def _reachable(url: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # every file system that fsspec opens has errors of its own
         raise SnapshotError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached, and the "
+            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached and the "
             "credentials for it"
         ) from error
 

@@ -126,7 +126,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 class StopBoard:
     """Where a group of Ray workers finds out why it should stop: one key in the cluster's key-value store.
 
-    Picklable; whoever uses it must be connected to Ray.
+    Picklable; a process that uses it must be connected to Ray.
 
     Args:
         key: Different for every group that is started.

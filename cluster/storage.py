@@ -71,7 +71,7 @@ class Storage:
         self._sync_folders([path])
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder. Raises where that cannot be told, unlike fsspec's own."""
+        """Whether there is such a file or folder. Raises if that cannot be determined, unlike fsspec's own."""
         try:
             self._system.info(self._path(name))
         except FileNotFoundError:

@@ -128,7 +128,7 @@ def _load(source: RowSource, start: int, stop: int) -> Floats:
             rows = np.empty((stop - start, block.shape[1]), np.float32)
         rows[first - start : last - start] = block
     if rows is None:
-        raise ClusterError(f"the table has {source.num_rows} rows: there is nothing to search in")
+        raise ClusterError(f"the table has {source.num_rows} rows: nothing to search")
     return rows
 
 
@@ -138,7 +138,7 @@ class TopK:
     Args:
         source: The rows; fewer than 2³².
         config: Where the actors run. There are never more than blocks of `BLOCK_ROWS` rows.
-        metrics: Of the table `cluster.metrics.EVALUATION`, told of rows, actors and searches.
+        metrics: Records rows, actors and searches, under names that begin with `evaluation_`.
 
     Raises:
         ClusterError: The cluster has no room for the actors.
@@ -216,7 +216,7 @@ class TopK:
             k rows count, the rest is minus infinity at row -1.
 
         Raises:
-            WorkerLostError: An actor died again and again.
+            WorkerLostError: An actor died repeatedly.
             Exception: What reading the source raised.
         """
         queries = np.ascontiguousarray(queries, np.float32)
@@ -283,7 +283,7 @@ def read_rows(source: RowSource, config: ActorsConfig) -> npt.NDArray[Any]:
 
     Raises:
         ClusterError: The cluster has no room.
-        WorkerLostError: A process died again and again.
+        WorkerLostError: A process died repeatedly.
         Exception: What reading the source raised.
     """
     if config.num_actors == 0:

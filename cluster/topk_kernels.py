@@ -1,8 +1,8 @@
 """Exact top-k of inner products with the rows of one process: faiss on the CPU, torch on a GPU.
 
 A score depends on nothing but the query's place in its chunk and the row's place in its block of `BLOCK_ROWS`, since
-a matrix product rounds differently where its shape differs. Whoever cuts a table at multiples of `BLOCK_ROWS` gets the
-same bits from the parts as from the whole.
+a matrix product rounds differently where its shape differs. A table that is cut at multiples of
+`BLOCK_ROWS` gives the same bits as the whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ NO_ROW = np.uint64(2**64 - 1)
 _SLICE = 8 * BLOCK_ROWS  # rows whose scores are all kept at a time where ties make that necessary
 _SPARE = 8  # neighbors beyond k, so that rounding to equal scores at the end rarely costs a second search
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.uint64]
 
@@ -137,7 +136,7 @@ class FaissKernel(TopKKernel):
     by_chunk = True
 
     def __init__(self, rows: Floats, start: int, threads: int) -> None:
-        # It tells at length which instruction sets it was built for.
+        # It logs at length which instruction sets it was built for.
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)
         import faiss
 

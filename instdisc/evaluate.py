@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
         EvaluateConfig,
         arguments,
         program="instdisc.evaluate",
-        description=f"Measure what the embeddings of a run are worth. Protocols: {', '.join(PROTOCOL_NAMES)}.",
+        description=f"Evaluate the embeddings of a run. Protocols: {', '.join(PROTOCOL_NAMES)}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Take a trained network elsewhere: `python -m instdisc.export RUN --format torchvision|safetensors|onnx`."""
+"""Export a trained network: `python -m instdisc.export RUN --format torchvision|safetensors|onnx`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(arguments: Sequence[str]) -> None:
     config = command.read_options(
-        ExportConfig, arguments, program="instdisc.export", description="Take a trained network elsewhere."
+        ExportConfig, arguments, program="instdisc.export", description="Export a trained network."
     )
     from instdisc.runs.export import export  # takes seconds
 

@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> InspectConfig:
         InspectConfig,
         arguments,
         program="instdisc.inspect",
-        description="Print what a run or a snapshot holds.",
+        description="Show the contents of a run or a snapshot.",
     )
 
 

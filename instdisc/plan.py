@@ -1,4 +1,4 @@
-"""What a run will need before machines are rented: `python -m instdisc.plan [--instances N …] [--world-size W …]`.
+"""Estimate what a run needs before renting machines: `python -m instdisc.plan [--instances N …] [--world-size W …]`.
 
 Memory and bytes follow from the sizes alone; times also from rates, which can be set.
 """
@@ -64,9 +64,9 @@ class PlanConfig(Ranged):
     """Floating-point operations of a rank's products of queries and rows. A guess for a data-centre GPU; two CPU cores
     reached 154e9."""
     link_bytes_per_second: Positive = 25e9
-    """What a rank can send to others; that of 200 Gbit/s by default."""
+    """What a rank can send to others; 200 Gbit/s by default."""
     collective_seconds: float = 30e-6
-    """What each of the collectives of a step costs at least."""
+    """The least that each collective of a step takes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,7 @@ class PlanConfig(Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one rank bears.
+    """The cost of one rank.
 
     Attributes:
         memory_bytes: Of the largest shard: the bank, and tables that the objective keeps beside it.
@@ -99,7 +99,7 @@ class Cost:
 
 
 def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
-    """What a rank of `world_size` bears with a bank of `num_instances` rows.
+    """The cost of a rank of `world_size` with a bank of `num_instances` rows.
 
     Raises:
         ValueError: Bank or batch cannot be cut over so many ranks.
@@ -166,7 +166,7 @@ def report(config: PlanConfig) -> str:
         lines += ["", f"* bank and tables take more than half of a rank's {config.memory_gigabytes:g} GB"]
     lines += [
         "",
-        "assumed, and not measured unless you set what you measured with benchmarks/objectives.py and scaling.py:",
+        "rates assumed, not measured; measure yours with benchmarks/objectives.py and scaling.py and set them:",
         f"  rows read one by one at {config.gather_bytes_per_second:.3g} bytes/s, products done at "
         f"{config.flops_per_second:.3g} operations/s",
         f"  a rank sends {config.link_bytes_per_second:.3g} bytes/s, each collective takes at least "

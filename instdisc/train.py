@@ -20,7 +20,7 @@ _USUAL_OPTIONS = {
     "--data.path IMAGES": "a folder, tar files, a list of paths, or the name of a data set",
     "--data.test-path IMAGES": "labelled images to measure the accuracy on",
     "--run-dir PATH": "where the run is kept; the same command resumes it",
-    "--num-workers N": "processes; 0 trains in this one, without Ray",
+    "--num-workers N": "processes; 0 trains in this process, without Ray",
     "--training.epochs N": "passes over the images",
     "--training.batch-size N": "images per step, over all workers",
     "--training.seed N": "of weights, order, augmentation and negatives",
@@ -29,7 +29,7 @@ _USUAL_OPTIONS = {
     "--backbone.embedding-dim D": "entries of an embedding",
     "--augmentation.image-size PIXELS": "the side of the square that the network sees",
     "--objective.temperature T": "divides similarities; 0.07 to 0.2 are usual",
-    "--knn.every EPOCHS": "between two measurements of the accuracy",
+    "--knn.every EPOCHS": "epochs between measurements of the accuracy",
     "--overwrite": "replace an earlier run in the run directory",
 }
 
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         config = _parsed(name, base, arguments[1:])
     url = config.snapshots.url
     if url is not None and "://" not in url:
-        # Workers, and whoever evaluates the run, may have another working directory.
+        # Workers and later evaluations may have another working directory.
         snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
         config = dataclasses.replace(config, snapshots=snapshots)
     if config.data.path != base.data.path and config.data.test_path == base.data.test_path:

@@ -1,4 +1,4 @@
-"""What a loader gets and what it gives: the vocabulary both loaders share."""
+"""What both loaders take and return."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Loader(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderJob:
-    """All that determines the batches, and how hard to work on them."""
+    """What determines the batches and how they are produced."""
 
     manifest: Manifest
     """Where the images are."""

@@ -51,9 +51,9 @@ def jpeg_later_segments(data: bytes, scan: int) -> list[tuple[int, int, int]] | 
         scan: Where the first scan's pixels begin.
 
     Returns:
-        (marker, start, stop) of each segment, None if a marker cannot stand where it stands, or there is no end.
-        libjpeg goes on after many such markers and gives up at others, and who decodes a part of the image alone may
-        not come to see them.
+        (marker, start, stop) of each segment, None if a marker is out of place or there is no end. libjpeg
+        continues after many such markers and gives up at others, and a decoder of a part of the image may never
+        reach them.
     """
     content = np.frombuffer(data, np.uint8)
     positions = scan + np.flatnonzero(content[scan:-1] == 0xFF)

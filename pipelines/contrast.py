@@ -1,4 +1,4 @@
-"""Images that decode to next to no contrast: counted and named, as what their files hold may be misunderstood."""
+"""Nearly constant images: counted and named, as their pixel format may have been misread."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tell_nearly_constant(names: list[str]) -> None:
     """Warn of the images `names`, if there are any."""
     if names:
         logger.warning(
-            "%d images are nearly constant, e.g. %s: look at one; what their files hold may be misunderstood",
+            "%d images are nearly constant, e.g. %s: look at one; their pixel format may have been misread",
             len(names),
             ", ".join(names[:_MOST_NAMED]),
         )

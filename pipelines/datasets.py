@@ -4,11 +4,9 @@ import gzip
 import io
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
 
@@ -16,6 +14,7 @@ from pipelines.errors import DataError, naming_the_cause
 from pipelines.scan import progress_bar
 from pipelines.tars import CLASS_NAMES
 from pipelines.webdataset import Sample, write_samples
+from pipelines.whole import written_whole
 
 SPLITS = {
     "sample": ("train", "test"),
@@ -34,7 +33,7 @@ def resolve(
     Args:
         path_or_name: A path or pattern, returned as it is, or `name[:split[+split]]`, e.g. `cifar10`,
             `cifar10:test`, `stl10:train+unlabeled`; the split is `train` if none is given. The names are the
-            keys of `SPLITS`. A folder of such a name is meant by `./cifar10`.
+            keys of `SPLITS`. A folder of such a name is written `./cifar10`.
         root: Where data sets are kept. The one named is written there once, as `root/name/split.tar` with
             lossless PNGs, from the files that torchvision keeps in `root`; `sample` comes with this code.
         download: Whether torchvision may fetch what is missing.
@@ -75,19 +74,19 @@ def _unpack_sample(folder: Path, split: str) -> None:
     packed = _BUNDLED / f"sample-{split}.tar.gz"
     if not packed.exists():
         raise DataError(f"no {packed}: the sample comes with the repository, not with an installed package")
-    with _written_whole(folder / CLASS_NAMES) as file:
+    with written_whole(folder / CLASS_NAMES) as file:
         file.write((_BUNDLED / CLASS_NAMES).read_bytes())
-    with gzip.open(packed) as stream, _written_whole(folder / f"{split}.tar") as file:
+    with gzip.open(packed) as stream, written_whole(folder / f"{split}.tar") as file:
         shutil.copyfileobj(stream, file)
 
 
 def _convert(name: str, split: str, folder: Path, download: bool, show_progress: bool) -> None:
     dataset = _open(name, split, folder.parent, download)
-    with _written_whole(folder / CLASS_NAMES) as file:
+    with written_whole(folder / CLASS_NAMES) as file:
         file.write("".join(f"{class_name}\n" for class_name in dataset.classes).encode())
     with (
         progress_bar(show_progress, len(dataset), " images") as bar,
-        _written_whole(folder / f"{split}.tar") as file,
+        written_whole(folder / f"{split}.tar") as file,
     ):
         write_samples(file, _samples(dataset, bar))
 
@@ -120,15 +119,3 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it is complete; several processes may write the same one."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

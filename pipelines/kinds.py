@@ -56,7 +56,7 @@ def _heic_formats() -> tuple[str]:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
-        raise ExtraMissing("HEIC needs the extra of that name: pip install 'instdisc[heic]'") from error
+        raise ExtraMissing("HEIC needs an extra: pip install 'instdisc[heic]'") from error
     return ("HEIF",)
 
 

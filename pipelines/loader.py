@@ -1,4 +1,4 @@
-"""The door to the loaders: one function, two implementations, the same batches."""
+"""The entry to both loaders: one function, two implementations, the same batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_loader(
         of the images it loaded that are nearly constant.
 
     Raises:
-        DataError: If DALI is asked for and not installed.
+        DataError: If DALI is requested and not installed.
         ValueError: If `views` does not fit.
     """
     if views < 1 or (views > 1 and not training):
@@ -79,7 +79,7 @@ def open_loader(
         return _OneAhead(HostLoader(job), watch)
     if not has_dali:
         raise DataError(
-            "the DALI loader is asked for, but DALI is not installed: install the extra with "
+            "the DALI loader was requested but DALI is not installed: install the extra with "
             "`pip install 'instdisc[dali]'`, or set the loader's backend to host"
         )
     from pipelines.dali import DaliLoader  # not at the top: DALI is optional

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipelines.errors import DataError
 from pipelines.strings import StringTable
+from pipelines.whole import written_whole
 
 SCHEMA = 2
 _NOT_TURNED = 1  # the schema of manifests with sizes as stored
-_META = "meta.json"
+_META, _ROWS, _SOURCES = "meta.json", "manifest.arrow", "sources.arrow"
 # Little-endian everywhere, so that saved files and fingerprints mean the same on every machine.
 _COLUMNS = {
     "source_index": np.dtype("<i8"),
@@ -115,7 +117,7 @@ class Manifest:
         return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
 
     def of_classes(self, names: Sequence[str]) -> Self:
-        """Return a manifest of the images of some classes, which are numbered anew in the order of `names`.
+        """Return a manifest of the images of some classes, renumbered in the order of `names`.
 
         Args:
             names: The classes; those that this manifest lacks have no images.
@@ -148,16 +150,18 @@ class Manifest:
     def save(self, directory: Path | str) -> None:
         """Write the manifest into `directory` (made if missing, replaced if it holds one).
 
-        `meta.json` is written last: a directory without it is not a manifest.
+        `manifest.arrow` has a row per image, and `sources.arrow` one per source, in Arrow's file format (Feather);
+        names are bytes. `meta.json` is written last: a directory without it is not a manifest.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _META).unlink(missing_ok=True)
-        for name, array in self._arrays().items():
-            # A memory-mapped manifest may be saved over its own files: write aside, then rename.
-            with (directory / f"{name}.npy.tmp").open("wb") as file:
-                np.save(file, array)
-            (directory / f"{name}.npy.tmp").replace(directory / f"{name}.npy")
+        columns = {name.removesuffix("s"): getattr(self, name) for name in _COLUMNS}
+        rows = pa.record_batch({"key": self.keys.to_arrow(), **columns})
+        for name, batch in ((_SOURCES, pa.record_batch({"source": self.sources.to_arrow()})), (_ROWS, rows)):
+            # A memory-mapped manifest may be saved over its own files, which stay until they are replaced.
+            with written_whole(directory / name) as file, pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
         self._save_meta(directory)
 
     def save_root(self, directory: Path | str) -> None:
@@ -174,8 +178,8 @@ class Manifest:
             "class_names": self.class_names,
             "rejected": self.rejected,
         }
-        (directory / f"{_META}.tmp").write_text(json.dumps(meta, indent=1))
-        (directory / f"{_META}.tmp").replace(directory / _META)
+        with written_whole(directory / _META) as file:
+            file.write(json.dumps(meta, indent=1).encode())
 
     @classmethod
     def load(cls, directory: Path | str, root: Path | str | None = None) -> Self:
@@ -193,11 +197,8 @@ class Manifest:
             meta = json.loads((directory / _META).read_text())
             if meta["schema"] not in (_NOT_TURNED, SCHEMA):
                 raise DataError(f"schema {meta['schema']}, expected {_NOT_TURNED} or {SCHEMA}")
-            fields: dict[str, Any] = {name: _load(directory, name) for name in _COLUMNS}
-            for name in _TABLES:
-                fields[name] = StringTable(
-                    _load(directory, f"{name}.blob"), _load(directory, f"{name}.bounds")
-                )
+            is_arrow = (directory / _SOURCES).exists()
+            fields = _from_arrow(directory) if is_arrow else _from_numpy(directory)
             return cls(
                 root=Path(meta["root"] if root is None else root),
                 class_names=tuple(meta["class_names"]),
@@ -216,6 +217,24 @@ class Manifest:
         return arrays
 
 
-def _load(directory: Path, name: str) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r")
-    return array.view(np.ndarray)
+def _from_arrow(directory: Path) -> dict[str, Any]:
+    rows, sources = (
+        pa.ipc.open_file(pa.memory_map(str(directory / name))).get_batch(0) for name in (_ROWS, _SOURCES)
+    )
+    columns = {name: rows[name.removesuffix("s")].to_numpy() for name in _COLUMNS}
+    return {
+        **columns,
+        "keys": StringTable.of_arrow(rows["key"]),
+        "sources": StringTable.of_arrow(sources["source"]),
+    }
+
+
+def _from_numpy(directory: Path) -> dict[str, Any]:
+    """Open a manifest of version 0.1.0, which kept every array in a file of its own."""
+
+    def load(name: str) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = np.load(directory / f"{name}.npy", mmap_mode="r")
+        return array.view(np.ndarray)
+
+    tables = {name: StringTable(load(f"{name}.blob"), load(f"{name}.bounds")) for name in _TABLES}
+    return {**{name: load(name) for name in _COLUMNS}, **tables}

@@ -108,8 +108,8 @@ class Order:
 
         Args:
             epoch: Epoch of the first batch.
-            step: Its step within the epoch; `steps_per_epoch` means the start of the next epoch, which is
-                where a run stands that was saved at the end of one.
+            step: Its step within the epoch; `steps_per_epoch` means the start of the next epoch, where
+                a run resumes that was saved at the end of one.
             num_epochs: The stream ends before this epoch (a total, not counted from `epoch`); endless if
                 None.
 

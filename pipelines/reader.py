@@ -79,7 +79,7 @@ class ImageReader:
         )
 
     def close(self) -> None:
-        """Close all files, once nobody reads any more."""
+        """Close all files, once nothing reads from them."""
         self._open.cache_clear()
 
     def _finding(self, path: Path, error: OSError) -> CorruptImage | DataError:
@@ -97,7 +97,7 @@ class ImageReader:
 
 
 class _Source:
-    """A file that is open as long as somebody refers to it."""
+    """A file that stays open as long as something refers to it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

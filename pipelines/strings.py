@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 # File names that are not UTF-8 survive the round trip, as in os.fsencode.
 _ERRORS = "surrogateescape"
@@ -30,6 +31,17 @@ class StringTable:
         bounds = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(text) for text in encoded], out=bounds[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), bounds)
+
+    @classmethod
+    def of_arrow(cls, array: pa.LargeBinaryArray) -> Self:
+        """Build the table of an Arrow array that begins with its buffers and has no nulls; shares its memory."""
+        _, bounds, blob = array.buffers()
+        return cls(np.frombuffer(blob or b"", np.uint8), np.frombuffer(bounds, np.int64, len(array) + 1))
+
+    def to_arrow(self) -> pa.LargeBinaryArray:
+        """Return the strings as bytes of UTF-8, or of another encoding where a file name is; shares the memory."""
+        buffers = [None, pa.py_buffer(self.bounds), pa.py_buffer(self.blob)]
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self), buffers)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

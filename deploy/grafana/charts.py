@@ -115,7 +115,7 @@ ROWS = {
             "kNN accuracy by epoch",
             [
                 EPOCH,
-                (of_run("knn_accuracy_ratio")[0], "embeddings computed anew"),
+                (of_run("knn_accuracy_ratio")[0], "recomputed embeddings"),
                 (of_run("bank_knn_accuracy_ratio")[0], "bank"),
             ],
             "percentunit",

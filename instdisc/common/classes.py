@@ -46,7 +46,7 @@ def labels_among(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
     """
     labels = np.asarray(test.labels, dtype=np.int64)
     if not (labels >= 0).any():
-        raise ConfigError("no test image has a label: leave --data.test-path out or name labelled images")
+        raise ConfigError("no test image has a label: omit --data.test-path or name labelled images")
     numbers, _ = match_classes(test.class_names, train.class_names)
     return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
 
@@ -76,6 +76,6 @@ def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
     chosen = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     unknown = sorted(set(chosen) - set(class_names))
     if unknown or not chosen:
-        wrong = f"names {unknown[0]!r}, which is no class of the images" if unknown else "names no class"
+        wrong = f"names {unknown[0]!r}, which is not a class of the images" if unknown else "names no class"
         raise ConfigError(f"{which} {wrong}: {', '.join(class_names[:5])}, …")
     return chosen

@@ -31,7 +31,7 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (ClusterError, 1),
     (OSError, 1),
 )
-"""The first class that an error is of decides: 2 for what the user can put right, 1 for the cluster or a disk."""
+"""Exit status by class of error, the first match counts: 2 for what the user can fix, 1 for the cluster or a disk."""
 
 
 class _JoinedHelp:
@@ -111,7 +111,7 @@ def run(
         level: From which level on log messages are shown on standard error.
 
     Returns:
-        0; 2 after an error that the user can put right, 1 after one of the cluster or of a disk, or when the reader of
+        0; 2 after an error that the user can fix, 1 after one of the cluster or of a disk, or when the reader of
         the output closed it; 130 after Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a user can put right; shown without a traceback."""
+"""What a user can fix; shown without a traceback."""
 
 from __future__ import annotations
 

@@ -21,14 +21,14 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
             length = file.tell()
             file.write(json.dumps(values).encode() + b"\n")
     except OSError as error:
-        logger.warning("a line of %s is lost: %s", path, error)
+        logger.warning("a line could not be added to %s: %s", path, error)
         with suppress(OSError):
             if length is not None:
                 os.truncate(path, length)  # else the next line would continue the half of this one
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file but such as were cut short; none if there is no file."""
+    """All complete lines of a JSON-lines file; none if there is no file."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""The tables of all that training and evaluation tell Prometheus."""
+"""All metrics that training and evaluation export to Prometheus."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ TRAINING = MetricTable(
         ),
         Metric("images_total", "counter", "Images trained on."),
         Metric("exchange_bytes_total", "counter", "Bytes sent to other ranks, without DDP's gradients."),
-        Metric("corrupt_images_total", "counter", "Different images that could not be decoded."),
+        Metric("corrupt_images_total", "counter", "Distinct images that could not be decoded."),
         Metric(
             "restarts_total",
             "counter",
-            "Of the run, from rank 0: times that the group was started again after a loss, since the command was.",
+            "Of the run, from rank 0: restarts after a lost worker or node, since the command was started.",
         ),
         Metric("snapshot_failures_total", "counter", "Snapshots that could not be written or committed."),
         Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
-        Metric("learning_rate", "gauge", "Of the run: rate of the last step."),
+        Metric("learning_rate", "gauge", "Of the run: learning rate of the last step."),
         Metric("gradient_norm", "gauge", "Of the run: L2 norm of the last step's gradient."),
-        Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before they are made unit."),
+        Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before normalisation."),
         Metric("positive_similarity", "gauge", "Of the run: mean cosine of an embedding and its own row."),
         Metric("negative_similarity", "gauge", "Of the run: mean cosine of an embedding and other rows."),
         Metric("log_partition", "gauge", "Of the run: logarithm of the normalising constant Z."),
-        Metric("knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN, embeddings computed anew."),
         Metric(
-            "bank_knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN by the bank as it stands."
+            "knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN with recomputed embeddings."
         ),
+        Metric("bank_knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN with the stored bank."),
         Metric("bank_rows", "gauge", "Rows of the bank that this rank owns."),
         Metric("bank_bytes", "gauge", "Memory of those rows."),
         Metric(
             "bank_element_bytes", "gauge", "Bytes of one number of the bank: 4 is float32, 2 half precision."
         ),
-        Metric("epoch", "gauge", "Of the run: epochs done, with fraction."),
-        Metric("epochs", "gauge", "Of the run: epochs to do in all."),
+        Metric("epoch", "gauge", "Of the run: epochs completed, with fraction."),
+        Metric("epochs", "gauge", "Of the run: epochs in total."),
         Metric("world_size", "gauge", "Of the run: ranks in the group."),
         Metric(
             "stopping",
@@ -82,7 +82,7 @@ EVALUATION = MetricTable(
         Metric(
             "evaluation_search_seconds", "histogram", "Answering one block of queries by all shards of rows."
         ),
-        Metric("evaluation_actor_restarts_total", "counter", "Actors that were lost and started again."),
+        Metric("evaluation_actor_restarts_total", "counter", "Restarts of actors after a loss."),
         Metric("evaluation_actors", "gauge", "Actors that hold rows."),
         Metric("evaluation_rows", "gauge", "Rows that are searched."),
         Metric("evaluation_knn_top1_ratio", "gauge", "Top-1 accuracy of weighted kNN."),

@@ -67,7 +67,7 @@ class Evaluation:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """What this job tells Prometheus, under the name of the run."""
+        """This job's metrics for Prometheus, under the name of the run."""
         name = (
             self.source.run.path.name
             if self.source.has_run

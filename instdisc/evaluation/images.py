@@ -120,7 +120,7 @@ def open_images(paths: Sequence[Path], *, upright: bool) -> Manifest:
             raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
     if manifest.rejected:
         name, reason = manifest.rejected[0]
-        raise DataError(f"{name} is no image that can be used: {reason}")
+        raise DataError(f"{name} is not a usable image: {reason}")
     return manifest
 
 

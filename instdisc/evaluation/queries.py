@@ -69,7 +69,7 @@ class LabelledQueries:
         """
         if self.kind != "test-set" or self.manifest is None:
             raise ConfigError(
-                f"{protocol} is tested on labelled images that were not trained on, the queries are of kind "
+                f"{protocol} is tested on labelled images that were not trained on, but the queries are of kind "
                 f"{self.kind}: name test images with --queries.path"
             )
         return self.manifest.select(self.rows)
@@ -208,17 +208,15 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> Labelled
         )
     if vectors.shape[1] != source.embedding_dim:
         raise ConfigError(
-            f"{path} has {vectors.shape[1]} dimensions and the bank {source.embedding_dim}: they are not "
-            "embeddings of one network"
+            f"{path} has {vectors.shape[1]} dimensions and the bank {source.embedding_dim}: they are "
+            "from different networks"
         )
     try:
         labels, embeddings = classes.read(0, len(classes)), vectors.read(0, len(vectors))
     except ClusterError as error:
         raise ConfigError(f"--queries: {error}") from error
     if labels.dtype.kind not in "iu":
-        raise ConfigError(
-            f"{labels_path} holds {labels.dtype}, expected whole numbers: the bank's class numbers"
-        )
+        raise ConfigError(f"{labels_path} holds {labels.dtype}, expected integers: the bank's class numbers")
     labels = labels.astype(np.int64)
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):

@@ -37,7 +37,7 @@ class Source:
         """The run directory; raises ConfigError where only a snapshot is at hand."""
         if self._run is None:
             raise ConfigError(
-                f"{self.name} is a snapshot outside of its run: this needs the run's list of images, so give "
+                f"{self.name} is a snapshot outside its run, and this needs the run's list of images: give "
                 "the run directory"
             )
         return self._run

@@ -57,7 +57,7 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         "effective_rank": effective_rank(embeddings),
     }
     return {
-        # Text, lest a distance below 1 be taken for a share.
+        # As text, since numbers below 1 are printed as shares.
         "summary": {
             **{name.replace("_", " "): f"{value:.3f}" for name, value in values.items()},
             **{f"mean cosine, {name}": f"{each.mean:.3f}" for name, each in pairs.items()},

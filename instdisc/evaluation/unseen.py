@@ -48,7 +48,7 @@ def run(evaluation: Evaluation, config: UnseenConfig) -> dict[str, Any]:
     if len(np.unique(labels)) < 2:
         raise ConfigError(
             f"{manifest.root} has images of {len(np.unique(labels))} of the {len(held_out)} classes to retrieve among, "
-            "two or more are needed"
+            "expected two or more"
         )
     seen = [name for name in held_out if name in present]
     if seen:
@@ -81,7 +81,7 @@ def _held_out(manifest: Manifest, config: UnseenConfig, trained: set[str]) -> li
     if len(held_out) < 2:
         raise ConfigError(
             f"{len(held_out)} of the {len(manifest.class_names)} classes of {manifest.root} are left to retrieve "
-            f"among, two or more are needed: {remedy}"
+            f"among, expected two or more: {remedy}"
         )
     return held_out
 

@@ -56,7 +56,7 @@ def check_memory(
         copies: Float32 tables of the same shape that the objective keeps beside the bank.
 
     Raises:
-        ConfigError: With what is needed and what there is.
+        ConfigError: Names what is needed and what is free.
     """
     try:
         probe = torch.ones(1, 1, dtype=dtype, device=device)

@@ -119,7 +119,7 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
 
 
 def build_objective(config: ObjectiveConfig, num_instances: int, bank: Bank) -> Objective:

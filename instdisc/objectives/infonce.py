@@ -2,7 +2,7 @@
 
     P(i|f) = exp(v_i·f/τ) / (exp(v_i·f/τ) + Σ_k exp(v_{j_k}·f/τ)),   J = -log P(i|f_i) + λ ‖f_i - v_i‖²
 
-The m rows are drawn uniformly, for every query anew or once for the whole batch. A drawn row that is the positive
+The m rows are drawn uniformly, separately for every query or once for the whole batch. A drawn row that is the positive
 itself takes no part as a negative.
 """
 
@@ -61,11 +61,11 @@ class InfoNCE(Objective):
     def draw(self, queries: BatchQueries, bank: Bank, generator: torch.Generator) -> tuple[Tensor, float]:
         """Draw this shard's share of the negatives.
 
-        Shared ones stand for all rows that are of no image of the batch, of which this shard has its part.
+        Shared ones represent all rows of images outside the batch; this shard draws in proportion to its own.
 
         Returns:
             Positions in this shard, int64 (K,) if they are shared, else int64 (G, K); and how often each draw counts.
-            There is none where all rows of the shard are of the batch.
+            Empty where all rows of the shard belong to images of the batch.
 
         Raises:
             ConfigError: Shared negatives, and no image outside of the batch. Raised on all ranks.
@@ -77,8 +77,8 @@ class InfoNCE(Objective):
         others = self.num_instances - len(ids_G[ids_G >= 0].unique())  # type: ignore[no-untyped-call]
         if others == 0:
             raise ConfigError(
-                f"the batch holds all {self.num_instances} images, so none is left to tell them apart from: lower "
-                "--training.batch-size, or give every image negatives of its own with --objective.no-shared-negatives"
+                f"the batch holds all {self.num_instances} images, which leaves no negatives: lower "
+                "--training.batch-size, or draw negatives for each image with --objective.no-shared-negatives"
             )
         positions_G, owned_G = bank.local(ids_G)
         taken_T = positions_G[owned_G].unique()  # type: ignore[no-untyped-call]

@@ -223,7 +223,7 @@ def gpu_kernel() -> Callable[..., Tensor] | None:
         build_driver()
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "negatives are gathered by PyTorch, which takes longer, as Triton does not work (%s): "
+            "negatives are gathered by PyTorch, which is slower, as Triton does not work (%s): "
             "it needs the package triton, a C compiler and the header files of Python",
             error,
         )

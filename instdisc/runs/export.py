@@ -55,7 +55,7 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
     name = facts["backbone"]
     if name in CIFAR_RESNETS:
         raise ConfigError(
-            f"{name} is no torchvision network: use --format safetensors or onnx, or train one, say resnet18"
+            f"{name} is not a torchvision network: use --format safetensors or onnx, or train one, such as resnet18"
         )
     head = list(network.backbone.named_modules())[-1][0]
     weights = {
@@ -124,7 +124,7 @@ def export_onnx(network: Embedder, facts: dict[str, Any], path: Path) -> str:
         import onnxscript  # noqa: F401  torch needs it
     except ImportError as error:
         raise ConfigError(
-            f"ONNX needs a package that is not here ({error}): pip install 'instdisc[onnx]'"
+            f"ONNX export needs a package that is not installed ({error}): pip install 'instdisc[onnx]'"
         ) from error
     size = facts["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -50,7 +50,7 @@ class RunDirectory:
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
     metrics.jsonl         a line every few steps and for every measurement
-    corrupt_images.jsonl  images left out or skipped, with the reason; an image may stand there more than once
+    corrupt_images.jsonl  images left out or skipped, with the reason; an image may be listed more than once
     snapshots/            embeddings, labels and keys of all rows, the network, and all that training resumes from;
                           elsewhere if --snapshots.url says so
     summary.json          the results, written last
@@ -58,7 +58,7 @@ class RunDirectory:
     .ray/, .lock          Ray Train's own state; held while a run is under way
     ```
 
-    A new run is prepared in `.next/` and takes the place of an earlier one only when its workers stand ready, so that
+    A new run is prepared in `.next/` and replaces an earlier one only when its workers are ready, so that
     no mistake in its settings costs what was there.
 
     Args:
@@ -107,14 +107,14 @@ class RunDirectory:
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # the latter as NFS may say it
                     raise ConfigError(
-                        f"another run is writing to {self.path}: wait for its end or choose another --run-dir"
+                        f"another run is writing to {self.path}: wait for it to end or choose another --run-dir"
                     ) from error
                 if error.errno not in _NO_LOCKS:
                     raise ConfigError(
                         f"cannot lock {file.name} ({error}): fix this or choose another --run-dir"
                     ) from error
                 logger.warning(
-                    "the file system of %s has no locks (%s): a second run in it would not be noticed, start none",
+                    "the file system of %s has no locks (%s): a second run in it would not be noticed, so start none",
                     *(self.path, error),
                 )
             yield
@@ -123,7 +123,7 @@ class RunDirectory:
         """Whether there is a run to resume.
 
         Raises:
-            ConfigError: Files with the names of a run's are in the way.
+            ConfigError: Files with the names of a run's exist already.
         """
         present = [owned for owned in self._owned() if owned.exists()]
         if present and not self.config.exists():
@@ -161,7 +161,7 @@ class RunDirectory:
                 raise ConfigError(f"the run in {self.path} is damaged ({error}): {remedy}") from error
             if not images.upright:
                 logger.warning(
-                    "the run in %s was begun by a version that did not turn images as their EXIF orientation says; "
+                    "the run in %s was started by a version that did not apply the EXIF orientation of images; "
                     "it resumes without turning the %simages",
                     *(self.path, name),
                 )
@@ -350,7 +350,7 @@ def load_network(snapshot: Snapshot) -> Embedder:
 
 
 def _step_of(line: str, steps_per_epoch: int) -> float:
-    """The step that a line of the metrics file tells of; what is of no step belongs to the start."""
+    """The step of a line of the metrics file; a line without one belongs to the start."""
     try:
         row = json.loads(line)
     except ValueError:  # cut short by the end of the process that wrote it

@@ -27,7 +27,7 @@ class QueryConfig:
     labels: str | None = None
     """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
     root: Path = Path("data")
-    """Where data sets with a name are kept."""
+    """Where named data sets are kept."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
 
@@ -37,7 +37,7 @@ class EvaluationConfig:
     """What is evaluated, on what, and where."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
-    """A run directory, a folder of snapshots or one snapshot, here or at a URL."""
+    """A run directory, a folder of snapshots or one snapshot, local or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
     """Compare with recomputed embeddings of the training images instead of those stored while training."""
@@ -74,7 +74,7 @@ class LinearConfig(Ranged):
     iterations: Count = 100
     """The most iterations of L-BFGS per λ."""
     seed: int = 0
-    """Of the held-out choice."""
+    """Seed of the held-out choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class FinetuneConfig(Ranged):
     """Fine-tuning with few labels; SGD with momentum 0.9 and a half cosine, the same for every fraction."""
 
     fractions: Annotated[tuple[float, ...], Range(above=0, at_most=1)] = (0.01, 0.02, 0.04, 0.1, 0.2)
-    """Shares of each class's labels, at least one image; a smaller one's images are among a larger one's."""
+    """Shares of each class's labels, at least one image; smaller subsets are contained in larger ones."""
     epochs: Count = 30
     """Passes over the labelled images."""
     batch_size: Annotated[int, Range(at_least=2)] = 64
@@ -92,9 +92,9 @@ class FinetuneConfig(Ranged):
     rate: Positive = 0.05
     """The highest learning rate."""
     weight_decay: Amount = 5e-4
-    """0 or above."""
+    """Weight decay, 0 or above."""
     seed: int = 0
-    """Of the choice of labels, the new weights, the order and the views."""
+    """Seed of the choice of labels, the new weights, the order and the views."""
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -114,9 +114,9 @@ class UnseenConfig(Ranged):
     ranks: Annotated[tuple[int, ...], Range(at_least=1)] = (1, 2, 4, 8, 10, 100)
     """K of Recall@K."""
     clusterings: Count = 10
-    """Starts of k-means, the best of which counts."""
+    """Runs of k-means from different starts; the best one counts."""
     seed: int = 0
-    """Of k-means."""
+    """Seed of k-means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class StatisticsConfig(Ranged):
     bins: Annotated[int, Range(at_least=2)] = 100
     """Intervals of the histograms."""
     seed: int = 0
-    """Of the random views."""
+    """Seed of the random views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class PageConfig(Ranged):
     """The page, made of the results of all protocols that lie in the output directory."""
 
     examples: Count = 8
-    """Queries in the gallery of the best, and in that of the worst."""
+    """Queries shown in the gallery of the best, and in that of the worst."""
     neighbors: Count = 10
     """Nearest rows shown for each."""
     thumbnail: Count = 128
@@ -147,7 +147,7 @@ class PageConfig(Ranged):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to measure, of what."""
+    """What to evaluate, and how."""
 
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
     protocols: str = "knn"
@@ -182,7 +182,7 @@ class SearchConfig(Ranged):
     """What is searched for, and where."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
-    """A run directory, or a snapshot, here or at a URL."""
+    """A run directory or a snapshot, local or at a URL."""
     images: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
@@ -191,7 +191,7 @@ class SearchConfig(Ranged):
     k: Count = 10
     """Nearest rows for each image."""
     output: Path = Path("search.png")
-    """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
+    """The drawing: a line for each image, with its nearest rows to the right."""
     num_actors: Annotated[int, Range(at_least=0)] = 0
     """Ray actors that share the bank; 0 searches it in this process."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -1,4 +1,4 @@
-"""Settings of the objectives, and what the settings alone tell of one."""
+"""Settings of the objectives, and what follows from the settings alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Ranged):
-    """What every objective's settings tell, to the trainer and also where torch is not imported.
+    """What all objectives' settings have; the trainer and programs that do not import torch rely on it.
 
     Attributes:
         name: What the objective is called on a command line.
         implementation: Its subclass of `instdisc.objectives.base.Objective`, as "module:class".
         views: V, how many views of every image it compares.
-        within_batch: Whether it tells images apart from those of the same batch, which may then not be cut into parts.
+        within_batch: Whether it compares the images of a batch with each other; it may then not be cut up.
         tables_beside_bank: Float32 tables of the bank's shape that it keeps.
         agreed_bytes: For each call of `merge_log_sums` in a step, its bytes per query.
     """
@@ -41,7 +41,7 @@ class ObjectiveConfig(Ranged):
     agreed_bytes: ClassVar[tuple[int, ...]] = ()
 
     temperature: Annotated[float, Range(at_least=0.005, usual="0.07 to 0.2")] = 0.07
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller separates neighbors more sharply."""
 
     def warnings(self, num_instances: int) -> list[str]:
         """What a user should know before training on so many images begins, a sentence each."""
@@ -107,7 +107,7 @@ class InfoNCEConfig(SoftmaxConfig):
     implementation: ClassVar[str] = "instdisc.objectives.infonce:InfoNCE"
 
     num_negatives: Annotated[int, Range(at_least=1, usual="65536")] = 65_536
-    """m, rows of the bank that the positive is told apart from."""
+    """m, rows of the bank that the positive is compared with."""
     shared_negatives: bool = True
     """Draw the negatives once for all images of a batch, or of its part (`--training.accumulation`), which costs a
     small part of drawing for every image separately. Rows of these images are then never drawn."""
@@ -134,7 +134,7 @@ class ParametricSoftmaxConfig(ObjectiveConfig):
     agreed_bytes: ClassVar[tuple[int, ...]] = (4,)
 
     temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller separates neighbors more sharply."""
     momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")] = 0.9
     """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
     weight_decay: Amount = 0.0
@@ -156,7 +156,7 @@ class SpreadingConfig(ObjectiveConfig):
     agreed_bytes: ClassVar[tuple[int, ...]] = (8, 8, 16)
 
     temperature: float = 0.1
-    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
+    """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller separates neighbors more sharply."""
     form: Literal["symmetric", "paper"] = "symmetric"
     """Both views as queries and keys alike, as in the authors' code, or second views against first ones, as in the
     equations of the paper. Loss and gradient are means over the embeddings of both views, also of the paper's."""
@@ -168,7 +168,7 @@ class SpreadingConfig(ObjectiveConfig):
         super().__post_init__()
         if self.form == "paper" and not self.key_gradient:
             raise ValueError(
-                "form is paper and key_gradient off, but first views would learn nothing: add --objective.key-gradient"
+                "form is paper and key_gradient off, so first views would learn nothing: add --objective.key-gradient"
             )
 
     def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:

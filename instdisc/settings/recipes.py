@@ -89,8 +89,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "imagenet-resnet50-npid": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the settings of Wu et al. 2018: 200 epochs, "
-        "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160; but Z is followed "
-        "all along, there is no proximal term, and the bank's momentum of 0.5 is that of their code. Its README "
+        "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160; but Z is tracked "
+        "throughout, there is no proximal term, and the bank's momentum of 0.5 is that of their code. Its README "
         "reports 46.8% nearest-neighbor top-1 (cited, not measured here).",
         _IMAGENET_NPID,
     ),
@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "imagenet-resnet50-softmax": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which the "
-        "2018 paper held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is known.",
+        "2018 paper considered prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is known.",
         replace(_IMAGENET_NPID, objective=SoftmaxConfig()),
     ),
 }

@@ -11,6 +11,7 @@ import tyro
 
 from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
+from instdisc.common.errors import ConfigError
 from instdisc.settings.model import BackboneConfig, BankConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
@@ -31,14 +32,14 @@ class DataConfig:
     are classified by the others (leave one out). A recipe's test images are only used with its training images."""
     classes: str | None = None
     """Train on images of these classes only: first-half, second-half, or a file that names one class per line; for
-    retrieval among classes that were not trained on. kNN accuracy is of these classes too."""
+    retrieval among classes that were not trained on. kNN accuracy is measured on these classes only."""
     root: Path = Path("data")
-    """Where data sets with a name are kept, in torchvision's own files or as the tar files made of them once."""
+    """Where named data sets are kept: torchvision's own files, and the tar files made from them."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
     verify: bool = False
-    """Decode every image before training and leave out the broken ones. Without it a broken image is found when its
-    turn comes, named, and given no weight."""
+    """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
+    first loaded, and has no weight in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +49,35 @@ class TrainingConfig(Ranged):
     epochs: Count = 200
     """Passes over the images."""
     batch_size: Count = 256
-    """Images per step over all workers; must be divisible by their number. Images that fill no whole batch at the end
-    of an epoch are left out of it; they are others in every epoch."""
+    """Images per step over all workers; must be divisible by their number. The incomplete last
+    batch of an epoch is dropped; which images it holds changes every epoch."""
     accumulation: Count = 1
-    """Parts that a worker's share of a batch is cut into, to save memory."""
+    """Gradient accumulation steps: parts that a worker's share of a batch is cut into, to save memory."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the network's arithmetic; auto is bfloat16 on GPUs and on CPUs with instructions for it."""
     compile: bool = False
     """Compile the network with torch.compile."""
     sync_batch_norm: bool = False
-    """Batch statistics over all workers; needs GPUs."""
+    """Compute batch statistics over all workers; needs GPUs."""
     seed: int = 0
     """Seed of weights, bank, order, augmentation and negatives."""
     log_every: Count = 10
     """Steps between lines of the metrics file."""
+
+    def local_batch(self, world_size: int) -> int:
+        """Images per rank and step.
+
+        Raises:
+            ConfigError: They are not a whole number, or cannot be cut into equal parts.
+        """
+        pieces = world_size * self.accumulation
+        if self.batch_size % pieces:
+            raise ConfigError(
+                f"a batch of {self.batch_size} images cannot be shared by {world_size} workers in {self.accumulation} "
+                f"part(s) each: make --training.batch-size a multiple of {pieces} or change --num-workers or "
+                "--training.accumulation"
+            )
+        return self.batch_size // world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,7 @@ class KnnMonitorConfig(Ranged):
     """Weighted kNN accuracy while training."""
 
     every: Annotated[int, Range(at_least=0)] = 10
-    """Epochs between two measurements; the last epoch is always measured. 0: at the end only."""
+    """Measure every so many epochs, and always after the last one. 0: only then."""
     k: Annotated[int, Range(at_least=1, usual="200")] = 200
     """k."""
     temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
@@ -88,7 +104,7 @@ class SnapshotConfig(Ranged):
     every_steps: Count = 1000
     """Steps between two snapshots; one more is taken at the end and when the run is asked to stop."""
     keep: Count = 2
-    """How many of the newest are kept."""
+    """How many of the newest snapshots to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +136,16 @@ class RunConfig:
         """
         training, workers = self.training, self.launch.num_workers
         # Otherwise the number of workers is known only when they have been found.
-        fixed = workers is not None and self.launch.min_workers is None
-        pieces = max(workers or 0, 1) * training.accumulation
-        if fixed and training.batch_size % pieces:
-            raise ValueError(
-                f"a batch of {training.batch_size} images cannot be shared by {max(workers or 0, 1)} workers in "
-                f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
-                "--num-workers or --training.accumulation"
-            )
+        if workers is not None and self.launch.min_workers is None:
+            training.local_batch(max(workers, 1))
         if self.objective.within_batch and training.accumulation > 1:
             raise ValueError(
-                f"{self.objective.name} tells the images of a batch apart, which {training.accumulation} parts would "
-                "make smaller: leave --training.accumulation at 1"
+                f"{self.objective.name} compares the images of a batch with each other, and "
+                f"{training.accumulation} parts would make it smaller: leave --training.accumulation at 1"
             )
         if self.objective.within_batch and training.batch_size < 2:
             raise ValueError(
-                f"{self.objective.name} tells the images of a batch apart, of which there is 1: set "
+                f"{self.objective.name} compares the images of a batch with each other, and there is only 1: set "
                 "--training.batch-size to 2 or more, 128 is usual"
             )
 

@@ -69,7 +69,7 @@ def from_json(stored: Mapping[str, Any], where: str) -> RunConfig:
     objective_type = stored.get("objective_type") or _OBJECTIVES_OF_SCHEMA_1.get(str(stored.get("recipe")))
     objective = {each.__name__: each for each in _subclasses(ObjectiveConfig)}.get(str(objective_type))
     if objective is None:
-        raise ConfigError(f"{where} is of the objective {objective_type}, which this version does not have")
+        raise ConfigError(f"{where} uses the objective {objective_type}, which this version does not have")
     values = {name: value for name, value in stored.items() if name not in NOT_SETTINGS}
     values = _translated(values, schema)
     return _built(RunConfig, values, where, {"objective": objective})
@@ -108,7 +108,7 @@ def _schema(stored: Mapping[str, Any], where: str) -> int:
 
 
 def _translated(values: dict[str, Any], schema: int) -> dict[str, Any]:
-    """Stored values under the names of now, with those that their writer did not know."""
+    """Stored values under their current names, with those that their writer did not know."""
     values = {name: dict(each) if isinstance(each, Mapping) else each for name, each in values.items()}
     for version in range(schema, SCHEMA):
         for old, new in _RENAMED[version].items():

@@ -88,7 +88,7 @@ class RunSnapshots:
         """Restore the trainer from the newest snapshot; None if there is none.
 
         Raises:
-            ConfigError: It is of other images, another network or another number of them.
+            ConfigError: It was taken of other images or of another network.
             SnapshotError: It is damaged.
 
         Collectives: one all-reduce; every rank must call.
@@ -129,9 +129,9 @@ class RunSnapshots:
         for name, ours in self._identity().items():
             if noted.get(name) != ours:
                 raise ConfigError(
-                    f"the snapshots in {self._url} are of a run whose {name.replace('_', ' ')} is {noted.get(name)!r}, "
-                    f"this run's is {ours!r}: choose another --run-dir or --snapshots.url, or start over with "
-                    "--overwrite"
+                    f"the snapshots in {self._url} belong to a run whose {name.replace('_', ' ')} is "
+                    f"{noted.get(name)!r}, this run's is {ours!r}: choose another --run-dir or "
+                    "--snapshots.url, or start over with --overwrite"
                 )
 
     def _identity(self) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def _prepare(
         taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
         if taken and not config.overwrite:
             raise ConfigError(
-                f"--snapshots.url {url} is another run's, but {run.path} is a new run: give the --run-dir that its "
-                "snapshots belong to, another URL, or --overwrite, which removes them"
+                f"--snapshots.url {url} holds another run's snapshots, and {run.path} is a new run: give the --run-dir "
+                "that its snapshots belong to, another URL, or --overwrite, which removes them"
             )
         run.prepare(recipe, config, train_images, test_images)
     labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
@@ -189,10 +189,10 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
     except DataError as error:
         raise DataError(f"--data.{option.replace('_', '-')}: {error}") from error
     for image in manifest.rejected[:_MOST_NAMED]:
-        logger.warning("leaving out %s: %s", manifest.root / image.name, image.reason)
+        logger.warning("skipping %s: %s", manifest.root / image.name, image.reason)
     if len(manifest.rejected) > _MOST_NAMED:
         logger.warning(
-            "… and %d more; all are named in corrupt_images.jsonl", len(manifest.rejected) - _MOST_NAMED
+            "… and %d more; all are listed in corrupt_images.jsonl", len(manifest.rejected) - _MOST_NAMED
         )
     return manifest
 
@@ -220,7 +220,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  {python} -m instdisc.evaluate {place} --protocols statistics,page --num-actors 0     # a page to look at",
+        f"  {python} -m instdisc.evaluate {place} --protocols statistics,page --num-actors 0     # a page of results",
         f"  {python} -m instdisc.search {place} IMAGE     # the nearest images",
         f"  {python} -m instdisc.train sample --help     # every setting",
         f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",

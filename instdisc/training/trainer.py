@@ -55,7 +55,7 @@ class Trainer:
         self.worker, self.config = worker, config
         self.phases = Phases(worker.device)
         self.exchange = Exchange(worker.rank, worker.world_size, self.phases)
-        self.local_batch = _local_batch(config, worker)
+        self.local_batch = config.training.local_batch(worker.world_size)
         try:
             self.partition = Partition(num_instances, worker.world_size)
         except ValueError as error:
@@ -310,19 +310,6 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
-
-
-def _local_batch(config: RunConfig, worker: Worker) -> int:
-    """Images per rank and step; must be whole, and whole again when cut into parts."""
-    training = config.training
-    pieces = worker.world_size * training.accumulation
-    if training.batch_size % pieces:
-        raise ConfigError(
-            f"a batch of {training.batch_size} images cannot be shared by {worker.world_size} workers in "
-            f"{training.accumulation} part(s) each: make --training.batch-size a multiple of {pieces} or change "
-            "--num-workers or --training.accumulation"
-        )
-    return training.batch_size // worker.world_size
 
 
 def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:

@@ -267,7 +267,7 @@ class TrainingRun:
         return accuracies
 
     def _record(self, seconds: float, rate: float) -> None:
-        """Tell the metrics of a step."""
+        """Record the metrics of a step."""
         metrics, means, exchange = self.metrics, self.means, self.trainer.exchange
         metrics.observe("step_seconds", seconds)
         metrics.observe("data_wait_seconds", self.clock.waited)

@@ -249,7 +249,7 @@ def test_errors_of_the_source_arrive_as_they_are(
         read_rows(BrokenRows(table), config)
     with pytest.raises(ClusterError, match="--num-actors"):
         TopK(ArrayRows(table), ActorsConfig(num_actors=3, cpus_per_actor=1))
-    with pytest.raises(ClusterError, match="nothing to search in"):
+    with pytest.raises(ClusterError, match="nothing to search"):
         TopK(ArrayRows(table[:0]), HERE)
 
 

@@ -255,7 +255,7 @@ def test_queries_from_an_array(evaluate: Evaluate, trained: Path, tmp_path: Path
     ("vectors", "labels", "text"),
     [
         (np.zeros((4, 16)), [0, 1, 2, 0], "rows of zeros"),
-        (np.ones((4, 16)), [0.0, 1.0, 2.0, np.nan], "whole numbers"),
+        (np.ones((4, 16)), [0.0, 1.0, 2.0, np.nan], "expected integers"),
     ],
 )
 def test_arrays_that_are_no_queries(

@@ -73,7 +73,7 @@ def test_torchvision(trained: Any, capsys: pytest.CaptureFixture[str], name: str
 def test_torchvision_has_no_cifar_resnet(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = trained("resnet8", 32)
     assert main([str(run), "--format", "torchvision"]) == 2
-    assert "error: resnet8 is no torchvision network" in capsys.readouterr().err
+    assert "error: resnet8 is not a torchvision network" in capsys.readouterr().err
     assert not list((run / "export").iterdir())
 
 

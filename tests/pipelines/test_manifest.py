@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import feather
 
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest, Rejected
@@ -88,9 +90,42 @@ def test_comes_back_from_disk_memory_mapped(tmp_path: Path) -> None:
     make_manifest().save(tmp_path / "manifest")
     loaded = Manifest.load(tmp_path / "manifest")
     assert_equal(loaded, make_manifest())
+    regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".arrow" in line]
+    mapped = [range(*(int(end, 16) for end in region[0].split("-"))) for region in regions]
     for array in (loaded.offsets, loaded.labels, loaded.keys.blob, loaded.sources.bounds):
-        assert isinstance(array.base, np.memmap)
+        assert any(array.ctypes.data in region for region in mapped)
         assert not array.flags.writeable
+
+
+def test_is_a_table_for_other_programs(tmp_path: Path) -> None:
+    make_manifest().save(tmp_path)
+    rows = feather.read_table(tmp_path / "manifest.arrow").to_pydict()
+    assert rows["key"] == [b"cat/1.png", "dög/2.png".encode(), b"more/cat.png"]
+    assert (rows["label"], rows["source_index"], rows["offset"]) == ([0, 1, -1], [0, 0, 1], [512, 2048, 0])
+    assert feather.read_table(tmp_path / "sources.arrow").to_pydict() == {
+        "source": [b"train.tar", b"more/cat.png"]
+    }
+
+
+def test_names_that_are_not_utf8_come_back(tmp_path: Path) -> None:
+    names = ["a.png", b"caf\xe9.png".decode("utf-8", "surrogateescape"), "c.png"]
+    make_manifest(keys=StringTable.of(names)).save(tmp_path)
+    assert list(Manifest.load(tmp_path).keys) == names
+
+
+def test_a_manifest_of_the_first_version_opens(tmp_path: Path) -> None:
+    """It kept every array in a file of its own."""
+    expected = make_manifest(upright=False)
+    expected.save(tmp_path)
+    for name in ("manifest.arrow", "sources.arrow"):
+        (tmp_path / name).unlink()
+    for name in ("source_index", "offsets", "sizes", "heights", "widths", "labels"):
+        np.save(tmp_path / f"{name}.npy", getattr(expected, name))
+    for name in ("sources", "keys"):
+        table = getattr(expected, name)
+        np.save(tmp_path / f"{name}.blob.npy", table.blob)
+        np.save(tmp_path / f"{name}.bounds.npy", table.bounds)
+    assert_equal(Manifest.load(tmp_path), expected)
 
 
 def test_comes_back_for_data_that_moved(tmp_path: Path) -> None:
@@ -132,17 +167,28 @@ def remove_meta(folder: Path) -> None:
     (folder / "meta.json").unlink()
 
 
-def remove_column(folder: Path) -> None:
-    (folder / "sizes.npy").unlink()
+def remove_rows(folder: Path) -> None:
+    (folder / "manifest.arrow").unlink()
 
 
-def cut_column(folder: Path) -> None:
-    content = (folder / "sizes.npy").read_bytes()
-    (folder / "sizes.npy").write_bytes(content[:-1])
+def cut_rows(folder: Path) -> None:
+    content = (folder / "manifest.arrow").read_bytes()
+    (folder / "manifest.arrow").write_bytes(content[:-1])
 
 
 def swap_column(folder: Path) -> None:
-    np.save(folder / "sizes.npy", np.zeros(2, np.int64))
+    change_rows(folder, sizes=np.zeros(3, np.int32))
+
+
+def remove_column(folder: Path) -> None:
+    change_rows(folder, sizes=None)
+
+
+def change_rows(folder: Path, *, sizes: np.ndarray | None) -> None:
+    rows = feather.read_table(folder / "manifest.arrow", memory_map=False).drop_columns("size")
+    if sizes is not None:
+        rows = rows.append_column("size", pa.array(sizes))
+    feather.write_feather(rows, folder / "manifest.arrow", compression="uncompressed")
 
 
 def raise_schema(folder: Path) -> None:
@@ -159,9 +205,10 @@ def cut_meta(folder: Path) -> None:
     [
         (shutil.rmtree, "No such file"),
         (remove_meta, r"No such file.*meta\.json"),
-        (remove_column, r"No such file.*sizes\.npy"),
-        (cut_column, "mmap length"),
-        (swap_column, r"column sizes is int64 \(2,\), expected int64 \(3,\)"),
+        (remove_rows, r"manifest\.arrow.*No such file"),
+        (cut_rows, "Not an Arrow file"),
+        (remove_column, "size"),
+        (swap_column, r"column sizes is int32 \(3,\), expected int64 \(3,\)"),
         (raise_schema, "schema 99, expected 1 or 2"),
         (cut_meta, "delimiter"),
     ],

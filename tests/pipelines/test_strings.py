@@ -33,3 +33,13 @@ def test_counts_from_the_end_and_refuses_what_is_beyond() -> None:
 def test_keeps_file_names_that_are_not_utf8() -> None:
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     assert StringTable.of([name])[0] == name
+
+
+@given(st.lists(st.text()))
+def test_shares_its_memory_with_arrow(strings: list[str]) -> None:
+    table = StringTable.of(strings)
+    array = table.to_arrow()
+    assert array.to_pylist() == [string.encode() for string in strings]
+    again = StringTable.of_arrow(array)
+    assert list(again) == strings
+    assert again.bounds.ctypes.data == table.bounds.ctypes.data

@@ -72,7 +72,7 @@ def test_class_splits(tmp_path: Path) -> None:
     file = tmp_path / "split.txt"
     file.write_text("elk\n\nape\n")
     assert choose_classes(names, str(file)) == ["elk", "ape"]
-    for text, message in (("yak\nape\n", "'yak', which is no class"), ("\n", "names no class")):
+    for text, message in (("yak\nape\n", "'yak', which is not a class"), ("\n", "names no class")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             choose_classes(names, str(file))

@@ -294,7 +294,7 @@ def test_snapshots_of_a_run_with_the_same_settings_are_not_mistaken(run: Run, tm
     assert run(images, *there, "--overwrite")[0] == 0
     (out / "summary.json").unlink()
     (out / "config.json").write_text((tmp_path / "first/config.json").read_text())
-    refused(run(images, *there), "of a run whose run id is", "--overwrite")
+    refused(run(images, *there), "belong to a run whose run id is", "--overwrite")
 
 
 def test_images_that_moved(run: Run, tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_one_image_cannot_be_told_apart_from_others(monkeypatch: pytest.MonkeyPa
 
 def test_a_batch_that_is_told_apart_is_not_cut_into_parts() -> None:
     training = TrainingConfig(batch_size=12, accumulation=2)
-    with pytest.raises(ValueError, match=r"spreading tells.*2 parts.*accumulation at 1"):
+    with pytest.raises(ValueError, match=r"spreading compares.*2 parts.*accumulation at 1"):
         RunConfig(data=DataConfig(path="unused"), objective=SpreadingConfig(), training=training)
 
 
