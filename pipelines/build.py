@@ -18,7 +18,7 @@ from pipelines.manifest import Manifest
 from pipelines.patterns import find
 from pipelines.reader import ImageReader
 from pipelines.scan import Labels, Row, Scan, is_image_name
-from pipelines.strings import StringTable
+from pipelines.strings import StringTable, printable
 from pipelines.tars import TarLabels, scan_tars
 
 Paths = str | Path | Sequence[str | Path]
@@ -123,7 +123,7 @@ def _as_stored(manifest: Manifest) -> Manifest:
             with suppress(CorruptImage):  # whoever loads it finds out
                 if TURNS[orientation(reader.read(row)) or UPRIGHT].swap:
                     heights[row], widths[row] = manifest.widths[row], manifest.heights[row]
-    return replace(manifest, heights=heights, widths=widths, upright=False)
+    return replace(manifest, heights=heights, widths=widths, checksums=None, upright=False)
 
 
 def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
@@ -216,6 +216,7 @@ def _manifest(scan: Scan) -> Manifest:
         heights=np.array(columns["height"], "<i4"),
         widths=np.array(columns["width"], "<i4"),
         labels=np.array(columns["label"], "<i4"),
-        class_names=scan.class_names,
+        checksums=np.array(columns["checksum"], "<u4"),
+        class_names=tuple(map(printable, scan.class_names)),
         rejected=tuple(scan.rejected),
     )

@@ -33,6 +33,7 @@ class Row(NamedTuple):
     height: int
     width: int
     label: int
+    checksum: int
 
 
 class Scan(NamedTuple):

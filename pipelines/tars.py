@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from pipelines.errors import DataError
-from pipelines.headers import HeaderError, image_size
+from pipelines.headers import HeaderError, checksum, image_size
 from pipelines.manifest import Rejected
 from pipelines.scan import (
     Labels,
@@ -28,6 +28,7 @@ from pipelines.scan import (
     number_labels,
     progress_bar,
 )
+from pipelines.strings import printable
 from pipelines.tar_members import Member, archives
 
 CLASS_NAMES = "classnames.txt"
@@ -136,11 +137,12 @@ class _Tar:
             if not member.is_plain:
                 raise HeaderError("a link, device or sparse file inside the tar, expected the image itself")
             height, width = image_size(partial(_head, content, member.offset), member.size)
+            digest = checksum(partial(_part, content, member.offset), member.size)
         except HeaderError as error:
             name = f"{self._scan.sources[self._source]}!{key}"
-            self._scan.rejected.append(Rejected(name, str(error)))
+            self._scan.rejected.append(Rejected(printable(name), str(error)))
             return False
-        self._scan.rows.append(Row(self._source, key, member.offset, member.size, height, width, -1))
+        self._scan.rows.append(Row(self._source, key, member.offset, member.size, height, width, -1, digest))
         return True
 
     def _texts(self, members: Mapping[str, Member], content: mmap.mmap) -> dict[str, str]:
@@ -232,3 +234,7 @@ def _named(numbers: tuple[str, ...], file: Path) -> tuple[str, ...]:
 
 def _head(content: mmap.mmap, start: int, count: int) -> bytes:
     return content[start : start + count]
+
+
+def _part(content: mmap.mmap, offset: int, start: int, count: int) -> bytes:
+    return content[offset + start : offset + start + count]
