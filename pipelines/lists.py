@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.errors import DataError
-from pipelines.files import read_headers, scan_of_files
+from pipelines.files import HeaderOrWhyNot, read_headers, scan_of_files
 from pipelines.kinds import EXTENSIONS
 from pipelines.scan import LeftAside, Scan, ends_like_an_image, number_labels
+from pipelines.strings import printable
 
 LISTS = (".csv", ".tsv", ".txt")
 _DELIMITERS = (",", ";", "\t")
@@ -78,20 +79,19 @@ def scan_list(path: Path, *, with_labels: bool, show_progress: bool) -> Scan:
     for entry in entries:
         if entry.name in lines:
             raise DataError(
-                f"{path}, lines {lines[entry.name]} and {entry.line}: {entry.name} is named twice; keep one of them"
+                f"{path}, lines {lines[entry.name]} and {entry.line}: {printable(entry.name)} is named "
+                "twice; keep one of them"
             )
         lines[entry.name] = entry.line
     labels, class_names = _labels(path, entries) if with_labels else ([-1] * len(entries), ())
     names = list(lines)
     headers = read_headers(root, names, show_progress=show_progress)
-    missing = [
-        name for name, header in zip(names, headers, strict=True) if isinstance(header, FileNotFoundError)
-    ]
+    missing = _missing(names, headers)
     if missing:
         is_header = missing[0] == names[0] and not ends_like_an_image(names[0])
         hint = "; if the first line names the columns, call them path and label" if is_header else ""
         raise DataError(
-            f"{path}: {len(missing)} of {len(names)} files do not exist, e.g. {', '.join(missing[:3])}; "
+            f"{path}: {len(missing)} of {len(names)} files do not exist, e.g. {_some(missing)}; "
             f"paths are taken relative to {root.absolute()}{hint}"
         )
     return scan_of_files(root, names, headers, labels, class_names, LeftAside())
@@ -101,15 +101,28 @@ def scan_files(paths: Sequence[str | Path], *, show_progress: bool) -> Scan:
     """List image files, in the order given; their keys are absolute paths.
 
     Raises:
-        DataError: A file is given twice.
+        DataError: A file is given twice, or files are missing.
     """
     root = Path.cwd()
     names = [normalise(root, str(Path(path).expanduser().absolute())) for path in paths]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
     if twice:
-        raise DataError(f"{min(twice)} is given twice; give every image once")
+        raise DataError(f"{printable(min(twice))} is given twice; give every image once")
     headers = read_headers(root, names, show_progress=show_progress)
+    missing = _missing(names, headers)
+    if missing:
+        raise DataError(f"{len(missing)} of {len(names)} files do not exist, e.g. {_some(missing)}")
     return scan_of_files(root, names, headers, [-1] * len(names), (), LeftAside())
+
+
+def _missing(names: Sequence[str], headers: Sequence[HeaderOrWhyNot]) -> list[str]:
+    return [
+        name for name, header in zip(names, headers, strict=True) if isinstance(header, FileNotFoundError)
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:3]))
 
 
 def listed_tars(path: Path) -> list[Path]:
