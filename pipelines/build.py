@@ -13,26 +13,30 @@ from pipelines.decode import CorruptImage
 from pipelines.errors import DataError, naming_the_cause
 from pipelines.exif import TURNS, UPRIGHT, orientation
 from pipelines.folders import Splits, find_splits, scan_folder
-from pipelines.lists import scan_list
+from pipelines.lists import LISTS, listed_tars, scan_files, scan_list
 from pipelines.manifest import Manifest
+from pipelines.patterns import find
 from pipelines.reader import ImageReader
 from pipelines.scan import Labels, Row, Scan, is_image_name
-from pipelines.strings import StringTable
-from pipelines.tars import scan_tars
+from pipelines.strings import StringTable, printable
+from pipelines.tars import TarLabels, scan_tars
 
-_LISTS = (".csv", ".txt")
+Paths = str | Path | Sequence[str | Path]
+"""What images are found by: a path, or several."""
+
 _FORMS = (
     "expected a folder of images, WebDataset .tar files (one, a folder of them, or a pattern), "
-    "or a .txt or .csv list of images"
+    "or a .txt, .csv or .tsv list of images"
 )
 
 logger = logging.getLogger(__name__)
 
 
 def build_manifest(
-    path: str | Path | Sequence[str | Path],
+    path: Paths,
     *,
     labels: Labels = "auto",
+    label_key: str | None = None,
     split: Literal["train", "held-out"] = "train",
     show_progress: bool = True,
     upright: bool = True,
@@ -42,10 +46,12 @@ def build_manifest(
     Args:
         path: One of
             - a folder of class folders, images at any depth, or of images without labels (`scan_folder`),
-            - a tar file in WebDataset layout, a folder of such, a pattern (`shards/train-*.tar`) or a list of
-              paths (`scan_tars`),
-            - a .txt or .csv file that names images (`scan_list`).
+            - a tar file, a folder of such, a pattern (`shards/train-*.tar`, `train-{0000..0127}.tar`) or a list of
+              paths and patterns (`scan_tars`),
+            - a .txt, .csv or .tsv file that names images (`scan_list`) or, one to a line, tar files,
+            - a list of image files, without labels (`scan_files`).
         labels: "none" ignores all labels; "folders" insists that `path` holds class folders; "auto" decides.
+        label_key: The key of the `.json` members of tar files that holds the label, instead of `.cls` members.
         split: Which one to take where `path` is a folder of a training split and a held-out one with the same class
             folders (`find_splits`). Without labels all images are taken.
         show_progress: Whether to draw a progress bar on standard error if it takes more than a second.
@@ -64,7 +70,7 @@ def build_manifest(
         raise DataError(f"got an empty path; {_FORMS}")
     with naming_the_cause(f"read {path}"):
         chosen = path if labels == "none" else _choose_split(path, split)
-        scan = _scan(chosen, labels, show_progress)
+        scan = _scan(chosen, TarLabels(labels, label_key), show_progress)
     for name, reason in scan.rejected:
         scan.left_aside.add(name, reason.partition(":")[0])  # what follows tells of this file alone
     if not scan.rows:
@@ -79,7 +85,7 @@ def build_manifest(
     return manifest if upright else _as_stored(manifest)
 
 
-def held_out_beside(path: str | Path | Sequence[str | Path]) -> Path | None:
+def held_out_beside(path: Paths) -> Path | None:
     """The folder that `build_manifest` takes for the held-out split of `path`, None if there is none.
 
     Raises:
@@ -90,9 +96,7 @@ def held_out_beside(path: str | Path | Sequence[str | Path]) -> Path | None:
     return splits.held_out if splits else None
 
 
-def _choose_split(
-    path: str | Path | Sequence[str | Path], split: Literal["train", "held-out"]
-) -> str | Path | Sequence[str | Path]:
+def _choose_split(path: Paths, split: Literal["train", "held-out"]) -> Paths:
     splits = _find_splits(path)
     if splits is None:
         return path
@@ -105,7 +109,7 @@ def _choose_split(
     return taken
 
 
-def _find_splits(path: str | Path | Sequence[str | Path]) -> Splits | None:
+def _find_splits(path: Paths) -> Splits | None:
     if not isinstance(path, str | Path):
         return None
     folder = Path(path).expanduser()
@@ -119,40 +123,37 @@ def _as_stored(manifest: Manifest) -> Manifest:
             with suppress(CorruptImage):  # whoever loads it finds out
                 if TURNS[orientation(reader.read(row)) or UPRIGHT].swap:
                     heights[row], widths[row] = manifest.widths[row], manifest.heights[row]
-    return replace(manifest, heights=heights, widths=widths, upright=False)
+    return replace(manifest, heights=heights, widths=widths, checksums=None, upright=False)
 
 
-def _scan(path: str | Path | Sequence[str | Path], labels: Labels, show_progress: bool) -> Scan:
+def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
+    if not isinstance(path, str | Path) and path and not any(_is_named_like_a_tar(part) for part in path):
+        return scan_files(path, show_progress=show_progress)
     tars = _tars(path)
-    if tars:
-        if labels == "folders":
-            raise DataError(f'labels="folders" is for folders of images, but {path} is read as tar files')
-        return scan_tars(tars, with_labels=labels != "none", show_progress=show_progress)
-    assert isinstance(path, str | Path)
+    if tars or not isinstance(path, str | Path):
+        return scan_tars(tars, labels, show_progress=show_progress)
     path = Path(path).expanduser()
     if path.is_dir():
-        return scan_folder(path, labels=labels, show_progress=show_progress)
-    if labels == "folders":
+        return scan_folder(path, labels=labels.kind, show_progress=show_progress)
+    if labels.kind == "folders":
         raise DataError(f'labels="folders" is for folders of images, but {path} is a list')
-    return scan_list(path, with_labels=labels != "none", show_progress=show_progress)
+    return scan_list(path, with_labels=labels.kind != "none", show_progress=show_progress)
 
 
-def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
+def _tars(path: Paths) -> list[Path]:
     """The tar files that `path` stands for, none if it is a folder of images or a list.
 
     Raises:
         DataError: It is none of these either.
     """
     if not isinstance(path, str | Path):
-        found = [Path(part).expanduser() for part in path]
-        wrong = [part for part in found if not part.is_file()]
-        if wrong or not found:
-            raise DataError(f"got {len(found)} tar files, not found: {[str(part) for part in wrong[:3]]}")
-        return found
+        if not path:
+            raise DataError(f"got 0 tar files, not found: []; {_FORMS}")
+        return _all_tars(path)
     path = Path(path).expanduser()
     if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if entry.is_file())
-        tars = [entry for entry in entries if entry.suffix == ".tar"]
+        entries = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
+        tars = [entry for entry in entries if _is_named_like_a_tar(entry)]
         images = [entry for entry in entries if is_image_name(entry.name)]
         if tars and images:
             raise DataError(
@@ -161,20 +162,38 @@ def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
             )
         return tars
     if path.is_file():
-        if path.suffix.lower() in _LISTS:
-            return []
-        if ".tar" in path.suffixes or path.suffix == ".tgz":
+        if path.suffix.lower() in LISTS:
+            return _all_tars(listed_tars(path))
+        if _is_named_like_a_tar(path):
             return [path]
         raise DataError(f"{path} is a {path.suffix or 'nameless'} file; {_FORMS}")
     if path.exists():
         raise DataError(f"{path} is a pipe, socket or device; {_FORMS}")
-    matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    matches = find(path)
     if not matches:
         raise DataError(f"nothing at {path} (in {Path.cwd()}): {_why_missing(path)}; {_FORMS}")
-    strangers = [match for match in matches if match.suffix != ".tar"]
+    strangers = [match for match in matches if match.suffix.lower() != ".tar" or not match.is_file()]
     if strangers:
         raise DataError(f"{path} matches {strangers[0]}, expected only .tar files; narrow the pattern")
     return matches
+
+
+def _all_tars(parts: Sequence[str | Path]) -> list[Path]:
+    """The tar files of a list, whose parts may be patterns."""
+    places = [Path(part).expanduser() for part in parts]
+    found = [[place] if place.exists() else find(place) for place in places]
+    wrong = [
+        part for part, tars in zip(parts, found, strict=True) if not tars or not all(map(Path.is_file, tars))
+    ]
+    if wrong:
+        raise DataError(f"got {len(parts)} tar files, not found: {[str(part) for part in wrong[:3]]}")
+    return [tar for tars in found for tar in tars]
+
+
+def _is_named_like_a_tar(path: str | Path) -> bool:
+    """Compressed ones included, which are refused with a reason."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    return ".tar" in suffixes[-2:] or suffixes[-1:] == [".tgz"]
 
 
 def _why_missing(path: Path) -> str:
@@ -197,6 +216,7 @@ def _manifest(scan: Scan) -> Manifest:
         heights=np.array(columns["height"], "<i4"),
         widths=np.array(columns["width"], "<i4"),
         labels=np.array(columns["label"], "<i4"),
-        class_names=scan.class_names,
+        checksums=np.array(columns["checksum"], "<u4"),
+        class_names=tuple(map(printable, scan.class_names)),
         rejected=tuple(scan.rejected),
     )

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.headers import HeaderError, image_size
+from pipelines.headers import HeaderError, checksum, image_size
 from pipelines.manifest import Rejected
 from pipelines.scan import LeftAside, Row, Scan, progress_bar
+from pipelines.strings import printable
 
 # The threads wait for the disk, or the network behind it, not for the processor.
 _THREADS = 8
@@ -27,6 +28,7 @@ class Header(NamedTuple):
     size: int
     height: int
     width: int
+    checksum: int
 
 
 HeaderOrWhyNot = Header | OSError | HeaderError
@@ -58,11 +60,22 @@ def scan_of_files(
     scan = Scan(root.absolute(), [], [], class_names, [], left_aside)
     for name, header, label in zip(names, headers, labels, strict=True):
         if isinstance(header, Header):
-            scan.rows.append(Row(len(scan.sources), name, 0, *header, label))
+            scan.rows.append(
+                Row(
+                    len(scan.sources),
+                    name,
+                    0,
+                    header.size,
+                    header.height,
+                    header.width,
+                    label,
+                    header.checksum,
+                )
+            )
             scan.sources.append(name)
         else:
             reason = header.strerror if isinstance(header, OSError) else None
-            scan.rejected.append(Rejected(name, reason or str(header)))
+            scan.rejected.append(Rejected(printable(name), reason or str(header)))
     return scan
 
 
@@ -78,7 +91,8 @@ def _read_header(path: Path) -> HeaderOrWhyNot:
             if not stat.S_ISREG(status.st_mode):
                 raise HeaderError(_NOT_REGULAR)
             size = status.st_size
-            return Header(size, *image_size(partial(_head, file), size))
+            height, width = image_size(partial(_head, file), size)
+            return Header(size, height, width, checksum(partial(_part, file.fileno()), size))
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a device without hardware
             return HeaderError(_NOT_REGULAR)
@@ -89,6 +103,10 @@ def _read_header(path: Path) -> HeaderOrWhyNot:
 
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _part(descriptor: int, start: int, count: int) -> bytes:
+    return os.pread(descriptor, count, start)
 
 
 def _head(file: io.FileIO, count: int) -> bytes:

@@ -1,6 +1,7 @@
 """Image sizes from the first bytes of a file, without decoding it."""
 
 from collections.abc import Callable
+from zlib import crc32
 
 from pipelines.containers import DAMAGED, FRAMES, JPEG, PNG, START_OF_SCAN, jpeg_segments
 from pipelines.exif import TURNS, orientation
@@ -8,6 +9,7 @@ from pipelines.kinds import ExtraMissing, open_image, turn_of
 
 # Nearly all headers lie in the first page; photographs with long EXIF or ICC segments need more.
 _HEAD_BYTES = (4096, 65536, 1 << 20)
+_SUMMED_BYTES = 4096
 # No more than Pillow accepts by default: decoded, such an image takes half a gigabyte.
 MAX_PIXELS = 178_956_970
 
@@ -44,6 +46,21 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
         if count >= size:
             break
     raise HeaderError(f"cut short: its {size} bytes end inside the header")
+
+
+def checksum(read: Callable[[int, int], bytes], size: int) -> int:
+    """CRC-32 of the first, middle and last 4 kB of a file; of all of it if it has no more than these.
+
+    Args:
+        read: Returns n bytes from a position on: `read(position, n)`.
+        size: Bytes in the file.
+    """
+    if size <= 3 * _SUMMED_BYTES:
+        return crc32(read(0, size))
+    found = 0
+    for start in (0, (size - _SUMMED_BYTES) // 2, size - _SUMMED_BYTES):
+        found = crc32(read(start, _SUMMED_BYTES), found)
+    return found
 
 
 def _checked(height: int, width: int) -> tuple[int, int]:

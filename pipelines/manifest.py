@@ -13,14 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import DataError
-from pipelines.strings import StringTable
+from pipelines.strings import StringTable, printable
 from pipelines.whole import written_whole
 
-SCHEMA = 2
+SCHEMA = 3
+_WITHOUT_CHECKSUMS = 2  # the schema of manifests that do not cover what the images hold
 _NOT_TURNED = 1  # the schema of manifests with sizes as stored
 _META, _ROWS, _SOURCES = "meta.json", "manifest.arrow", "sources.arrow"
 # Little-endian everywhere, so that saved files and fingerprints mean the same on every machine.
-_COLUMNS = {
+_COLUMNS: dict[str, np.dtype[Any]] = {
     "source_index": np.dtype("<i8"),
     "offsets": np.dtype("<i8"),
     "sizes": np.dtype("<i8"),
@@ -28,7 +29,10 @@ _COLUMNS = {
     "widths": np.dtype("<i4"),
     "labels": np.dtype("<i4"),
 }
+_CHECKSUMS = np.dtype("<u4")
 _TABLES = ("sources", "keys")
+# What schema 2 and before took for an image; all else it left aside.
+_EARLIER_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Rejected(NamedTuple):
@@ -54,6 +58,8 @@ class Manifest:
         labels: int32 (N,), index into `class_names`, -1 where unlabelled.
         class_names: Empty without labels.
         rejected: The images left out. Not part of the fingerprint.
+        checksums: uint32 (N,), CRC-32 of the first, middle and last 4 kB of each image; None for manifests of schema 1
+            and 2, whose fingerprint does not cover what the images hold.
         upright: Whether images are turned as their EXIF orientation says. False for manifests of schema 1: runs
             that began with one resume without turning.
 
@@ -72,10 +78,11 @@ class Manifest:
     labels: npt.NDArray[np.int32]
     class_names: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    checksums: npt.NDArray[np.uint32] | None = None
     upright: bool = True
 
     def __post_init__(self) -> None:
-        for name, dtype in _COLUMNS.items():
+        for name, dtype in self._columns.items():
             column = getattr(self, name)
             if column.shape != (len(self),) or column.dtype != dtype:
                 raise DataError(
@@ -92,7 +99,13 @@ class Manifest:
 
     @property
     def _schema(self) -> int:
-        return SCHEMA if self.upright else _NOT_TURNED
+        if self.checksums is not None:
+            return SCHEMA
+        return _WITHOUT_CHECKSUMS if self.upright else _NOT_TURNED
+
+    @property
+    def _columns(self) -> dict[str, np.dtype[Any]]:
+        return _COLUMNS if self.checksums is None else {**_COLUMNS, "checksums": _CHECKSUMS}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,16 +117,16 @@ class Manifest:
         return digest.hexdigest()
 
     def name(self, row: int) -> str:
-        """What to call a row in messages: `train.tar!cat/0001.png`, or the path of a plain file."""
+        """What to call a row in messages: `train.tar!cat/0001.png`, or the path of a plain file; escaped."""
         key, source = self.keys[row], self.sources[int(self.source_index[row])]
-        return key if key == source or key.startswith(f"{source}!") else f"{source}!{key}"
+        return printable(key if key == source or key.startswith(f"{source}!") else f"{source}!{key}")
 
     def select(self, rows: npt.NDArray[np.int64], rejected: Sequence[Rejected] = ()) -> Self:
         """Return a manifest of the given rows, int64 (M,), in that order.
 
         `rejected` is appended to those left out already. The rows get new instance ids, 0 to M - 1.
         """
-        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in self._columns}
         return replace(self, keys=self.keys.take(rows), rejected=(*self.rejected, *rejected), **columns)
 
     def of_classes(self, names: Sequence[str]) -> Self:
@@ -133,19 +146,33 @@ class Manifest:
         )
 
     def by_the_rules_of(self, earlier: "Manifest") -> Self:
-        """Return this manifest with sizes as `earlier` has them, if that turns no images and has as many rows.
+        """Return this manifest as the version that wrote `earlier` would have built it, as far as that is known.
 
-        Where the images are the same, so are the fingerprints then.
+        Where the images are the same, so are the fingerprints then. Images of endings that it did not take are left
+        out, classes without images have a number again, and where it turned no images, sizes are those stored.
         """
-        if earlier.upright or len(earlier) != len(self):
+        if earlier.checksums is not None:
             return self
-        swapped = (self.heights == earlier.widths) & (self.widths == earlier.heights)
+        given = replace(self, checksums=None)
+        if len(given) > len(earlier):
+            rows = [row for row, key in enumerate(given.keys) if _was_taken(key, given._is_file(row))]
+            given = given.select(np.array(rows, np.int64))
+        if not earlier.class_names:
+            given = replace(given, labels=np.full_like(given.labels, -1), class_names=())
+        elif set(given.class_names) < set(earlier.class_names) and (given.labels >= 0).all():
+            given = given.of_classes(earlier.class_names)
+        if earlier.upright or len(earlier) != len(given):
+            return given
+        swapped = (given.heights == earlier.widths) & (given.widths == earlier.heights)
         return replace(
-            self,
-            heights=np.where(swapped, self.widths, self.heights),
-            widths=np.where(swapped, self.heights, self.widths),
+            given,
+            heights=np.where(swapped, given.widths, given.heights),
+            widths=np.where(swapped, given.heights, given.widths),
             upright=False,
         )
+
+    def _is_file(self, row: int) -> bool:
+        return self.keys[row] == self.sources[int(self.source_index[row])]
 
     def save(self, directory: Path | str) -> None:
         """Write the manifest into `directory` (made if missing, replaced if it holds one).
@@ -156,7 +183,7 @@ class Manifest:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _META).unlink(missing_ok=True)
-        columns = {name.removesuffix("s"): getattr(self, name) for name in _COLUMNS}
+        columns = {name.removesuffix("s"): getattr(self, name) for name in self._columns}
         rows = pa.record_batch({"key": self.keys.to_arrow(), **columns})
         for name, batch in ((_SOURCES, pa.record_batch({"source": self.sources.to_arrow()})), (_ROWS, rows)):
             # A memory-mapped manifest may be saved over its own files, which stay until they are replaced.
@@ -195,10 +222,11 @@ class Manifest:
         directory = Path(directory)
         try:
             meta = json.loads((directory / _META).read_text())
-            if meta["schema"] not in (_NOT_TURNED, SCHEMA):
-                raise DataError(f"schema {meta['schema']}, expected {_NOT_TURNED} or {SCHEMA}")
+            if meta["schema"] not in (_NOT_TURNED, _WITHOUT_CHECKSUMS, SCHEMA):
+                raise DataError(f"schema {meta['schema']}, expected {_NOT_TURNED} to {SCHEMA}")
+            columns = (*_COLUMNS, "checksums") if meta["schema"] == SCHEMA else tuple(_COLUMNS)
             is_arrow = (directory / _SOURCES).exists()
-            fields = _from_arrow(directory) if is_arrow else _from_numpy(directory)
+            fields = _from_arrow(directory, columns) if is_arrow else _from_numpy(directory)
             return cls(
                 root=Path(meta["root"] if root is None else root),
                 class_names=tuple(meta["class_names"]),
@@ -210,18 +238,24 @@ class Manifest:
             raise DataError(f"{directory} holds no usable manifest: {error}; build it again") from error
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        arrays = {name: getattr(self, name) for name in _COLUMNS}
+        arrays = {name: getattr(self, name) for name in self._columns}
         for name in _TABLES:
             table: StringTable = getattr(self, name)
             arrays |= {f"{name}.blob": table.blob, f"{name}.bounds": table.bounds}
         return arrays
 
 
-def _from_arrow(directory: Path) -> dict[str, Any]:
+def _was_taken(key: str, is_file: bool) -> bool:
+    """Whether schema 2 and before took an image; of a member of a tar its name had to have a single dot."""
+    last = key.rpartition("/")[2].lower()
+    return last.endswith(_EARLIER_ENDINGS) and (is_file or last.count(".") == 1)
+
+
+def _from_arrow(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     rows, sources = (
         pa.ipc.open_file(pa.memory_map(str(directory / name))).get_batch(0) for name in (_ROWS, _SOURCES)
     )
-    columns = {name: rows[name.removesuffix("s")].to_numpy() for name in _COLUMNS}
+    columns = {name: rows[name.removesuffix("s")].to_numpy() for name in names}
     return {
         **columns,
         "keys": StringTable.of_arrow(rows["key"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     height: int
     width: int
     label: int
+    checksum: int
 
 
 class Scan(NamedTuple):
@@ -98,6 +99,28 @@ def nothing_found(where: object, left_aside: LeftAside, hint: str = "") -> DataE
         f"found {left_aside or 'no files at all'}; "
         f"{hint or 'give the place that holds the images'}"
     )
+
+
+def number_labels(labels: Sequence[str], where: object) -> tuple[list[int], tuple[str, ...]]:
+    """Number labels that are texts: as they are if all of them are whole numbers, else as sorted names.
+
+    Args:
+        labels: Empty for none.
+        where: For messages.
+
+    Returns:
+        The label of each, -1 for none, and the class names.
+
+    Raises:
+        DataError: A number is too large to be that of a class.
+    """
+    given = {label for label in labels if label}
+    if all(label.isdecimal() for label in given):
+        numbers = [int(label or -1) for label in labels]
+        return numbers, numbered_classes(numbers, where)
+    class_names = tuple(sorted(given))
+    by_name = {name: number for number, name in enumerate(class_names)}
+    return [by_name.get(label, -1) for label in labels], class_names
 
 
 def numbered_classes(labels: Iterable[int], where: object) -> tuple[str, ...]:

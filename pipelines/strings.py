@@ -1,5 +1,6 @@
 """Many strings in two arrays, so that a billion of them can be memory-mapped instead of held as objects."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -10,6 +11,23 @@ import pyarrow as pa
 
 # File names that are not UTF-8 survive the round trip, as in os.fsencode.
 _ERRORS = "surrogateescape"
+# Controls, marks that reorder what a terminal shows, bytes that are no UTF-8, and the backslash that escapes them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    r"""Escape a file name for screens, JSON and tables: one line of UTF-8 text, different for different bytes.
+
+    Bytes that are not UTF-8 are written `\xe9`, a newline `\n`, a backslash twice.
+    """
+    return _UNPRINTABLE.sub(_escape, name)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode() if code < 0x80 else f"\\u{code:04x}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,154 +1,230 @@
-"""Images in WebDataset tar files: where each member lies, so that reading it later needs no tar library."""
+"""Images in tar files: where each member lies, so that reading it later needs no tar library."""
 
+from __future__ import annotations
+
+import json
 import logging
 import mmap
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pipelines.errors import DataError
-from pipelines.headers import HeaderError, image_size
-from pipelines.kinds import EXTENSIONS
+from pipelines.headers import HeaderError, checksum, image_size
 from pipelines.manifest import Rejected
-from pipelines.scan import LeftAside, Row, Scan, is_image_name, nothing_found, numbered_classes, progress_bar
+from pipelines.scan import (
+    Labels,
+    LeftAside,
+    Row,
+    Scan,
+    ends_like_an_image,
+    is_hidden,
+    nothing_found,
+    number_labels,
+    progress_bar,
+)
+from pipelines.strings import printable
+from pipelines.tar_members import Member, archives
 
 CLASS_NAMES = "classnames.txt"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_BLOCK = 512
+_MACOS = "__MACOSX/"
 
 logger = logging.getLogger(__name__)
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    is_plain: bool
+class TarLabels(NamedTuple):
+    """Where the labels of images in tar files come from."""
+
+    kind: Labels = "auto"
+    """ "none": nowhere. "folders": class folders. "auto": `.cls` or `.json` members, or class folders without those."""
+    json_key: str | None = None
+    """The key of `.json` members that holds the label; `a.b` is key b of the object at a."""
+
+    @property
+    def ending(self) -> str:
+        """Of the members that hold labels."""
+        return ".cls" if self.json_key is None else ".json"
 
 
-def scan_tars(paths: Sequence[Path], *, with_labels: bool, show_progress: bool) -> Scan:
-    """List the images of tar files in WebDataset layout: `<key>.<image extension>`, optionally `<key>.cls`.
+def scan_tars(paths: Sequence[Path], labels: TarLabels, *, show_progress: bool) -> Scan:
+    """List the images of tar files.
 
-    As in WebDataset, a key ends at the first dot of the last part of a member's name. The `.cls` member holds
-    the class number of the images with its key; the classes are named by the lines of a file `classnames.txt`
-    beside the first tar, where there is one. Tars come in the order of their paths, images in the order in
-    which their tar stores them. Where two tars share a name, every key starts with the path of its tar.
+    A label is that of the `.cls` (a class number) or, where a key is given, the `.json` member of the same name: up to
+    its ending or, as in WebDataset, up to the first dot of its last part. Without such members and below whatever
+    folders all images share, images in at least two folders are of classes with the names of these. Classes with
+    numbers are named by the lines of a file `classnames.txt` beside the first tar, where there is one.
+
+    Where a tar holds both `1.png` and `1.mask.png`, the latter is no image but a field of the sample `1`. Members
+    that follow an end mark count, as in tars joined by `cat`. Tars come in the order of their paths, images in the
+    order in which their tar stores them. Where two tars share a name, every key starts with the path of its tar.
 
     Raises:
-        DataError: A tar is cut short, damaged, compressed, holds a name twice, or a class number is none.
+        DataError: A tar is cut short, damaged, compressed, holds a name twice, or a label is none.
     """
     paths = sorted({path.absolute() for path in paths})
     root = Path(os.path.commonpath([path.parent for path in paths]))
     scan = Scan(root, [path.relative_to(root).as_posix() for path in paths], [], (), [], LeftAside())
+    texts: list[str] = []
     with progress_bar(show_progress, sum(path.stat().st_size for path in paths), "B") as bar:
         for source, path in enumerate(paths):
-            _scan_tar(path, source, scan, with_labels, bar)
+            texts += _Tar(path, source, scan, labels).scan(bar)
+    where = paths[0] if len(paths) == 1 else f"{len(paths)} tar files in {root}"
     if not (scan.rows or scan.rejected):
-        where = paths[0] if len(paths) == 1 else f"{len(paths)} tar files in {root}"
         raise nothing_found(where, scan.left_aside)
-    rows = scan.rows
+    numbers, class_names = number_labels(texts, where)
+    if labels.kind == "auto" and labels.json_key is not None and not class_names:
+        raise DataError(
+            f"{where}: no image has a .json member of its name with a label at {labels.json_key!r}; name the key that "
+            "holds the labels, or none"
+        )
+    if labels.kind == "folders" or (labels.kind == "auto" and not class_names):
+        numbers, class_names = _folder_labels(where, [row.key for row in scan.rows], labels.kind)
+    elif class_names and all(text.isdecimal() for text in texts if text):
+        class_names = _named(class_names, paths[0].with_name(CLASS_NAMES))
+    rows = [row._replace(label=number) for row, number in zip(scan.rows, numbers, strict=True)]
     if len({row.key for row in rows}) < len(rows):
         rows = [row._replace(key=f"{scan.sources[row.source]}!{row.key}") for row in rows]
-    return scan._replace(rows=rows, class_names=_class_names(rows, paths[0]))
+    return scan._replace(rows=rows, class_names=class_names)
 
 
-def _scan_tar(path: Path, source: int, scan: Scan, with_labels: bool, bar: "tqdm[None]") -> None:
-    """Append the images of one tar to `scan`."""
-    members: dict[str, _Member] = {}
-    for member in _members(path, bar):
-        if member.name in members:
-            raise DataError(
-                f"{path} holds {member.name} twice, at bytes {members[member.name].offset} and "
-                f"{member.offset}; names inside a tar must be unique"
-            )
-        members[member.name] = member
-    skipped = 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        labels = _labels(path, members, content) if with_labels else {}
-        for member in members.values():
-            key, extension = _split(member.name)
-            if extension not in EXTENSIONS or not key.rpartition("/")[2]:
-                skipped += is_image_name(member.name)
-                if extension != ".cls" or not with_labels:
-                    scan.left_aside.add(member.name)
-                continue
-            try:
-                if not member.is_plain:
-                    raise HeaderError("a link or a sparse file inside the tar, expected the image itself")
-                height, width = image_size(partial(_head, content, member.offset), member.size)
-            except HeaderError as error:
-                scan.rejected.append(Rejected(f"{scan.sources[source]}!{member.name}", str(error)))
-                continue
-            label = labels.get(key, -1)
-            scan.rows.append(Row(source, member.name, member.offset, member.size, height, width, label))
-    if skipped:
-        logger.warning("%s: %d images left out, their names read as <key>.<field>.<ext>", path, skipped)
+class _Tar:
+    """One tar file, whose images are appended to a scan."""
 
+    def __init__(self, path: Path, source: int, scan: Scan, labels: TarLabels) -> None:
+        self._path, self._source, self._scan, self._labels = path, source, scan, labels
 
-def _members(path: Path, bar: "tqdm[None]") -> Iterator[_Member]:
-    """All members but folders, in the order in which they are stored."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(max(map(len, _COMPRESSED)))
-        for magic, program in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise DataError(
-                    f"{path} is compressed with {program}, expected a plain tar; uncompress it first"
-                )
+    def scan(self, bar: tqdm[None]) -> list[str]:
+        """The label of each image appended, empty for none."""
+        parts = list(archives(self._path, bar))
+        texts: list[str] = []
+        seen: set[str] = set()
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            labels = [self._texts(members, content) for members in parts]
+            elsewhere = {stem: text for part in reversed(labels) for stem, text in part.items()}
+            for number, (members, own) in enumerate(zip(parts, labels, strict=True), start=1):
+                for member in self._images(members):
+                    key = f"{member.name}#{number}" if member.name in seen else member.name
+                    seen.add(member.name)
+                    if self._add(key, member, content):
+                        texts.append(_label_of(member.name, own, elsewhere))
+        return texts
+
+    def _images(self, members: Mapping[str, Member]) -> Iterator[Member]:
+        """The images among the members; counts all others that are of no use."""
+        samples = {key for name in members if ends_like_an_image(name) for key in _sample_keys(name)[:1]}
+        used = self._labels.ending if self._labels.kind == "auto" else None
+        for name, member in members.items():
+            shorter = _sample_keys(name)[1:]
+            if name.startswith(_MACOS) or f"/{_MACOS}" in name:
+                self._scan.left_aside.add(name, _MACOS.rstrip("/"))
+            elif not ends_like_an_image(name):
+                if not (used and name.lower().endswith(used)) and not is_hidden(name):
+                    self._scan.left_aside.add(name)
+            elif is_hidden(name):
+                self._scan.left_aside.add(name, "hidden")
+            elif shorter and shorter[0] in samples:
+                self._scan.left_aside.add(name, "a field beside the image of the same key")
+            else:
+                yield member
+
+    def _add(self, key: str, member: Member, content: mmap.mmap) -> bool:
         try:
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                done = 0
-                for member in tar:
-                    end = member.offset_data + (member.size if member.isreg() else 0)
-                    if end > size:
-                        raise DataError(
-                            f"{path} is cut short: {member.name} takes bytes {member.offset_data} to {end}, "
-                            f"but the file ends at byte {size}; copy or write it again"
-                        )
-                    bar.update(end - done)
-                    done = end
-                    if not member.isdir():
-                        is_plain = member.isreg() and not member.issparse()
-                        yield _Member(
-                            member.name.removeprefix("./"), member.offset_data, member.size, is_plain
-                        )
-                position = tar.offset
-        except tarfile.ReadError as error:
-            raise DataError(f"{path}, {size} bytes, is not a tar file or is damaged: {error}") from error
-        # tarfile takes any block that it cannot read for the end.
-        file.seek(position)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise DataError(
-                f"{path} is cut short or damaged: no member and no end mark at byte {position} of {size}; "
-                "copy or write it again"
-            )
+            if not member.is_plain:
+                raise HeaderError("a link, device or sparse file inside the tar, expected the image itself")
+            height, width = image_size(partial(_head, content, member.offset), member.size)
+            digest = checksum(partial(_part, content, member.offset), member.size)
+        except HeaderError as error:
+            name = f"{self._scan.sources[self._source]}!{key}"
+            self._scan.rejected.append(Rejected(printable(name), str(error)))
+            return False
+        self._scan.rows.append(Row(self._source, key, member.offset, member.size, height, width, -1, digest))
+        return True
 
-
-def _labels(path: Path, members: dict[str, _Member], content: mmap.mmap) -> dict[str, int]:
-    """The class number of every key that has one."""
-    labels = {}
-    for member in members.values():
-        key, extension = _split(member.name)
-        if extension == ".cls":
+    def _texts(self, members: Mapping[str, Member], content: mmap.mmap) -> dict[str, str]:
+        """The label by what its member is called without the ending."""
+        found: dict[str, str] = {}
+        for member in members.values() if self._labels.kind == "auto" else ():
+            stem, ending = os.path.splitext(member.name)  # noqa: PTH122  pathlib is slow for millions of names
+            if ending.lower() != self._labels.ending:
+                continue
             text = content[member.offset : member.offset + member.size].strip()
-            if not text.isdigit():
-                raise DataError(
-                    f"{path}!{member.name} holds {text[:40]!r}, expected a class number (0, 1, ...)"
-                )
-            labels[key] = int(text)
-    return labels
+            where = f"{self._path}!{member.name}"
+            if self._labels.json_key is not None:
+                found[stem] = sys.intern(_json_label(where, text, self._labels.json_key))
+            elif text.isdigit():
+                found[stem] = sys.intern(text.decode())
+            else:
+                raise DataError(f"{where} holds {text[:40]!r}, expected a class number (0, 1, ...)")
+        return found
 
 
-def _class_names(rows: Sequence[Row], first: Path) -> tuple[str, ...]:
-    numbers = numbered_classes((row.label for row in rows), first.parent)
-    file = first.with_name(CLASS_NAMES)
-    if not numbers or not file.exists():
+def _sample_keys(name: str) -> list[str]:
+    """`cat/1.seg.png` -> `cat/1.seg`, `cat/1`: what its labels may be called, the likeliest first."""
+    stem = os.path.splitext(name)[0]  # noqa: PTH122
+    dot = name.find(".", name.rfind("/") + 2)
+    return [stem] if dot < 0 or dot == len(stem) else [stem, name[:dot]]
+
+
+def _label_of(name: str, own: Mapping[str, str], elsewhere: Mapping[str, str]) -> str:
+    for labels in (own, elsewhere):
+        for key in _sample_keys(name):
+            if key in labels:
+                return labels[key]
+    return ""
+
+
+def _json_label(where: str, content: bytes, key: str) -> str:
+    """The label in a JSON object, empty if there is none."""
+    try:
+        value: Any = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); write it again, or name no key") from error
+    for part in [key] if isinstance(value, dict) and key in value else key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict | list):
+        raise DataError(f"{where} holds {str(value)[:40]} at {key!r}, expected a class number or name")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_none = (
+        value is None or value != value or (isinstance(value, int) and value < 0)
+    )  # NaN differs from itself
+    return "" if is_none else str(value).strip()
+
+
+def _folder_labels(where: object, names: Sequence[str], kind: Labels) -> tuple[list[int], tuple[str, ...]]:
+    """Label images by the first folder that they do not all share, if there is one for each and at least two."""
+    shared = os.path.commonprefix([min(names, default=""), max(names, default="")])  # noqa: RUF071  cut at a slash below
+    start = shared.rfind("/") + 1
+    ends = [name.find("/", start) for name in names]
+    direct = [name for name, end in zip(names, ends, strict=True) if end < 0]
+    class_names = sorted({name[start:end] for name, end in zip(names, ends, strict=True) if end >= 0})
+    if not direct and len(class_names) > 1:
+        by_name = {name: number for number, name in enumerate(class_names)}
+        return [by_name[name[start:end]] for name, end in zip(names, ends, strict=True)], tuple(class_names)
+    if kind == "folders":
+        raise DataError(
+            f'labels="folders" is for folders of images, or tar files of such; {where} holds '
+            + (
+                f"{direct[0]} outside of class folders"
+                if direct
+                else f"the images of {len(class_names)} folders"
+            )
+        )
+    if direct and class_names:
+        logger.warning(
+            "no labels: %d images, e.g. %s, lie beside the folders in %s, so these are not taken for classes",
+            *(len(direct), direct[0], where),
+        )
+    return [-1] * len(names), ()
+
+
+def _named(numbers: tuple[str, ...], file: Path) -> tuple[str, ...]:
+    if not file.is_file():
         return numbers
     names = tuple(file.read_text().splitlines())
     if len(names) < len(numbers):
@@ -156,12 +232,9 @@ def _class_names(rows: Sequence[Row], first: Path) -> tuple[str, ...]:
     return names
 
 
-def _split(name: str) -> tuple[str, str]:
-    """`cat/1.seg.png` -> `cat/1`, `.seg.png`: the key, and the extension as WebDataset sees it."""
-    folder, slash, last = name.rpartition("/")
-    stem, dot, extension = last.partition(".")
-    return f"{folder}{slash}{stem}", f"{dot}{extension}".lower()
-
-
 def _head(content: mmap.mmap, start: int, count: int) -> bytes:
     return content[start : start + count]
+
+
+def _part(content: mmap.mmap, offset: int, start: int, count: int) -> bytes:
+    return content[offset + start : offset + start + count]

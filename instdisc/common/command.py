@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import select
@@ -115,6 +116,8 @@ def run(
         the output closed it; 130 after Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8; so does standard error
     try:
         with sigterm_as_interrupt():
             try:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
+from pipelines.lists import normalise
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
@@ -110,18 +109,17 @@ def open_images(paths: Sequence[Path], *, upright: bool) -> Manifest:
     Raises:
         DataError: One is missing or no image.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        listing = Path(folder) / "images.csv"
-        with listing.open("w", newline="") as file:
-            csv.writer(file).writerows([str(path.expanduser().absolute())] for path in paths)
-        try:
-            manifest = build_manifest(listing, show_progress=False, upright=upright)
-        except DataError as error:
-            raise DataError(str(error).replace(f"{listing}: ", "").partition("; paths are")[0]) from error
+    places = [normalise(Path.cwd(), str(path.expanduser().absolute())) for path in paths]
+    once = list(dict.fromkeys(places))
+    manifest = build_manifest(once, show_progress=False, upright=upright)
     if manifest.rejected:
         name, reason = manifest.rejected[0]
         raise DataError(f"{name} is not a usable image: {reason}")
-    return manifest
+    if len(manifest) != len(once):
+        raise DataError(
+            f"got {len(paths)} paths of {len(manifest)} images, expected image files: name no tar files"
+        )
+    return manifest.select(np.array([once.index(place) for place in places], np.int64))
 
 
 def check_decoded(rows: npt.NDArray[np.float32], manifest: Manifest) -> None:

@@ -162,7 +162,7 @@ def open_labelled(path: str, config: QueryConfig, option: str, *, upright: bool)
     """
     try:
         found = resolve(path, root=config.root, download=config.download)
-        manifest = build_manifest(found, split="held-out", upright=upright)
+        manifest = build_manifest(found, label_key=config.label_key, split="held-out", upright=upright)
     except DataError as error:
         raise DataError(f"{option}: {error}") from error
     if manifest.rejected:

@@ -165,7 +165,7 @@ class RunDirectory:
                     "it resumes without turning the %simages",
                     *(self.path, name),
                 )
-                given = given.by_the_rules_of(images)
+            given = given.by_the_rules_of(images)
             if images.fingerprint != given.fingerprint:
                 differing.append(
                     f"the {name}images are {len(images)} with fingerprint {images.fingerprint[:12]} there and "

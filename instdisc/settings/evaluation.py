@@ -26,6 +26,8 @@ class QueryConfig:
     the run's test images; without those, up to 10,000 labelled rows of the bank, each among all the others."""
     labels: str | None = None
     """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
+    label_key: str | None = None
+    """The key of the .json members of tar files that holds the label, as --data.label-key of training."""
     root: Path = Path("data")
     """Where named data sets are kept."""
     download: bool = False

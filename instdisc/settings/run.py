@@ -24,12 +24,16 @@ class DataConfig:
     """Which images."""
 
     path: str
-    """Training images: a folder of class folders, a folder of images, tar files in WebDataset layout (a file, a folder
-    of them or a pattern such as 'shards/train-*.tar'), a .txt or .csv list of paths with optional labels, or a name:
-    sample, or cifar10, cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
+    """Training images: a folder of class folders, a folder of images, a folder of train and val (or valid, validation,
+    test) with the same class folders, tar files (a file, a folder of them or a pattern such as 'shards/train-*.tar' or
+    'train-{0000..0127}.tar'), a .txt, .csv or .tsv list of paths with optional labels, or a name: sample, or cifar10,
+    cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
-    """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it, labelled training images
-    are classified by the others (leave one out). A recipe's test images are only used with its training images."""
+    """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it they are those beside
+    train, or else labelled training images are classified by the others (leave one out). A recipe's test images are
+    only used with its training images."""
+    label_key: str | None = None
+    """The key of the .json members of tar files that holds the label, instead of .cls members; a.b is key b of a."""
     classes: str | None = None
     """Train on images of these classes only: first-half, second-half, or a file that names one class per line; for
     retrieval among classes that were not trained on. kNN accuracy is measured on these classes only."""

@@ -30,6 +30,7 @@ from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import SCHEMA
 from instdisc.training.trainer import Trainer
 from pipelines.manifest import Manifest
+from pipelines.strings import printable
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RunSnapshots:
         self._images: dict[str, Any] = {
             "labels": np.asarray(manifest.labels[start:stop], dtype=np.int32),
             "keys": np.array(
-                [manifest.keys[row] for row in range(start, stop)], dtype=np.dtypes.StringDType()
+                [printable(manifest.keys[row]) for row in range(start, stop)], dtype=np.dtypes.StringDType()
             ),
         }
         self.committed_step, self.committed_time = 0, time.time()

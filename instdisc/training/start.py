@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import shlex
 import sys
@@ -25,6 +24,7 @@ from pipelines.build import build_manifest, held_out_beside
 from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
+from pipelines.patterns import is_pattern
 from pipelines.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _find_missing_paths(config: RunConfig) -> None:
     options: tuple[Literal["path", "test_path"], ...] = ("path", "test_path")
     for option in options:
         path = getattr(config.data, option)
-        if path is None or path.partition(":")[0] in SPLITS or glob.has_magic(path):
+        if path is None or path.partition(":")[0] in SPLITS or is_pattern(path):
             continue
         if not Path(path).expanduser().exists():
             _open_images(config, option)
@@ -176,7 +176,8 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
     named = getattr(config.data, option) or config.data.path
     try:
         found = resolve(named, root=config.data.root, download=config.data.download)
-        manifest = build_manifest(found, split="train" if option == "path" else "held-out")
+        split: Literal["train", "held-out"] = "train" if option == "path" else "held-out"
+        manifest = build_manifest(found, label_key=config.data.label_key, split=split)
         if config.data.verify:
             manifest = verify(manifest)
         if config.data.classes is not None and option == "path":

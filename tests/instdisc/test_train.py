@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import instdisc
+from instdisc import search
 from instdisc.model.bank import random_unit_rows
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import main
@@ -39,6 +41,28 @@ def test_a_folder_with_splits_trains_on_one_and_measures_on_the_other(run: Run, 
     assert (summary["num_instances"], summary["knn_protocol"]) == (24, "test-set")
     assert len(Manifest.load(out / "test_manifest")) == 6
     assert "training on train and measuring on Val, which hold the same classes" in said
+
+
+def test_names_that_are_not_utf8_train_and_are_searched(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = write_pictures(tmp_path / "images", 16, classes=2)
+    names = [os.fsdecode(b"caf\xe9.png"), "a\nb.png", "c,d.png"]
+    for number, name in enumerate(names):
+        (images / "class0" / f"{2 * number:03}.png").rename(images / "class0" / name)
+    (images / "class1").rename(images / os.fsdecode(b"\xff"))
+    status, said, out = run(images, "--training.epochs", "1")
+    assert status == 0, said
+    keys = RunDirectory(out).open_snapshot().read("keys").tolist()
+    assert keys[:3] == ["class0/006.png", "class0/008.png", "class0/010.png"]
+    assert {"class0/caf\\xe9.png", "class0/a\\nb.png", "class0/c,d.png"} < set(keys)
+    assert Manifest.load(out / "manifest").keys[keys.index("class0/caf\\xe9.png")] == f"class0/{names[0]}"
+    capfd.readouterr()
+    queries = [str(images / "class0" / name) for name in (*names, names[0])]
+    drawn = tmp_path / "found.png"
+    assert search.main([str(out), *queries, "--k", "2", "--num-actors", "0", "--output", str(drawn)]) == 0
+    assert capfd.readouterr().out.count("class0/caf\\xe9.png\n") == 2
+    assert drawn.exists()
 
 
 def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:

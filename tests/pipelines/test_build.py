@@ -32,6 +32,32 @@ def test_missing_tars_of_a_list(tmp_path: Path) -> None:
             build_manifest(paths)
 
 
+def test_patterns_with_braces(tmp_path: Path) -> None:
+    for name in ("08", "09", "10", "x"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": png()})
+    for path in (
+        tmp_path / "{08..10}.tar",
+        str(tmp_path / "{10..08}.tar"),
+        [tmp_path / "0{8,9}.tar", tmp_path / "1*.tar"],
+    ):
+        assert list(build_manifest(path).keys) == ["08.png", "09.png", "10.png"]
+    assert len(build_manifest(tmp_path / "{0?,x}.tar")) == 3
+    with pytest.raises(DataError, match=r"names 4 files, of which 1 are missing, e\.g\. .*07\.tar"):
+        build_manifest(tmp_path / "{07..10}.tar")
+    with pytest.raises(DataError, match="names more than 10,000,000 files"):
+        build_manifest(tmp_path / "{0..99999999}.tar")
+    write_tar(tmp_path / "{0..9}.tar", {"braces.png": png()})
+    assert list(build_manifest(tmp_path / "{0..9}.tar").keys) == ["braces.png"]
+
+
+def test_a_list_of_image_files(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("b.png", "a.png")]
+    write_files(tmp_path, "a.png", "b.png")
+    assert list(build_manifest(paths).keys) == [str(path) for path in paths]
+    with pytest.raises(DataError, match=r"b\.png is given twice"):
+        build_manifest([*paths, tmp_path / "." / "b.png"])
+
+
 def test_tars_and_images_side_by_side(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {"1.png": png()})
     write_files(tmp_path, "1.png")
@@ -43,6 +69,7 @@ def test_class_folders_are_asked_of_what_is_no_folder(tmp_path: Path) -> None:
     write_files(tmp_path, "1.png")
     write_tar(tmp_path / "x.tar", {"1.png": png()})
     (tmp_path / "x.txt").write_text("1.png\n")
+    build_manifest(write_tar(tmp_path / "y.tar", {"a/1.png": png(), "b/2.png": png()}), labels="folders")
     for name in ("x.tar", "x.txt"):
         with pytest.raises(DataError, match="is for folders of images"):
             build_manifest(tmp_path / name, labels="folders")

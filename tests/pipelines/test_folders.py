@@ -160,6 +160,18 @@ def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "manifest").keys[0] == name
 
 
+def test_what_images_hold_is_noticed(tmp_path: Path) -> None:
+    """Also where size and header are the same: at the start, in the middle and at the end."""
+    content = png() + bytes(100_000)
+    fingerprints = set()
+    for place in (None, 100, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        fingerprints.add(build_manifest(write_files(tmp_path, "a.png", content=bytes(changed))).fingerprint)
+    assert len(fingerprints) == 4
+
+
 def test_what_is_no_image_is_rejected_by_name(tmp_path: Path) -> None:
     write_files(tmp_path, "a/good.png", "b/good.png")
     write_files(tmp_path, "a/empty.png", content=b"")

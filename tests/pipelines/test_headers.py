@@ -1,4 +1,5 @@
 import io
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from pipelines import kinds
 from pipelines.headers import MAX_PIXELS, HeaderError, image_size
 from tests.pipelines.stored import HEIGHT, ODD, WIDTH
 
@@ -117,3 +119,20 @@ def test_agrees_with_pillow_on_photographs(shared_data: Path) -> None:
             with Image.open(io.BytesIO(content)) as image:
                 width, height = ImageOps.exif_transpose(image).size
                 assert size_of(content) == (height, width), member.name
+
+
+def test_heic_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(
+        kinds, "_heic_formats", kinds._heic_formats.__wrapped__
+    )  # it remembers that it was there
+    with pytest.raises(
+        HeaderError, match=r"HEIC needs the extra of that name: pip install 'instdisc\[heic\]'"
+    ):
+        size_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
+
+
+def test_what_pillow_gives_to_other_programs_is_not_opened() -> None:
+    for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.7\n"):
+        with pytest.raises(HeaderError, match="not an image, or one of a form that Pillow cannot read"):
+            size_of(content)

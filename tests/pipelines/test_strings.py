@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.strings import StringTable
+from pipelines.strings import StringTable, printable
 
 
 @given(st.lists(st.text()))
@@ -43,3 +45,20 @@ def test_shares_its_memory_with_arrow(strings: list[str]) -> None:
     again = StringTable.of_arrow(array)
     assert list(again) == strings
     assert again.bounds.ctypes.data == table.bounds.ctypes.data
+
+
+def test_names_are_printed_on_one_line_and_stay_different() -> None:
+    names = [
+        b"caf\xe9",
+        b"caf\\xe9",
+        b"a\nb",
+        b"a\\nb",
+        "é\u0085\u202e".encode(),
+        b"\xc2\xa0",
+        b"\x85",
+        b"a b",
+    ]
+    texts = [printable(os.fsdecode(name)) for name in names]
+    assert texts[:4] == ["caf\\xe9", "caf\\\\xe9", "a\\nb", "a\\\\nb"]
+    assert texts[4:] == ["é\\u0085\\u202e", "\u00a0", "\\x85", "a b"]
+    assert all(len(text.encode().splitlines()) == 1 for text in texts)

@@ -33,6 +33,86 @@ def test_webdataset_layout(tmp_path: Path) -> None:
     assert not build_manifest(path, labels="none").has_labels
 
 
+def test_labels_are_those_of_class_folders(tmp_path: Path) -> None:
+    names = ("data/img/dog/1.png", "data/img/cat/deep/2.png", "data/img/dog/3.png")
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {each: png() for each in names})
+    manifest = build_manifest(tmp_path)
+    assert manifest.class_names == ("cat", "dog")
+    assert manifest.labels.tolist() == [1, 0, 1] * 2
+    assert not build_manifest(tmp_path, labels="none").has_labels
+    for members in ({"dog/1.png": png()}, {"dog/1.png": png(), "cat/2.png": png(), "3.png": png()}):
+        assert not build_manifest(write_tar(tmp_path / "other" / "c.tar", members)).has_labels
+        with pytest.raises(
+            DataError, match='labels="folders" is for folders of images, or tar files of such'
+        ):
+            build_manifest(tmp_path / "other" / "c.tar", labels="folders")
+    write_tar(tmp_path / "d" / "d.tar", {"dog/1.png": png(), "cat/2.png": png(), "cat/2.cls": b"4"})
+    assert build_manifest(tmp_path / "d").labels.tolist() == [-1, 4]
+
+
+def test_labels_in_json_members(tmp_path: Path) -> None:
+    def labels_of(key: str, *contents: bytes) -> tuple[tuple[str, ...], list[int]]:
+        members = {f"{number}.json": content for number, content in enumerate(contents)}
+        members |= {f"{number}.png": png() for number in range(len(contents) + 1)} | {"0.cls": b"9"}
+        manifest = build_manifest(write_tar(tmp_path / "x.tar", members), label_key=key)
+        return manifest.class_names, manifest.labels.tolist()
+
+    named = [b'{"label": "dog"}', b'{"label": null}', b"{}", b'{"label": "cat"}']
+    assert labels_of("label", *named) == (("cat", "dog"), [1, -1, -1, 0, -1])
+    assert labels_of("a.b", b'{"a": {"b": 2}}', b'{"a.b": 0.0}') == (("0", "1", "2"), [2, 0, -1])
+    for content, message in (
+        (b"{", r"x\.tar!0\.json is not JSON"),
+        (b'{"label": [1]}', r"x\.tar!0\.json holds \[1\] at 'label', expected a class number or name"),
+        (b'{"other": 1}', "no image has a .json member of its name with a label at 'label'"),
+        (b"[]", "no image has a .json member of its name with a label at 'label'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            labels_of("label", content)
+
+
+def test_names_of_several_dots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"a.b.png": b"0", "a.c.png": b"1", "d.png": b"2", "d.mask.png": b"3", "v1.2/e.f.png": b"4"}
+    path = write_tar(
+        tmp_path / "x.tar",
+        {name: png() for name in members}
+        | {"a.b.cls": b"1", "a.cls": b"2", "d.cls": b"3", "v1.2/e.cls": b"4"},
+    )
+    manifest = build_manifest(path)
+    assert list(manifest.keys) == ["a.b.png", "a.c.png", "d.png", "v1.2/e.f.png"]
+    assert manifest.labels.tolist() == [1, 2, 3, 4]
+    assert "left aside: 1 .png (a field beside the image of the same key)" in caplog.text
+
+
+def test_tars_joined_by_cat(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = write_tar(tmp_path / "1.tar", {"a.png": png(1, 1), "a.cls": b"0", "b.png": png(2, 2)}).read_bytes()
+    two = write_tar(tmp_path / "2.tar", {"a.png": png(3, 3), "a.cls": b"1", "b.cls": b"2"}).read_bytes()
+    (tmp_path / "x" / "x.tar").parent.mkdir()
+    (tmp_path / "x" / "x.tar").write_bytes(one + bytes(1 << 20) + two)
+    manifest = build_manifest(tmp_path / "x")
+    assert list(manifest.keys) == ["a.png", "b.png", "a.png#2"]
+    assert manifest.labels.tolist() == [0, 2, 1]
+    assert [content_of(manifest, row) for row in range(3)] == [png(1, 1), png(2, 2), png(3, 3)]
+    (tmp_path / "x" / "x.tar").write_bytes(one + two[:1200])
+    with pytest.raises(DataError, match=r"x\.tar.*cut short"):
+        build_manifest(tmp_path / "x")
+    assert not caplog.records
+    (tmp_path / "x" / "x.tar").write_bytes(one + b"what else" * 100)
+    assert len(build_manifest(tmp_path / "x")) == 2
+    assert "the 900 bytes after its end mark are no tar" in caplog.text
+
+
+def test_what_macos_and_others_add_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("1.PNG", "._1.PNG", "__MACOSX/._1.png", "a/__MACOSX/2.png", "readme", "1.txt", ".DS_Store")
+    manifest = build_manifest(write_tar(tmp_path / "x.TAR", {name: png() for name in names}))
+    assert list(manifest.keys) == ["1.PNG"]
+    assert (
+        "1 images taken; left aside: 2 .png (__MACOSX), 1 .png (hidden), 1 without ending, 1 .txt"
+        in caplog.text
+    )
+    assert list(build_manifest(tmp_path).keys) == ["1.PNG"]
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names(tmp_path: Path, format: int) -> None:
     name = "/".join(["a long näme"] * 30) + ".png"
