@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class Worker:
         node_rank: Number of the node among those of the group.
         device: Where this worker computes.
         restarts: How often `launch` has started again so far because a worker or node was lost.
+        grace_s: Seconds from a signal to the process that launched until the workers are killed.
         stop_watch: What `stop_requested` asks.
     """
 
@@ -32,6 +34,7 @@ class Worker:
     node_rank: int
     device: torch.device
     restarts: int = 0
+    grace_s: float = math.inf
     stop_watch: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
 
     @property

@@ -59,9 +59,10 @@ def launch(
 
     Raises:
         ClusterError: If the cluster has no room for the workers or cannot be reached.
-        WorkerLostError: If a worker died more often than `max_restarts`.
+        WorkerLostError: If a worker died more often than `max_restarts`, or while the group was stopping.
         RunStopped: If Ctrl-C or SIGTERM came and the function returned `Stopped`.
-        KeyboardInterrupt: If interrupted twice, or when `stop_grace_s` was over; the workers have been killed.
+        KeyboardInterrupt: If interrupted twice, or when `stop_grace_s` was over (in a submitted job, the time until Ray
+            kills it, if that is less); the workers have been killed.
         Exception: What the function raised, on the lowest rank whose error does not follow from another's.
             Its `__cause__` holds the worker's traceback.
     """
@@ -78,8 +79,10 @@ def launch(
     else:
         with ray_session(), signals:
             from cluster.capacity import live_nodes, settle_workers
+            from cluster.jobs import stop_time_s
             from cluster.ray_group import run_group  # which imports Ray
 
+            signals.grace_s = min(signals.grace_s, stop_time_s(config.stop_grace_s))
             run = functools.partial(
                 run_group,
                 function,
@@ -92,7 +95,8 @@ def launch(
             )
             value = _run_until_done(run, config, signals)
     if isinstance(value, Stopped):
-        raise RunStopped(f"stopped by {value.reason} at {value.progress}; the next run resumes from there")
+        reason = signals.reason or value.reason
+        raise RunStopped(f"stopped by {reason} at {value.progress}; the next run resumes from there")
     return value
 
 
@@ -118,7 +122,7 @@ def connected(config: LaunchConfig) -> Iterator[None]:
 def _run_here(function: Callable[[Worker, P], R | Stopped], payload: P, signals: StopSignals) -> R | Stopped:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    worker = Worker(0, 1, 0, 1, 0, device, stop_watch=lambda: signals.reason)
+    worker = Worker(0, 1, 0, 1, 0, device, grace_s=signals.grace_s, stop_watch=lambda: signals.reason)
     with signals.passed_on(lambda reason: None):
         return function(worker, payload)
 
@@ -133,8 +137,8 @@ def _run_until_done(
             value = run(restarting=restarting, restarts=restarts)
         except WorkerLostError as error:
             if signals.reason:
-                raise RunStopped(
-                    f"stopped by {signals.reason}, but {error}; the next run resumes from the last snapshot"
+                raise WorkerLostError(
+                    f"not saved when stopped by {signals.reason}: {error}; the next run resumes from the last snapshot"
                 ) from error
             if restarts == config.max_restarts:
                 raise WorkerLostError(

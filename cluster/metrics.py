@@ -169,17 +169,17 @@ class Endpoint:
         host, port = self._server.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
-    def wait_until_read(self) -> None:
+    def wait_until_read(self, at_most_s: float = _LONGEST_WAIT_S) -> None:
         """Wait until the current values have been scraped; return immediately if nothing scrapes them.
 
         For values that are set at the very end of a process. Waits for twice the time between the last two questions,
-        at most a minute.
+        at most `at_most_s`.
         """
         now = time.monotonic()
         with self._served:
             if len(self._asked) < 2:
                 return
-            longest = min(2 * (self._asked[1] - self._asked[0]), _LONGEST_WAIT_S)
+            longest = min(2 * (self._asked[1] - self._asked[0]), at_most_s)
             if now - self._asked[1] < longest:
                 self._served.wait_for(lambda: self._asked[1] > now, longest)
 

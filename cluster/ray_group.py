@@ -63,7 +63,14 @@ def run_group(
     group = wait_for_room(config, is_allowed, restarting=restarting)
     logger.info("starting %s", group)
     board = StopBoard(secrets.token_hex(16))
-    task: Any = functools.partial(_run_on_worker, function, payload, Path.cwd(), board, restarts)
+    task: Any = functools.partial(
+        _run_on_worker,
+        function,
+        payload,
+        Path.cwd(),
+        board,
+        {"restarts": restarts, "grace_s": signals.grace_s},
+    )
     trainer: Any = _Trainer(
         task,
         torch_config=TorchConfig(
@@ -173,7 +180,7 @@ class _SigtermCallback(WorkerCallback):
 
 
 def _run_on_worker(
-    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard, restarts: int
+    function: Callable[[Worker, P], R], payload: P, directory: Path, board: StopBoard, told: dict[str, Any]
 ) -> R | None:
     """What Ray Train runs in every worker process: set up the worker, call the function, catch its error.
 
@@ -182,12 +189,12 @@ def _run_on_worker(
         payload: Its argument.
         directory: Where the caller of `launch` is. A worker starts where its node's Ray was started.
         board: Where the group is asked to stop.
-        restarts: As in `Worker`.
+        told: What `Worker` knows from the process that launched, by the names of its attributes.
     """
     # What all threads are doing goes to the worker's standard error, which Ray shows to whoever launched.
     faulthandler.register(signal.SIGUSR1, file=2)
     try:
-        worker = _this_worker(board, restarts)
+        worker = _this_worker(board, told)
         _set_up_logging(worker)
         # A submitted job's worker already is in its node's copy of the working directory.
         if JOB_DIRECTORY not in directory.as_posix():
@@ -201,7 +208,7 @@ def _run_on_worker(
     return value if worker.is_rank_zero else None
 
 
-def _this_worker(board: StopBoard, restarts: int) -> Worker:
+def _this_worker(board: StopBoard, told: dict[str, Any]) -> Worker:
     """Collectives: one; every worker must call."""
     context = ray.train.get_context()
     nodes = [""] * context.get_world_size()
@@ -213,8 +220,8 @@ def _this_worker(board: StopBoard, restarts: int) -> Worker:
         local_world_size=context.get_local_world_size(),
         node_rank=context.get_node_rank(),
         device=ray.train.torch.get_device(),
-        restarts=restarts,
         stop_watch=StopWatch(board, frozenset(nodes)),
+        **told,
     )
 
 

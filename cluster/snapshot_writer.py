@@ -285,6 +285,7 @@ class SnapshotWriter:
             "schema_version": SCHEMA_VERSION,
             "step": save.step,
             "time": time.time(),
+            "seconds": round(time.monotonic() - save.started, 3),
             "attempt": self._attempt,
             "num_rows": num_rows,
             "attributes": save.attributes,

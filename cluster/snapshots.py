@@ -32,7 +32,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
-from cluster.errors import SnapshotError
+from cluster.errors import ClusterError, SnapshotError
 from cluster.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -114,6 +114,12 @@ class Snapshot:
     def time(self) -> float:
         """Unix time at which it was committed."""
         return float(self.document["time"])
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took to write, without the commit itself; None for one of version 0.1.0."""
+        seconds: float | None = self.document.get("seconds")
+        return seconds
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -242,7 +248,7 @@ def snapshot_steps(url: str | Path) -> list[int]:
     Raises:
         SnapshotError: The directory cannot be read.
     """
-    with _reachable(url):
+    with reachable(url):
         return committed_steps(Storage.at(url))
 
 
@@ -261,7 +267,7 @@ def owner_of(url: str | Path) -> str | None:
     Raises:
         SnapshotError: The directory cannot be read.
     """
-    with _reachable(url):
+    with reachable(url):
         storage = Storage.at(url)
         return storage.read(OWNER).decode() if storage.exists(OWNER) else None
 
@@ -272,7 +278,7 @@ def take_over(url: str | Path, owner: str) -> None:
     Raises:
         SnapshotError: The directory cannot be read or written to.
     """
-    with _reachable(url):
+    with reachable(url):
         storage = Storage.at(url)
         storage.write(OWNER, owner.encode())
         for step in steps(storage):
@@ -280,11 +286,11 @@ def take_over(url: str | Path, owner: str) -> None:
 
 
 @contextmanager
-def _reachable(url: str | Path) -> Iterator[None]:
+def reachable(url: str | Path) -> Iterator[None]:
     """Turn what a file system raises into one error."""
     try:
         yield
-    except SnapshotError:
+    except ClusterError:
         raise
     except Exception as error:  # every file system that fsspec opens has errors of its own
         raise SnapshotError(
@@ -307,7 +313,7 @@ def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
     """
     storage = Storage.at(url)
     name = storage.url.rpartition("/")[2]
-    with _reachable(url):
+    with reachable(url):
         if _STEP.fullmatch(name) or storage.exists(COMMIT):
             return _open(storage, check_sizes)
         while True:

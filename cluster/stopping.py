@@ -54,7 +54,8 @@ class StopSignals:
     def __init__(self, grace_s: float) -> None:
         self.reason: str | None = None
         """The name of the signal, once there was one."""
-        self._grace_s = grace_s
+        self.grace_s = grace_s
+        """May be lowered when it turns out that somebody else kills earlier."""
         self._ask: Callable[[str], None] | None = None
         self._answered = threading.Event()
         self._previous: dict[signal.Signals, Any] = {}
@@ -81,7 +82,7 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.reason = self.reason is None, signal.Signals(number).name
-        if not first or self._ask is None or self._grace_s == 0:
+        if not first or self._ask is None or self.grace_s == 0:
             raise KeyboardInterrupt
         # Not here: the main thread may hold any lock at this moment.
         threading.Thread(
@@ -92,7 +93,7 @@ class StopSignals:
         logger.warning(
             "%s: the workers save and stop, which may take %g s; a second signal kills them",
             reason,
-            self._grace_s,
+            self.grace_s,
         )
         try:
             ask(reason)
@@ -100,8 +101,8 @@ class StopSignals:
             Exception
         ) as error:  # of any kind: the workers cannot be reached, so killing them is all that is left
             logger.warning("the workers cannot be asked to stop: %s", error)
-        if not answered.wait(self._grace_s):
-            logger.warning("the workers have not stopped after %g s: killing them", self._grace_s)
+        if not answered.wait(self.grace_s):
+            logger.warning("the workers have not stopped after %g s: killing them", self.grace_s)
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 

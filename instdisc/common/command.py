@@ -127,8 +127,8 @@ def run(
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         return 130
     except tuple(kind for kind, _ in _STATUS) as error:
         logger.debug("", exc_info=True)

@@ -1,16 +1,12 @@
-"""Where a run keeps what it knows: names of the files, and who may write there."""
+"""Where a run keeps what it knows."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import math
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from cluster.errors import SnapshotError
-from cluster.snapshots import Snapshot, open_snapshot
+from cluster.snapshots import Snapshot, newest_step, open_snapshot
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import append_line, read_lines, write_json, write_text
 from instdisc.model.backbone import Embedder, build_embedder
@@ -34,9 +30,6 @@ NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
 NETWORK_SETTINGS = ("backbone", "augmentation")
 """The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What `flock` says on file systems that cannot lock."""
 
 _CLEARED = "cleared"
 """In the prepared run: the run before it has been removed."""
@@ -55,7 +48,8 @@ class RunDirectory:
                           elsewhere if --snapshots.url says so
     summary.json          the results, written last
     .metrics/             where Prometheus finds the workers of a run under way
-    .ray/, .lock          Ray Train's own state; held while a run is under way
+    .ray/                 Ray Train's own state
+    .lock, .lease         held while a run is under way
     ```
 
     A new run is prepared in `.next/` and replaces an earlier one only when its workers are ready, so that
@@ -84,40 +78,6 @@ class RunDirectory:
     def next(self) -> RunDirectory:
         """Where the next run is prepared."""
         return RunDirectory(self.path / ".next")
-
-    @contextmanager
-    def claim(self) -> Iterator[None]:
-        """Hold the directory, which is made if need be, against other runs.
-
-        Where the file system cannot lock, only warns.
-
-        Raises:
-            ConfigError: Another run holds it, or it cannot be written to.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write to run directory {self.path} ({error}): choose another --run-dir"
-            ) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # the latter as NFS may say it
-                    raise ConfigError(
-                        f"another run is writing to {self.path}: wait for it to end or choose another --run-dir"
-                    ) from error
-                if error.errno not in _NO_LOCKS:
-                    raise ConfigError(
-                        f"cannot lock {file.name} ({error}): fix this or choose another --run-dir"
-                    ) from error
-                logger.warning(
-                    "the file system of %s has no locks (%s): a second run in it would not be noticed, so start none",
-                    *(self.path, error),
-                )
-            yield
 
     def holds_run(self) -> bool:
         """Whether there is a run to resume.
@@ -268,6 +228,18 @@ class RunDirectory:
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
         append_line(self.corrupt_images, {"name": str(manifest.root / name), "reason": reason})
+
+    def what_is_kept(self) -> str:
+        """What of a run that was killed the next one resumes from, and what it has to do again, in words."""
+        if self.next.config.exists() or not self.config.exists():
+            return "no step was done"
+        try:
+            saved = newest_step(self.settings()["snapshots"]["url"] or self.snapshots) or 0
+        except (ConfigError, SnapshotError) as error:
+            return f"what is saved cannot be told ({error})"
+        done = max((row["step"] for row in read_lines(self.journal) if row["kind"] == "train"), default=0)
+        lost = f"; at least {done - saved} steps after it are lost" if done > saved else ""
+        return f"the next run resumes from step {saved}{lost}"
 
     def settings(self) -> dict[str, Any]:
         """The run's configuration as JSON values.

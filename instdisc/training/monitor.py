@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,10 @@ def raw_pixels(images: Tensor) -> Tensor:
     """
     side = min(_RAW_SIDE, images.shape[-1])
     return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
+
+
+class MeasurementStopped(Exception):  # noqa: N818 - not an error: the stop was requested
+    """A measurement was abandoned because the group was asked to stop; raised on all ranks, with the reason."""
 
 
 class KnnMonitor:
@@ -91,12 +95,22 @@ class KnnMonitor:
             bank_as: If given, the queries embedded by the first function are classified by the bank as well, and the
                 result bears this name.
 
-        Collectives: those of `knn_top1`, for each function; every rank must call.
+        Raises:
+            MeasurementStopped: The group was asked to stop.
+
+        Collectives: one all-reduce, and those of `knn_top1` for each function; every rank must call.
         """
         trainer = self._trainer
         start, stop = trainer.bank.start, trainer.bank.stop
-        tables, present = self._embed(self._train, np.arange(start, stop), list(functions.values()))
-        queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
+        reason = None
+        try:
+            tables, present = self._embed(self._train, np.arange(start, stop), list(functions.values()))
+            queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
+        except MeasurementStopped as stopped:
+            reason = str(stopped)
+        asked = torch.tensor(float(reason is not None), device=trainer.worker.device)
+        if trainer.exchange.sum(asked) > 0:  # each rank notices it at another batch, or not yet
+            raise MeasurementStopped(reason or trainer.worker.stop_requested() or "another rank")
         if not len(self._query_rows):  # more ranks than queries
             queries = [table[:0] for table in tables]
         device = trainer.worker.device
@@ -140,7 +154,13 @@ class KnnMonitor:
             config=trainer.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, manifest),
         ) as loader:
-            return embed_rows(loader, len(rows), functions, trainer.worker.device)
+            return embed_rows(self._until_stopped(loader), len(rows), functions, trainer.worker.device)
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if reason := self._trainer.worker.stop_requested():
+                raise MeasurementStopped(reason)
+            yield batch
 
 
 @torch.no_grad()

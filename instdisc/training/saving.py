@@ -84,6 +84,8 @@ class RunSnapshots:
             ),
         }
         self.committed_step, self.committed_time = 0, time.time()
+        self.seconds: float | None = None
+        """How long the newest snapshot took to write, as far as rank 0 knows."""
 
     def restore(self) -> TrainingProgress | None:
         """Restore the trainer from the newest snapshot; None if there is none.
@@ -122,7 +124,7 @@ class RunSnapshots:
         _restore_optimizer(trainer.optimizer, _load(snapshot, _OPTIMIZER))
         trainer.objective.load_state_dict(noted["objective"])
         trainer.steps = self.committed_step = snapshot.step
-        self.committed_time = snapshot.time
+        self.committed_time, self.seconds = snapshot.time, snapshot.seconds
         return TrainingProgress(noted["train_seconds"], noted["means"])
 
     def _check(self, noted: dict[str, Any]) -> None:
@@ -147,18 +149,17 @@ class RunSnapshots:
             "run_id": self._run_id,
         }
 
-    def save(self, progress: TrainingProgress) -> None:
+    def save(self, progress: TrainingProgress) -> bool:
         """Copy this rank's part and start writing it; returns while it is being written.
 
-        Skipped while the last one is still being written on some rank.
+        Returns:
+            The same on all ranks: false if nothing was done, as the last one is still being written on some rank.
 
         Collectives: two all-reduces; every rank must call.
         """
         trainer, config = self._trainer, self._config
         if self._busy():
-            if trainer.worker.is_rank_zero:
-                logger.warning("no snapshot of step %d: the last one is still being written", trainer.steps)
-            return
+            return False
         statistics = trainer.buffers()
         averaged = trainer.averaged_buffers()
         files = {_statistics(trainer.worker.rank): save(statistics)}
@@ -183,6 +184,7 @@ class RunSnapshots:
         }
         tables = {"embeddings": trainer.bank.rows, **self._images, **trainer.objective.tables()}
         self._writer.save(trainer.steps, tables, files, attributes)
+        return True
 
     def _busy(self) -> bool:
         """Whether some rank is still writing.
@@ -205,7 +207,9 @@ class RunSnapshots:
     def poll(self) -> list[SnapshotReport]:
         """The reports of the snapshots that finished since the last call."""
         reports = self._writer.poll()
-        self.committed_step = max([self.committed_step, *(each.step for each in reports if not each.error)])
+        for report in reports:
+            if not report.error:
+                self.committed_step, self.seconds = report.step, report.seconds
         return reports
 
     def wait(self) -> list[SnapshotReport]:

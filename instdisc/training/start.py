@@ -16,6 +16,7 @@ from cluster.snapshots import newest_step, owner_of
 from instdisc.common.classes import choose_classes, labels_among
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import check_backbone
+from instdisc.runs.claim import claim, claim_snapshots
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.progress import ProgressBar
@@ -41,8 +42,9 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         NonFiniteError: Training diverged; what was there before is kept.
         ClusterError: The workers could not be run, or a snapshot not be read or written.
         RunStopped: Ctrl-C or SIGTERM came; what was done is saved.
+        KeyboardInterrupt: The same, before everything was saved; says what is lost.
     """
-    with run.claim():
+    with claim(run):
         return _train(recipe, config, run)
 
 
@@ -58,7 +60,8 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
-        return _launch(recipe, config, run, train_images, resumes=resumes)
+        with claim_snapshots(config.snapshots.url):
+            return _launch(recipe, config, run, train_images, resumes=resumes)
 
 
 def _prepare(
@@ -111,6 +114,8 @@ def _launch(
                 storage=run.path,
                 is_allowed=is_allowed,
             )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {run.what_is_kept()}") from None
     finally:
         remove_targets(run.targets)
 

@@ -23,7 +23,7 @@ from instdisc.common.metrics import TRAINING
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import KnnMonitor, raw_pixels
+from instdisc.training.monitor import KnnMonitor, MeasurementStopped, raw_pixels
 from instdisc.training.optim import learning_rate
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer, training_dtype
@@ -68,14 +68,17 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
         except (NonFiniteError, SnapshotError):
             _let_read(endpoint)
             raise
-        if not isinstance(result, Stopped) or (worker.is_rank_zero and is_deliberate(result.reason)):
+        if not isinstance(result, Stopped):
             _let_read(endpoint)
+        elif worker.is_rank_zero and is_deliberate(result.reason):
+            # All is saved by now, so the rest of the time may be spent on telling Prometheus.
+            _let_read(endpoint, at_most_s=worker.grace_s / 4)
         return result
 
 
-def _let_read(endpoint: Endpoint | None) -> None:
+def _let_read(endpoint: Endpoint | None, at_most_s: float = math.inf) -> None:
     if endpoint is not None:
-        endpoint.wait_until_read()
+        endpoint.wait_until_read(at_most_s)
 
 
 class TrainingRun:
@@ -106,6 +109,7 @@ class TrainingRun:
         self.url = config.snapshots.url or str(run.snapshots)
         self.corrupt: set[Path] = set()
         self._sent_bytes = 0
+        self._warned_of_slow_snapshots = False
         rows = self.trainer.bank.rows
         metrics.set(
             world_size=worker.world_size,
@@ -136,9 +140,12 @@ class TrainingRun:
         self.means = progress.means if progress else {}
         if self.worker.is_rank_zero:
             self.metrics.set(snapshot_timestamp_seconds=self.snapshots.committed_time)
-        self._announce(resumed=progress is not None)
+        self._warn_if_stops_are_short()
         try:
+            self._announce(resumed=progress is not None)
             reason = self._train()
+        except MeasurementStopped as stopped:
+            reason = str(stopped)
         except NonFiniteError as error:
             self.metrics.set(loss=math.nan)
             self._save_now()
@@ -148,10 +155,26 @@ class TrainingRun:
             ) from None
         if reason is not None and is_deliberate(reason) and self.worker.is_rank_zero:
             self.metrics.set(stopping=1)
-        self._save_now()
-        if reason is not None:
-            return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
-        return self._summarise(self._measure(self.config.training.epochs))
+        if self.trainer.steps:
+            self._save_now()
+        if reason is None:
+            try:
+                return self._summarise(self._measure(self.config.training.epochs))
+            except MeasurementStopped as stopped:
+                reason = str(stopped)
+        return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
+
+    def _warn_if_stops_are_short(self) -> None:
+        """Warn if the newest snapshot took so long that a stop may end before the state is saved."""
+        seconds, grace_s = self.snapshots.seconds, self.worker.grace_s
+        # A stop may have to wait for a snapshot that is being written before it writes another one.
+        if self._warned_of_slow_snapshots or not seconds or 2 * seconds <= grace_s:
+            return
+        self._warned_of_slow_snapshots = True
+        self._say(
+            f"a snapshot takes {seconds:.0f} s and a stop up to twice that, but the workers are killed {grace_s:.0f} s "
+            f"after it: raise --stop-grace-s, else up to {self.config.snapshots.every_steps} steps are lost"
+        )
 
     def _announce(self, *, resumed: bool) -> None:
         """Log where training starts; at the beginning, measure the baselines."""
@@ -186,6 +209,7 @@ class TrainingRun:
             config=self.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, self.manifest),
         ) as loader:
+            due = False  # a snapshot, which waits for the one before it
             while self.trainer.steps < self.total_steps:
                 with self.clock.waiting():
                     batch = next(loader)
@@ -203,8 +227,9 @@ class TrainingRun:
                 self._report(self.snapshots.poll())
                 if self.trainer.stop_agreed and done < self.total_steps:
                     return reason or "another rank"
-                if done % self.config.snapshots.every_steps == 0 and done < self.total_steps:
-                    self.snapshots.save(self._progress())
+                due = due or done % self.config.snapshots.every_steps == 0
+                if done < self.total_steps and (due or self._must_measure()):
+                    due = not self.snapshots.save(self._progress()) and due
                 self._measure_if_due()
         return None
 
@@ -242,15 +267,19 @@ class TrainingRun:
                 )
                 continue
             self.metrics.observe("snapshot_seconds", report.seconds)
+            self._warn_if_stops_are_short()
             if self.worker.is_rank_zero:  # others only know of their own part
                 self.metrics.set(snapshot_timestamp_seconds=time.time(), snapshot_bytes=report.num_bytes)
 
-    def _measure_if_due(self) -> None:
-        """Measure after an epoch that is to be measured, unless it was, or is the last one."""
+    def _must_measure(self) -> bool:
+        """Whether this is the end of an epoch, not the last one, that is to be measured."""
         epoch, step = divmod(self.trainer.steps, self.order.steps_per_epoch)
         every = self.config.knn.every
-        if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
-            self._measure(epoch)
+        return bool(step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0)
+
+    def _measure_if_due(self) -> None:
+        if self._must_measure():
+            self._measure(self.trainer.steps // self.order.steps_per_epoch)
 
     def _measure(self, epoch: int) -> dict[str, float | None]:
         """KNN accuracy with recomputed embeddings and with the bank."""

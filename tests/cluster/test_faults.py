@@ -1,10 +1,12 @@
 """Runs that lose workers and nodes, or are told to stop: a real cluster, and a function that counts."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +19,7 @@ from cluster.stopping import StopSignals
 from tests.cluster.counting import Count, counting_program, ray_node
 from tests.ray_cluster import CHECKOUT, RayCluster, ray_head, wait_until
 
+RAYS_PATIENCE_S = 3  # between the signal and SIGKILL, where RAY_JOB_STOP_WAIT_TIME_S is not set
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -155,11 +158,15 @@ def test_ctrl_c_at_a_terminal_reaches_all_processes_and_the_workers_save(tmp_pat
     assert stopped_at(said, "SIGINT") == job.value
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_job_that_is_stopped_saves(ray_cluster: RayCluster, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("SIGTERM", {}), ("SIGINT", {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"})],
+)
+def test_job_that_is_stopped_saves_also_what_takes_longer_than_rays_patience(
+    ray_cluster: RayCluster, tmp_path: Path, name: str, settings: dict[str, str]
+) -> None:
     job = Count(tmp_path)
     environment = os.environ | ray_cluster.environment | {"RAY_ADDRESS": ray_cluster.dashboard}
-    settings = '{"env_vars": {"RAY_JOB_STOP_SIGNAL": "NAME", "RAY_JOB_STOP_WAIT_TIME_S": "60"}}'
 
     def ray_job(*arguments: str) -> str:
         command = [RAY, "job", *arguments]
@@ -170,10 +177,21 @@ def test_job_that_is_stopped_saves(ray_cluster: RayCluster, tmp_path: Path, name
     submission = f"{name}-{tmp_path.name}"
     submit = ["submit", "--no-wait", "--working-dir", str(CHECKOUT), "--submission-id", submission]
     program = ["python", "-m", "tests.cluster.counting", str(tmp_path), '{"num_workers": 2}']
-    ray_job(*submit, "--runtime-env-json", settings.replace("NAME", name), "--", *program)
-    job.wait_for_group(0)
+    ray_job(*submit, "--runtime-env-json", json.dumps({"env_vars": settings}), "--", *program)
+    slow = job.wait_for_group(0)["workers"][1]["pid"]
+    os.kill(slow, signal.SIGSTOP)
+    threading.Timer(RAYS_PATIENCE_S + 3, os.kill, (slow, signal.SIGCONT)).start()
     ray_job("stop", submission)
     assert stopped_at(ray_job("logs", submission), name) == job.value
+
+
+def test_job_that_ray_will_kill_early_says_so(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    job = Count(tmp_path)
+    job.enough()
+    command = ["env", "RAY_JOB_STOP_WAIT_TIME_S=8", "python", "-m", "tests.cluster.counting", str(tmp_path)]
+    done = ray_cluster.submit(*command, '{"num_workers": 2}')
+    assert "`ray job stop` kills this job after 8 s, less than the 60 s of --stop-grace-s" in done.stdout
+    assert "counted to 0" in done.stdout
 
 
 def test_hung_worker_is_reported(ray_cluster: RayCluster, tmp_path: Path) -> None:

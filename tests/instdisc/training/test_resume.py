@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.group import Worker
 from cluster.snapshots import newest_step, owner_of, take_over
 from cluster.stopping import Stopped
 from instdisc.common.errors import ConfigError
+from instdisc.common.files import read_lines
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.train import parse
@@ -54,14 +56,29 @@ class Killed(BaseException):
 
 
 class StopAfter:
-    """Asks for a stop in a certain step."""
+    """Asks for a stop in a certain step from here; `--training.log-every` is 1."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, steps: int, run: RunDirectory) -> None:
+        self.steps, self.run, self.begun = steps, run, -1
 
     def __call__(self) -> str | None:
-        self.left -= 1
-        return "the test" if self.left <= 0 else None
+        rows = read_lines(self.run.journal)
+        done = sum(row["kind"] == "train" for row in rows)
+        if self.begun < 0:
+            self.begun = done
+        measuring = bool(rows) and "measuring" in rows[-1].get("message", "")
+        return "the test" if done - self.begun + 1 >= self.steps and not measuring else None
+
+
+class StopWhileMeasuring:
+    """Asks for a stop while the accuracy after an epoch is measured, when this is asked for the second time."""
+
+    def __init__(self, epoch: int, run: RunDirectory) -> None:
+        self.step, self.run, self.asked = 3 * epoch, run, 0
+
+    def __call__(self) -> str | None:
+        self.asked += read_lines(self.run.journal)[-1].get("step") == self.step
+        return "the test" if self.asked == 2 else None
 
 
 def configured(recipe: str, images: Path, run_dir: Path) -> RunConfig:
@@ -76,15 +93,15 @@ def prepared(recipe: str, images: Path, run_dir: Path) -> RunDirectory:
     return run
 
 
-def worker_of(rank: int, world_size: int, stop_after: int = 1 << 30) -> Worker:
-    device = torch.device("cpu")
-    return Worker(rank, world_size, rank, world_size, 0, device, stop_watch=StopAfter(stop_after))
+def worker_of(rank: int, world_size: int, stop_watch: Callable[[], str | None] = lambda: None) -> Worker:
+    return Worker(rank, world_size, rank, world_size, 0, torch.device("cpu"), stop_watch=stop_watch)
 
 
 def train(rank: int, world_size: int, recipe: str, images: Path, run_dir: Path, stop_after: int) -> Any:
     torch.set_num_threads(1)
-    job = (recipe, configured(recipe, images, run_dir), RunDirectory(run_dir))
-    return train_on_worker(worker_of(rank, world_size, stop_after), job)
+    run = RunDirectory(run_dir)
+    job = (recipe, configured(recipe, images, run_dir), run)
+    return train_on_worker(worker_of(rank, world_size, StopAfter(stop_after, run)), job)
 
 
 @pytest.mark.slow
@@ -102,6 +119,29 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, recipe: str
     assert snapshot_content(parts) == snapshot_content(whole)
     assert measured(parts) == measured(whole)
     assert summary["knn_top1_raw_pixels"] is not None
+
+
+def train_until_measuring(rank: int, world_size: int, images: Path, run_dir: Path, epoch: int) -> Any:
+    torch.set_num_threads(1)
+    run = RunDirectory(run_dir)
+    watch = StopWhileMeasuring(epoch, run) if rank == world_size - 1 else lambda: None
+    return train_on_worker(
+        worker_of(rank, world_size, watch), ("sample", configured("sample", images, run_dir), run)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_stop_ends_a_measurement_which_the_next_run_repeats(tmp_path: Path, epoch: int) -> None:
+    images = write_pictures(tmp_path / "images", 40, classes=4)
+    run = prepared("sample", images, tmp_path / "run")
+    first, *_ = run_ranks(2, train_until_measuring, images, run.path, epoch)
+    assert first == Stopped("another rank", f"step {3 * epoch} of 9")
+    assert newest_step(run.snapshots) == 3 * epoch
+    assert not run.has_accuracy(epoch)
+    summary, *_ = run_ranks(2, train, "sample", images, run.path, 1 << 30)
+    assert summary["steps"] == 9
+    assert [row["epoch"] for row in measured(run) if row["kind"] == "knn"] == [1, 2, 3]
 
 
 def restored(rank: int, world_size: int, recipe: str, images: Path, run_dir: Path) -> dict[str, Any]:

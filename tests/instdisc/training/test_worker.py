@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 import urllib.request
@@ -14,14 +15,16 @@ import torch
 
 from cluster.errors import SnapshotError
 from cluster.group import Worker
+from cluster.snapshots import newest_step
 from cluster.stopping import Stopped
+from instdisc.common.files import append_line, read_lines
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import parse
 from instdisc.training.worker import Job, train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from tests.instdisc.program import SMALL, write_pictures
-from tests.ray_cluster import free_port
+from tests.ray_cluster import free_port, wait_until
 
 
 @pytest.fixture
@@ -63,6 +66,56 @@ def test_restarts_are_losses_and_not_every_new_start(job: Job) -> None:
     for losses in (0, 0, 2, 2):
         assert isinstance(train_on_worker(worker(losses, stop), job), Stopped)
     assert seen == [0, 0, 2, 2]
+
+
+def test_a_run_whose_snapshots_take_longer_than_a_stop_may_says_so_at_its_start(job: Job) -> None:
+    run = job[2]
+    short = dataclasses.replace(worker(0, lambda: "the test"), grace_s=1e-6)
+    assert isinstance(train_on_worker(short, job), Stopped)
+    seconds = run.open_snapshot().seconds
+    assert seconds is not None
+    run.journal.write_text("")
+    assert isinstance(train_on_worker(short, job), Stopped)
+    first = read_lines(run.journal)[0]["message"]
+    assert f"a snapshot takes {seconds:.0f} s and a stop up to twice that" in first
+    assert "else up to 1000 steps are lost" in first
+
+
+def test_prometheus_sees_that_a_run_was_stopped_on_purpose(job: Job) -> None:
+    """It is scraped after the stop, whose snapshot is committed by then."""
+    run = job[2]
+    seen: list[tuple[float, int | None]] = []
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(0.5):
+            with suppress(OSError, StopIteration, SnapshotError):
+                seen.append((exported(job, "stopping"), newest_step(run.snapshots)))
+
+    def stop_once_scraped_twice() -> str:
+        wait_until(lambda: len(seen) > 2, timeout_s=60)
+        return "SIGTERM"
+
+    reader = threading.Thread(target=scrape)
+    reader.start()
+    try:
+        stopped = train_on_worker(worker(0, stop_once_scraped_twice), job)
+    finally:
+        ended.set()
+        reader.join()
+    assert isinstance(stopped, Stopped)
+    assert seen[0][0] == 0
+    assert seen[-1] == (1, newest_step(run.snapshots))
+    assert stopped.progress.startswith(f"step {seen[-1][1]} of")
+
+
+def test_what_a_killed_run_has_lost_is_said(job: Job) -> None:
+    run = job[2]
+    assert run.what_is_kept() == "no step was done"
+    train_on_worker(worker(0, lambda: "the test"), job)
+    assert run.what_is_kept() == "the next run resumes from step 1"
+    append_line(run.journal, {"kind": "train", "step": 30})
+    assert run.what_is_kept() == "the next run resumes from step 1; at least 29 steps after it are lost"
 
 
 @pytest.mark.slow
