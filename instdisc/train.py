@@ -13,6 +13,7 @@ import tyro
 
 from instdisc.common import command
 from instdisc.common.errors import ConfigError
+from instdisc.settings.model import TIMM
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.run import RunConfig
 
@@ -25,7 +26,8 @@ _USUAL_OPTIONS = {
     "--training.batch-size N": "images per step, over all workers",
     "--training.seed N": "of weights, order, augmentation and negatives",
     "--optimizer.learning-rate RATE": "the highest one",
-    "--backbone.name NAME": "resnet18, resnet50, … of torchvision, or resnet8, resnet20, resnet32",
+    "--backbone.name NAME": "resnet18, resnet50, … of torchvision, resnet8, resnet20, resnet32, or timm:NAME",
+    "--init.weights WEIGHTS": "begin with torchvision, timm:NAME, a file, or the network of a run",
     "--backbone.embedding-dim D": "entries of an embedding",
     "--augmentation.image-size PIXELS": "the side of the square that the network sees",
     "--objective.temperature T": "divides similarities; 0.07 to 0.2 are usual",
@@ -99,10 +101,24 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
         # Workers, and whoever evaluates the run, may have another working directory.
         snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
         config = dataclasses.replace(config, snapshots=snapshots)
+    config = _with_settled_start(config, base)
     if config.data.path != base.data.path and config.data.test_path == base.data.test_path:
         # A recipe's test images are for its own training images.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None))
     return name, config
+
+
+def _with_settled_start(config: RunConfig, base: RunConfig) -> RunConfig:
+    """Weights by their full path, and weights of timm with their network."""
+    place, weights = config.init.place, config.init.weights
+    if place is not None and "://" not in place:
+        # So that the same weights are known from any working directory.
+        absolute = str(Path(place).expanduser().absolute())
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=absolute))
+    elif weights is not None and weights.startswith(TIMM) and config.backbone.name == base.backbone.name:
+        backbone = dataclasses.replace(config.backbone, name=weights)
+        config = dataclasses.replace(config, backbone=backbone)
+    return config
 
 
 def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfig:

@@ -15,6 +15,7 @@ from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.export import ExportConfig
+from instdisc.settings.model import TIMM
 
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
 _TOLERANCE = 1e-4
@@ -38,7 +39,8 @@ def export(config: ExportConfig) -> str:
         "std": list(augmentation.std),
     }
     suffix = _SUFFIXES[config.format]
-    path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
+    file = f"{backbone.name.replace(':', '-')}{suffix}"
+    path = (config.output or run.path / "export" / file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -56,7 +58,7 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
         ConfigError: torchvision has no such network.
     """
     name = facts["backbone"]
-    if name in CIFAR_RESNETS:
+    if name in CIFAR_RESNETS or name.startswith(TIMM):
         raise ConfigError(
             f"{name} is no torchvision network: use --format safetensors or onnx, or train one, say resnet18"
         )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
@@ -49,6 +50,7 @@ class RunDirectory:
     config.json           the configuration
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
+    init.safetensors      the weights that the network began with, if any were given
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may stand there more than once
     snapshots/            embeddings, labels and keys of all rows, the network, and all that training resumes from;
@@ -69,6 +71,7 @@ class RunDirectory:
         self.path = path.absolute()
         self.manifest = self.path / "manifest"
         self.test_manifest = self.path / "test_manifest"
+        self.init_weights = self.path / "init.safetensors"
         self.journal = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
         self.snapshots = self.path / "snapshots"
@@ -187,6 +190,7 @@ class RunDirectory:
         return [
             self.manifest,
             self.test_manifest,
+            self.init_weights,
             self.journal,
             self.corrupt_images,
             self.snapshots,
@@ -194,8 +198,22 @@ class RunDirectory:
             self.config,
         ]
 
-    def prepare(self, recipe: str, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
+    def prepare(
+        self,
+        recipe: str,
+        config: RunConfig,
+        train: Manifest,
+        test: Manifest | None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write what is known before training into `next`, empty metrics file included.
+
+        Args:
+            recipe: Its name.
+            config: Settings.
+            train: The training images.
+            test: The test images, or None.
+            weights: What the network begins with, by the names of its backbone; None for random weights.
 
         Raises:
             ConfigError: The directory cannot be written to.
@@ -208,6 +226,8 @@ class RunDirectory:
             train.save(following.manifest)
             if test is not None:
                 test.save(following.test_manifest)
+            if weights is not None:
+                save_file(weights, following.init_weights)
             following.journal.touch()
             for manifest in (train,) if test is None else (train, test):
                 for image in manifest.rejected:
@@ -239,11 +259,19 @@ class RunDirectory:
 
     def manifests(self) -> tuple[Path, Path | None]:
         """Where the training images are listed, and the test images if there are any; before `begin` and after it."""
-        places = [self]
-        if self.next.config.exists():
-            places = [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
+        places = self._places()
         test = next((each.test_manifest for each in places if each.test_manifest.exists()), None)
         return next(each.manifest for each in places if each.manifest.exists()), test
+
+    def given_weights(self) -> Path | None:
+        """The file of the weights to begin with, if there is one; before `begin` and after it."""
+        return next((each.init_weights for each in self._places() if each.init_weights.exists()), None)
+
+    def _places(self) -> list[RunDirectory]:
+        """Where the files of the run are: prepared, moving, or moved."""
+        if not self.next.config.exists():
+            return [self]
+        return [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
 
     def rewind_journal(self, step: int, steps_per_epoch: int) -> None:
         """Drop the lines of steps after `step`, which will be written again."""

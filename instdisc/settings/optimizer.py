@@ -25,6 +25,10 @@ class OptimizerConfig:
     """Factor of each drop."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up, in epochs."""
+    backbone_rate_scale: float = 1.0
+    """Factor of the rate for all layers but the head; below 1 to keep more of given weights. Above 0."""
+    frozen_epochs: float = 0.0
+    """Epochs at the start in which the head alone is trained; the other layers' batch statistics follow the images."""
 
     def __post_init__(self) -> None:
         if not all(
@@ -34,6 +38,13 @@ class OptimizerConfig:
                 f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay} and warmup_epochs "
                 f"{self.warmup_epochs} must be finite"
             )
+        if not 0 < self.backbone_rate_scale < math.inf:
+            raise ValueError(
+                f"backbone_rate_scale is {self.backbone_rate_scale}, it must be above 0: 0.1 is usual with given "
+                "weights; --optimizer.frozen-epochs keeps them unchanged"
+            )
+        if not 0 <= self.frozen_epochs < math.inf:
+            raise ValueError(f"frozen_epochs is {self.frozen_epochs}, it must be 0 or above")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is {self.decay}, it must be in [0, 1]: 0.1 is usual")
         if not self.learning_rate > 0:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cluster.settings import LaunchConfig, MetricsConfig
-from instdisc.settings.model import BackboneConfig, BankConfig
+from instdisc.settings.model import BackboneConfig, BankConfig, InitConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
@@ -115,6 +115,7 @@ class RunConfig:
     data: DataConfig
     augmentation: Augmentation = field(default_factory=Augmentation)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     objective: ObjectiveConfig = field(default_factory=NCEConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -95,8 +95,8 @@ class KnnMonitor:
         """
         trainer = self._trainer
         start, stop = trainer.bank.start, trainer.bank.stop
-        tables, present = self._embed(self._train, np.arange(start, stop), list(functions.values()))
-        queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
+        tables, present = self.embed(self._train, np.arange(start, stop), list(functions.values()))
+        queries, decoded = self.embed(self._queries, self._query_rows, list(functions.values()))
         if not len(self._query_rows):  # more ranks than queries
             queries = [table[:0] for table in tables]
         device = trainer.worker.device
@@ -124,9 +124,10 @@ class KnnMonitor:
             for name, (query, rows, rows_labels) in shards.items()
         }
 
-    def _embed(
+    def embed(
         self, manifest: Manifest, rows: npt.NDArray[np.int64], functions: list[Embed]
     ) -> tuple[list[Tensor], Tensor]:
+        """`embed_rows` for some images of a manifest, as they are in evaluation."""
         trainer = self._trainer
         batch = trainer.local_batch
         with open_loader(

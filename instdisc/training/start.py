@@ -20,6 +20,7 @@ from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.progress import ProgressBar
+from instdisc.training.weights import starting_weights
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import SPLITS, resolve
@@ -47,43 +48,38 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
 
 
 def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Check settings, then the cluster, then the images, the cheapest first; then start the workers."""
+    """Check settings and given weights, then the cluster, then the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
     resumes = not config.overwrite and run.holds_run()
     summary = run.read_summary() if resumes else None
+    weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
         train_images, test_images = _open_all_images(config)
-        _prepare(recipe, config, run, train_images, test_images, resumes=resumes)
+        if resumes:
+            run.continue_with(config, train_images, test_images)
+        else:
+            _refuse_snapshots_of_others(config, run)
+            run.prepare(recipe, config, train_images, test_images, weights)
+        labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
+        logger.info(
+            "%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path
+        )
         if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
         return _launch(recipe, config, run, train_images, resumes=resumes)
 
 
-def _prepare(
-    recipe: str,
-    config: RunConfig,
-    run: RunDirectory,
-    train_images: Manifest,
-    test_images: Manifest | None,
-    *,
-    resumes: bool,
-) -> None:
-    """Make sure that the run to resume is this one, or prepare a new one beside whatever is there."""
-    if resumes:
-        run.continue_with(config, train_images, test_images)
-    else:
-        url = config.snapshots.url
-        taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
-        if taken and not config.overwrite:
-            raise ConfigError(
-                f"--snapshots.url {url} is another run's, but {run.path} is a new run: give the --run-dir that its "
-                "snapshots belong to, another URL, or --overwrite, which removes them"
-            )
-        run.prepare(recipe, config, train_images, test_images)
-    labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
-    logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
+def _refuse_snapshots_of_others(config: RunConfig, run: RunDirectory) -> None:
+    """Refuse a place for the snapshots of a new run that is another run's, unless that is to be replaced."""
+    url = config.snapshots.url
+    taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
+    if taken and not config.overwrite:
+        raise ConfigError(
+            f"--snapshots.url {url} is another run's, but {run.path} is a new run: give the --run-dir that its "
+            "snapshots belong to, another URL, or --overwrite, which removes them"
+        )
 
 
 def _launch(
@@ -189,7 +185,9 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
     accuracies = {
         "raw pixels": summary["knn_top1_raw_pixels"],
-        "untrained network": summary["knn_top1_untrained"],
+        "network at its start" if summary["init_weights"] else "untrained network": summary[
+            "knn_top1_untrained"
+        ],
         f"trained, {summary['epochs']} epochs": summary["knn_top1"],
         "trained, classified by the bank": summary["knn_top1_bank"],
     }
