@@ -28,7 +28,6 @@ _USUAL_OPTIONS = {
     "--optimizer.learning-rate RATE": "the highest one",
     "--backbone.name NAME": "resnet18, resnet50, … of torchvision, resnet8, resnet20, resnet32, or timm:NAME",
     "--init.weights WEIGHTS": "begin with torchvision, timm:NAME, a file, or the network of a run",
-    "--backbone.embedding-dim D": "entries of an embedding",
     "--augmentation.image-size PIXELS": "the side of the square that the network sees",
     "--objective.temperature T": "divides similarities; 0.07 to 0.2 are usual",
     "--knn.every EPOCHS": "between two measurements of the accuracy",
