@@ -329,13 +329,25 @@ class RunDirectory:
         """
         return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The results of a complete run; None if it is not complete, or its summary damaged."""
+    def read_summary(self, epochs: int | None = None) -> dict[str, Any] | None:
+        """The results of a complete run; None if it is not complete, or its summary damaged.
+
+        Args:
+            epochs: That the run is to have; by default what its settings say, which rise when it is made longer.
+        """
         try:
             summary: dict[str, Any] = json.loads(self.summary.read_text())
+            length = self.settings()["training"]["epochs"] if epochs is None else epochs
         except (OSError, ValueError):
             return None
-        return summary
+        return summary if summary["epochs"] == length else None
+
+    def store_epochs(self, epochs: int) -> None:
+        """Note another length of the run in its configuration."""
+        settings = self.settings()
+        if settings["training"]["epochs"] != epochs:
+            settings["training"]["epochs"] = epochs
+            write_json(self.config, settings)
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
+from instdisc.training.optim import learning_rate
 from instdisc.training.progress import ProgressBar
 from instdisc.training.weights import starting_weights
 from instdisc.training.worker import train_on_worker
-from pipelines.build import build_manifest
+from pipelines.build import build_manifest, held_out_beside
 from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
@@ -52,12 +54,13 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
     resumes = not config.overwrite and run.holds_run()
-    summary = run.read_summary() if resumes else None
+    summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
         train_images, test_images = _open_all_images(config)
         if resumes:
             run.continue_with(config, train_images, test_images)
+            _check_length(config, run, len(train_images))
         else:
             _refuse_snapshots_of_others(config, run)
             run.prepare(recipe, config, train_images, test_images, weights)
@@ -69,6 +72,29 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
         return _launch(recipe, config, run, train_images, resumes=resumes)
+
+
+def _check_length(config: RunConfig, run: RunDirectory, num_images: int) -> None:
+    """Refuse fewer epochs than are done; say what another length does to the learning rate.
+
+    Raises:
+        ConfigError: With the number of epochs done.
+    """
+    before, epochs = run.stored_config()[1].training.epochs, config.training.epochs
+    if epochs == before:
+        return
+    step = newest_step(config.snapshots.url or run.snapshots) or 0
+    done = step / (num_images // config.training.batch_size)
+    if epochs < done:
+        raise ConfigError(
+            f"--training.epochs is {epochs}, but the run in {run.path} has done {done:.4g} epochs: give at least "
+            f"{math.ceil(done)}, or start over with --overwrite"
+        )
+    rates = [learning_rate(config.optimizer, done, length) for length in (before, epochs)]
+    logger.info(
+        "%d epochs instead of %d: from epoch %.4g on the learning rate is %.3g instead of %.3g",
+        *(epochs, before, done, rates[1], rates[0]),
+    )
 
 
 def _refuse_snapshots_of_others(config: RunConfig, run: RunDirectory) -> None:
@@ -139,7 +165,7 @@ def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
         Partition(num_images, config.launch.min_workers or config.launch.num_workers or 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.data.test_path is None:
+    if config.data.test_path is None and not _has_held_out_images(config):
         return train_images, None
     test_images = _open_images(config, "test_path")
     if train_images.has_labels:
@@ -156,11 +182,23 @@ def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     return train_images, test_images
 
 
-def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
-    """The manifest of the training or test images; names the images that are left out."""
+def _has_held_out_images(config: RunConfig) -> bool:
+    """Whether the folder with the training images has a split to measure on."""
     try:
-        found = resolve(getattr(config.data, option), root=config.data.root, download=config.data.download)
-        manifest = build_manifest(found)
+        return held_out_beside(resolve(config.data.path, root=config.data.root)) is not None
+    except DataError as error:
+        raise DataError(f"--data.path: {error}") from error
+
+
+def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
+    """The manifest of the training or test images; names the images that are left out.
+
+    Where no test images are named, they are a split of the training folder.
+    """
+    named = getattr(config.data, option) or config.data.path
+    try:
+        found = resolve(named, root=config.data.root, download=config.data.download)
+        manifest = build_manifest(found, split="train" if option == "path" else "held-out")
         if config.data.verify:
             manifest = verify(manifest)
         if config.data.classes is not None and option == "path":

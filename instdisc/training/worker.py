@@ -123,6 +123,8 @@ class TrainingRun:
         if self.worker.is_rank_zero and self.is_new:
             take_over(self.url, self.run.next.settings()["run_id"])
             self.run.begin()
+        elif self.worker.is_rank_zero:
+            self.run.store_epochs(self.config.training.epochs)
         self.trainer.exchange.barrier()
         run_id = self.run.settings().get("run_id")
         self.snapshots = RunSnapshots(self.trainer, self.manifest, self.config, self.url, run_id)
