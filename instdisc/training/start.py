@@ -34,9 +34,18 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 10
 
+Images = tuple[Manifest, Manifest | None]
+"""The training images, and the test images if there are any."""
 
-def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+
+def train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | None = None) -> dict[str, Any]:
     """Find the images, run the workers, return the summary.
+
+    Args:
+        recipe: Its name.
+        config: Settings.
+        run: Where the run is kept.
+        images: What `open_all_images` returned, where it has been called.
 
     Raises:
         ConfigError: Settings that do not fit each other, the data or the run directory.
@@ -46,10 +55,10 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         RunStopped: Ctrl-C or SIGTERM came; what was done is saved.
     """
     with run.claim():
-        return _train(recipe, config, run)
+        return _train(recipe, config, run, images)
 
 
-def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | None) -> dict[str, Any]:
     """Check settings and given weights, then the cluster, then the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
@@ -57,7 +66,7 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
-        train_images, test_images = _open_all_images(config)
+        train_images, test_images = images or open_all_images(config)
         if resumes:
             run.continue_with(config, train_images, test_images)
             _check_length(config, run, len(train_images))
@@ -152,8 +161,13 @@ def _find_missing_paths(config: RunConfig) -> None:
             _open_images(config, option)
 
 
-def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
-    """The training and the test images, checked against the settings and each other."""
+def open_all_images(config: RunConfig) -> Images:
+    """The training and the test images, checked against the settings and each other.
+
+    Raises:
+        ConfigError: They do not fit the settings or each other.
+        DataError: They are missing or cannot be used.
+    """
     train_images = _open_images(config, "path")
     num_images, batch_size = len(train_images), config.training.batch_size
     if num_images < batch_size:
