@@ -22,6 +22,7 @@ from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, open_snapshot
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import append_line, read_lines, write_json, write_text
+from instdisc.common.values import differences
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
@@ -153,7 +154,8 @@ class RunDirectory:
         """
         remedy = "choose another --run-dir, or replace the run there with --overwrite"
         recipe, stored = self.stored_config()
-        differing = _differences(_identity(stored), _identity(config))
+        there, here = ({**each.identity(), "snapshots": each.snapshots.url} for each in (stored, config))
+        differing = differences(there, here)
         moved: list[tuple[Path, Manifest]] = []
         for name, place, given in (("", self.manifest, train), ("test ", self.test_manifest, test)):
             if given is None:
@@ -212,8 +214,8 @@ class RunDirectory:
             recipe: Its name.
             config: Settings.
             train: The training images.
-            test: The test images, or None.
-            weights: What the network begins with, by the names of its backbone; None for random weights.
+            test: The test images, if any.
+            weights: What the network begins with, by the names of its backbone, if given.
 
         Raises:
             ConfigError: The directory cannot be written to.
@@ -244,8 +246,7 @@ class RunDirectory:
 
         Interrupted and called again, it continues where it was interrupted.
         """
-        cleared = self.next.path / _CLEARED
-        if not cleared.exists():
+        if not (cleared := self.next.path / _CLEARED).exists():
             for owned in self._owned():
                 if owned.is_dir():
                     shutil.rmtree(owned)
@@ -340,14 +341,13 @@ class RunDirectory:
             length = self.settings()["training"]["epochs"] if epochs is None else epochs
         except (OSError, ValueError):
             return None
-        return summary if summary["epochs"] == length else None
+        return summary if summary.get("epochs") == length else None
 
     def store_epochs(self, epochs: int) -> None:
-        """Note another length of the run in its configuration."""
+        """Note the length of the run in its configuration."""
         settings = self.settings()
         if settings["training"]["epochs"] != epochs:
-            settings["training"]["epochs"] = epochs
-            write_json(self.config, settings)
+            write_json(self.config, {**settings, "training": {**settings["training"], "epochs": epochs}})
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
@@ -398,18 +398,3 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
     if row["kind"] == "train":
         return float(row["step"])
     return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What must be the same when a run resumes."""
-    return {**config.identity(), "snapshots": config.snapshots.url}
-
-
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """`name: theirs there, ours here` for every leaf that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = []
-        for key in sorted(theirs.keys() | ours.keys()):
-            found += _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if theirs == ours else [f"{name} is {theirs!r} there and {ours!r} here"]
