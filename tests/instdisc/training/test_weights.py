@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from cluster.group import Worker
 from cluster.metrics import Metrics
+from cluster.partition import Partition
 from cluster.settings import ActorsConfig
+from cluster.snapshot_writer import SnapshotWriter
 from instdisc.common.errors import ConfigError
 from instdisc.common.metrics import TRAINING
 from instdisc.evaluation.context import Evaluation
@@ -389,6 +391,14 @@ def test_a_run_of_another_network_is_refused(trained: Path) -> None:
     config = configured("--backbone.name", "resnet20", "--init.weights", str(trained / "run"))
     with pytest.raises(ConfigError, match=r"holds a resnet8, .* give --backbone.name resnet8"):
         starting_weights(config)
+
+
+def test_a_snapshot_without_a_network_is_refused(run: Run, tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path / "snapshots", Partition(1, 1), 0, "test")
+    writer.save(1, {"embeddings": torch.ones(1, 16)}, {}, {})
+    writer.close()
+    (tmp_path / "images").mkdir()
+    refused(run(tmp_path / "images", "--init.weights", "snapshots"), "holds no network")
 
 
 def test_timm_that_is_missing_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
