@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from cluster.group import Worker
+from instdisc.model.backbone import check_backbone
 from instdisc.settings.auto import MODEL_RECIPE, AutoConfig, plain
 from instdisc.settings.model import InitConfig
 from instdisc.settings.recipes import RECIPES
@@ -58,6 +59,9 @@ def choose(config: AutoConfig, images: Manifest, given: Callable[[RunConfig], Ru
         config: Data, time, and how the run is carried out.
         images: The training images.
         given: Sets the options that the user gave, which are kept, in settings that were chosen.
+
+    Raises:
+        ConfigError: The options given do not fit each other.
     """
     side = int(np.median(np.minimum(images.heights, images.widths)))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -75,6 +79,7 @@ def choose(config: AutoConfig, images: Manifest, given: Callable[[RunConfig], Ru
     )
     chosen, why = _with_network(chosen, images, side, gpus)
     trial = given(chosen)
+    check_backbone(trial.backbone, trial.augmentation.image_size)
     speed = images_per_second(trial, images) * max(1, gpus)
     if trial.backbone.name == "resnet8" and _epochs(speed, config, images) >= _EPOCHS_FOR_MORE_LAYERS:
         deeper = dataclasses.replace(chosen, backbone=dataclasses.replace(chosen.backbone, name="resnet20"))

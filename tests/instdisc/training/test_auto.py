@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 
+from instdisc.common.errors import ConfigError
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.auto import AutoConfig, command_line, plain
 from instdisc.settings.run import RunConfig
@@ -75,6 +76,8 @@ def test_given_options_are_kept_and_timed(tmp_path: Path) -> None:
     options = ["--backbone.name", "resnet20", "--training.batch-size", "4"]
     config, _ = chosen(images, *options, "--minutes", "0.05", "--training.seed", "3")
     assert (config.backbone.name, config.training.batch_size, config.training.seed) == ("resnet20", 4, 3)
+    with pytest.raises(ConfigError, match="vit_b_16 cannot take images of 32 pixels"):
+        chosen(images, "--backbone.name", "vit_b_16")
     assert chosen(images, "--training.epochs", "7")[0].training.epochs == 7
 
 
