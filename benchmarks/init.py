@@ -21,6 +21,7 @@ import statistics
 import tarfile
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def configured(images: Path, epochs: int, seed: int, init: InitConfig, scale: fl
         init=init,
         optimizer=dataclasses.replace(base.optimizer, warmup_epochs=0.06 * epochs, backbone_rate_scale=scale),
         training=dataclasses.replace(base.training, epochs=epochs, seed=seed),
-        knn=dataclasses.replace(base.knn, every=0),
+        knn=dataclasses.replace(base.knn, every=0, baselines=scale == 1.0),
         launch=dataclasses.replace(base.launch, num_workers=0),
         metrics=dataclasses.replace(base.metrics, port=0),
         overwrite=True,
@@ -85,7 +86,7 @@ def epochs_for(images: Path, seconds: float, directory: Path) -> int:
     return max(1, round(seconds * trial["images_per_second"] / trial["num_instances"]))
 
 
-def measure(folder: Path, seed: int, seconds: float) -> list[dict[str, Any]]:
+def measure(folder: Path, seed: int, seconds: float) -> Iterator[dict[str, Any]]:
     start = RunDirectory(folder / "runs" / "start")
     train(
         "sample",
@@ -95,7 +96,6 @@ def measure(folder: Path, seed: int, seconds: float) -> list[dict[str, Any]]:
         start,
     )
     given = InitConfig(weights=str(start.path))
-    rows = []
     for size, share in SIZES.items():
         images, run = folder / str(size), RunDirectory(folder / "runs" / "run")
         epochs = epochs_for(images, share * seconds, run.path)
@@ -107,11 +107,10 @@ def measure(folder: Path, seed: int, seconds: float) -> list[dict[str, Any]]:
         ):
             summary = train("sample", configured(images, epochs, seed, init, scale), run)
             row |= {name: summary["knn_top1"], f"{name}, seconds": summary["train_seconds"]}
-            row["start as it is" if init.weights else "random network"] = summary["knn_top1_untrained"]
-            row["pixels"] = summary["knn_top1_raw_pixels"]
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+            if scale == 1.0:
+                row["start as it is" if init.weights else "random network"] = summary["knn_top1_untrained"]
+                row["pixels"] = summary["knn_top1_raw_pixels"]
+        yield row
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -154,10 +153,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         extract(arguments.cifar, Path(directory))
         for seed in arguments.seeds:
-            rows += measure(Path(directory), seed, arguments.seconds)
+            for row in measure(Path(directory), seed, arguments.seconds):
+                rows.append(row)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
