@@ -95,8 +95,8 @@ class KnnMonitor:
         """
         trainer = self._trainer
         start, stop = trainer.bank.start, trainer.bank.stop
-        tables, present = self.embed(self._train, np.arange(start, stop), list(functions.values()))
-        queries, decoded = self.embed(self._queries, self._query_rows, list(functions.values()))
+        tables, present = self._embed(self._train, np.arange(start, stop), list(functions.values()))
+        queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
         if not len(self._query_rows):  # more ranks than queries
             queries = [table[:0] for table in tables]
         device = trainer.worker.device
@@ -124,10 +124,19 @@ class KnnMonitor:
             for name, (query, rows, rows_labels) in shards.items()
         }
 
-    def embed(
+    def embed_bank(self) -> tuple[Tensor, Tensor]:
+        """This rank's training images as the network embeds them now.
+
+        Returns:
+            float32 (S, D), unit rows, and bool (S,): false for an image that could not be decoded.
+        """
+        bank = self._trainer.bank
+        (rows,), present = self._embed(self._train, np.arange(bank.start, bank.stop), [self._trainer.embed])
+        return rows, present
+
+    def _embed(
         self, manifest: Manifest, rows: npt.NDArray[np.int64], functions: list[Embed]
     ) -> tuple[list[Tensor], Tensor]:
-        """`embed_rows` for some images of a manifest, as they are in evaluation."""
         trainer = self._trainer
         batch = trainer.local_batch
         with open_loader(

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cluster.errors import SnapshotError, SnapshotWriteError
@@ -168,11 +167,7 @@ class TrainingRun:
             )
         if self.config.init.embeds_bank:
             self._say("embedding all images with the network at its start, to fill the bank")
-            bank = self.trainer.bank
-            (rows,), present = self.monitor.embed(
-                self.manifest, np.arange(bank.start, bank.stop), [self.trainer.embed]
-            )
-            self.trainer.fill_bank(rows, present)
+            self.trainer.fill_bank(*self.monitor.embed_bank())
 
     def _announce(self, *, resumed: bool) -> None:
         """Log where training starts; at the beginning, measure the baselines."""
