@@ -1,10 +1,11 @@
 """`train auto` beside the recipes at equal minutes: kNN accuracy on small images and on enlarged ones.
 
-    python benchmarks/auto.py [--minutes 3] [--json FILE]
+    python benchmarks/auto.py [--minutes 3] [--only small|enlarged] [--epochs N] [--json FILE]
 
 Small images are the bundled sample, 5,000 of 32 pixels, beside the recipe `sample`. In place of labelled photographs,
 500 of them are enlarged to 160 pixels and stored as JPEGs, beside `imagenet-resnet50-npid`. A recipe gets the epochs
-that fit at the speed of a trial of a few steps. Trains in this process; run it on a quiet machine.
+that fit at the speed of a trial of a few steps; one, where already an epoch takes longer (`--epochs 1`). Trains in this
+process; run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--only", choices=("small", "enlarged"))
+    parser.add_argument("--epochs", type=int, help="of the recipe, instead of a trial")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     rows = []
@@ -82,11 +84,11 @@ def main() -> None:
         for case, (recipe, images, test) in cases.items():
             if arguments.only not in (None, case):
                 continue
-            epochs = recipe_epochs(recipe, opened(images), arguments.minutes)
+            epochs = arguments.epochs or recipe_epochs(recipe, opened(images), arguments.minutes)
             where = ["--data.path", images, "--data.test-path", test]
             for command in (
                 ["auto", "--minutes", str(arguments.minutes)],
-                [recipe, "--training.epochs", str(epochs), "--knn.baselines"],
+                [recipe, "--training.epochs", str(epochs), "--knn.no-baselines"],
             ):
                 found = measured([*command, *where], folder / f"{case}-{command[0]}")
                 rows.append({"images": case, "command": command[0], **found})
