@@ -139,8 +139,8 @@ def _read_torchvision(weights: str, name: str) -> _Found:
         tensors = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # of the network, of the disk, of a damaged file
         raise ConfigError(
-            f"the weights {chosen} could not be read ({error}): download {chosen.url} where there is a network, and "
-            "give the file as --init.weights"
+            f"the weights {chosen} could not be read ({error}): download {chosen.url} where there is a network, into "
+            f"{Path(torch.hub.get_dir(), 'checkpoints')}"
         ) from error
     with torch.device("meta"):
         plain = torchvision.models.get_model(name, weights=None, **_without_auxiliary(name))

@@ -387,6 +387,17 @@ def test_weights_of_other_networks_of_torchvision_and_timm_are_refused() -> None
             starting_weights(config)
 
 
+def test_weights_that_cannot_be_downloaded_are_asked_for(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    config = configured("--backbone.name", "resnet18", "--init.weights", "torchvision")
+    with pytest.raises(ConfigError, match=r"could not be read .*resnet18.*\.pth .*checkpoints"):
+        starting_weights(config)
+    config = configured("--init.weights", "timm:test_resnet")
+    with pytest.raises(ConfigError, match="timm:test_resnet could not be read"):
+        starting_weights(config)
+
+
 def test_a_run_of_another_network_is_refused(trained: Path) -> None:
     config = configured("--backbone.name", "resnet20", "--init.weights", str(trained / "run"))
     with pytest.raises(ConfigError, match=r"holds a resnet8, .* give --backbone.name resnet8"):
