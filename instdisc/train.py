@@ -1,4 +1,4 @@
-"""Train embeddings: `python -m instdisc.train RECIPE [--data.path IMAGES] [--num-workers N] …`."""
+"""Train embeddings: `python -m instdisc.train RECIPE|auto [--data.path IMAGES] [--num-workers N] …`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import tyro
 
 from instdisc.common import command
 from instdisc.common.errors import ConfigError
-from instdisc.settings.recipes import RECIPES
+from instdisc.settings.auto import AUTO, AUTO_RECIPE, AutoConfig, command_line, plain
+from instdisc.settings.model import TIMM
+from instdisc.settings.recipes import RECIPES, Recipe
 from instdisc.settings.run import RunConfig
 
 _USUAL_OPTIONS = {
@@ -25,8 +27,8 @@ _USUAL_OPTIONS = {
     "--training.batch-size N": "images per step, over all workers",
     "--training.seed N": "of weights, order, augmentation and negatives",
     "--optimizer.learning-rate RATE": "the highest one",
-    "--backbone.name NAME": "resnet18, resnet50, … of torchvision, or resnet8, resnet20, resnet32",
-    "--backbone.embedding-dim D": "entries of an embedding",
+    "--backbone.name NAME": "resnet18, resnet50, … of torchvision, resnet8, resnet20, resnet32, or timm:NAME",
+    "--init.weights WEIGHTS": "begin with torchvision, timm:NAME, a file, or the network of a run",
     "--augmentation.image-size PIXELS": "the side of the square that the network sees",
     "--objective.temperature T": "divides similarities; 0.07 to 0.2 are usual",
     "--knn.every EPOCHS": "epochs between measurements of the accuracy",
@@ -47,20 +49,29 @@ def _train(arguments: Sequence[str]) -> None:
     recipe, config = parse(arguments)
     # Imported here, like whatever else takes seconds to import: help and errors of settings need none of it.
     from instdisc.runs.run_directory import RunDirectory
-    from instdisc.training.start import report, train
+    from instdisc.training.start import open_all_images, report, train
 
-    run = RunDirectory(run_directory(recipe, config))
-    print(report(train(recipe, config, run), run))
+    run, images = RunDirectory(run_directory(recipe, config)), None
+    if isinstance(config, AutoConfig):
+        from instdisc.training.auto import choose
+
+        images = open_all_images(config)
+        choice = choose(config, images[0], lambda chosen: parse(arguments, chosen)[1])
+        config = choice.config
+        command_text = command_line(config, run.path)
+        print(f"chosen, unless given:\n{choice}\nthe same by hand:\n  {command_text}", file=sys.stderr)
+    print(report(train(recipe, config, run, images), run))
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
+def parse(arguments: Sequence[str], chosen: RunConfig | None = None) -> tuple[str, RunConfig]:
     """Read the command line.
 
     Args:
         arguments: Without the program's name.
+        chosen: What was chosen for a new run of `auto`.
 
     Returns:
-        Name of the recipe and its configuration with the overrides.
+        Name of the recipe and its configuration with the overrides; an `AutoConfig` if more is to be chosen.
 
     Raises:
         ConfigError: An unknown recipe, or a value out of its range.
@@ -70,11 +81,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
     if name in ("-h", "--help"):
         print(_usage(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
-    if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}: the first argument must be one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    config = _parsed(name, recipe.config, arguments[1:])
-    base, place = recipe.config, run_directory(name, config)
+    if name not in _all_recipes():
+        raise ConfigError(
+            f"unknown recipe {name!r}: the first argument must be one of {', '.join(_all_recipes())}"
+        )
+    base = chosen or _all_recipes()[name].config
+    config = _parsed(name, base, arguments[1:])
+    place = run_directory(name, config)
     if (place / "config.json").exists() and not config.overwrite:
         from instdisc.runs.run_directory import RunDirectory
 
@@ -94,26 +107,54 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunConfig]:
             overwrite=False,
         )
         config = _parsed(name, base, arguments[1:])
+    elif name == AUTO and chosen is None:
+        if not config.data.path:
+            raise ConfigError("auto needs the images: give --data.path FOLDER")
+        return name, config
+    if isinstance(config, AutoConfig):
+        config = plain(config)
     url = config.snapshots.url
     if url is not None and "://" not in url:
         # Workers and later evaluations may have another working directory.
         snapshots = dataclasses.replace(config.snapshots, url=str(Path(url).expanduser().absolute()))
         config = dataclasses.replace(config, snapshots=snapshots)
+    config = _with_settled_start(config, base)
     if config.data.path != base.data.path and config.data.test_path == base.data.test_path:
         # A recipe's test images are for its own training images.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None))
     return name, config
 
 
+def _with_settled_start(config: RunConfig, base: RunConfig) -> RunConfig:
+    """Weights by their full path, and weights of timm with their network."""
+    place, weights = config.init.place, config.init.weights
+    if place is not None and "://" not in place:
+        # So that the same weights are known from any working directory.
+        absolute = str(Path(place).expanduser().absolute())
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=absolute))
+    elif weights is not None and weights.startswith(TIMM) and config.backbone.name == base.backbone.name:
+        backbone = dataclasses.replace(config.backbone, name=weights)
+        config = dataclasses.replace(config, backbone=backbone)
+    return config
+
+
 def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    if name == AUTO:
+        default = AutoConfig(
+            **{field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+        )
     return command.read_options(
-        RunConfig,
+        type(default),
         arguments,
         program=f"instdisc.train {name}",
-        description=f"{RECIPES[name].description}\n\n{_usual_options()}",
+        description=f"{_all_recipes()[name].description}\n\n{_usual_options()}",
         default=default,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _all_recipes() -> dict[str, Recipe]:
+    return {AUTO: AUTO_RECIPE, **RECIPES}
 
 
 def _usual_options() -> str:
@@ -129,7 +170,7 @@ def run_directory(recipe: str, config: RunConfig) -> Path:
 
 def _usage() -> str:
     lines = ["usage: python -m instdisc.train RECIPE [--option VALUE ...]", ""]
-    for name, recipe in RECIPES.items():
+    for name, recipe in _all_recipes().items():
         text = textwrap.fill(recipe.description, 100, initial_indent="    ", subsequent_indent="    ")
         lines += [f"  {name}", text]
     return "\n".join([*lines, "", "python -m instdisc.train RECIPE --help lists its options."])

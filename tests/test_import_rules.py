@@ -23,6 +23,7 @@ OWNERS = {
     "prometheus_client": "cluster/",
     "nvidia.dali": "pipelines/dali.py",
     "nvidia.nvimgcodec": "pipelines/dali_forms.py",
+    "timm": "instdisc/model/timm_networks.py",
 }
 
 

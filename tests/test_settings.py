@@ -45,6 +45,8 @@ from pipelines.settings import LoaderConfig
         (BankConfig, "momentum", [-0.1, 1.0]),
         (OptimizerConfig, "learning_rate", [0.0, math.inf, math.nan]),
         (OptimizerConfig, "decay", [1.5]),
+        (OptimizerConfig, "backbone_rate_scale", [0.0, math.inf]),
+        (OptimizerConfig, "frozen_epochs", [-1.0, math.inf]),
         (ParametricSoftmaxConfig, "temperature", [0.001]),
         (ParametricSoftmaxConfig, "momentum", [1.0]),
         (NCEConfig, "num_negatives", [0]),

@@ -21,7 +21,7 @@ from instdisc.evaluation.splits import class_balanced_rows
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.evaluation import FinetuneConfig
 from instdisc.settings.model import BackboneConfig
-from instdisc.training.optim import build_optimizer, learning_rate
+from instdisc.training.optim import build_optimizer, freeze_backbone, learning_rate, set_rate
 from pipelines.augment import Augmentation
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
@@ -162,7 +162,7 @@ def new_classifier(
 def _train(job: _FinetuneJob, network: nn.Module, manifest: Manifest, labels: npt.NDArray[np.int64]) -> None:
     """Train the network in place with cross-entropy on random views, as the run's own training varies them."""
     config, device = job.config, compute_device()
-    optimizer = build_optimizer(config.optimizer, network.parameters())
+    optimizer = build_optimizer(config.optimizer, network)
     targets = torch.from_numpy(labels).to(device)
     order = Order(
         num_instances=len(manifest), global_batch=min(config.batch_size, len(manifest)), seed=config.seed
@@ -183,10 +183,12 @@ def _train(job: _FinetuneJob, network: nn.Module, manifest: Manifest, labels: np
             decoded = batch.instance_ids >= 0
             if decoded.sum() < 2:  # batch norm needs two
                 continue
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step / order.steps_per_epoch, epochs)
+            epoch = step / order.steps_per_epoch
+            set_rate(optimizer, learning_rate(config.optimizer, epoch, epochs))
             scores = network(batch.images[0][decoded])
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(scores, targets[batch.instance_ids[decoded]]))
+            if epoch < config.optimizer.frozen_epochs:
+                freeze_backbone(optimizer)
             optimizer.step()
     network.eval()

@@ -146,9 +146,10 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, 
     ]
     if curves:
         covered = [0, *(epoch for curve in curves for epoch in curve.x)]
+        given = {"knn_top1_untrained": "network at its start"} if summary.get("init_weights") else {}
         baselines = [
             Series(name, [0, max(covered)], [summary[key]] * 2, dashed=True)
-            for key, name in _BASELINES.items()
+            for key, name in (_BASELINES | given).items()
             if summary.get(key) is not None
         ]
         series = [*curves, *baselines]

@@ -1,4 +1,4 @@
-"""The network: any torchvision classifier or a CIFAR ResNet, its classifier replaced by a head of unit length."""
+"""The network: a classifier of torchvision or timm or a CIFAR ResNet, with a head of unit length as its classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from instdisc.common.errors import ConfigError
-from instdisc.settings.model import BackboneConfig
+from instdisc.model.timm_networks import timm_backbone
+from instdisc.settings.model import TIMM, BackboneConfig
 
 _SMALL_IMAGE = 64
 
@@ -31,20 +32,28 @@ class Embedder(nn.Module):
         return F.normalize(self.backbone(images).float(), dim=1)
 
 
+def head_of(backbone: nn.Module) -> tuple[str, nn.Module]:
+    """The last layer and its name."""
+    *_, (name, head) = backbone.named_modules()
+    return name, head
+
+
 def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:
     """Build the network, randomly initialised from torch's default generator.
 
-    Images of 64 pixels or less get a 3×3 stem of stride 1 without max-pooling.
+    For images of 64 pixels or less, networks of torchvision get a 3×3 stem of stride 1 without max-pooling.
 
     Args:
         config: Settings.
         image_size: Side of the square images in pixels.
 
     Raises:
-        ConfigError: If the network is unknown.
+        ConfigError: If the network is unknown, or one of timm that cannot be had.
     """
     if config.name in CIFAR_RESNETS:
         backbone = CIFAR_RESNETS[config.name](config.embedding_dim)
+    elif config.name.startswith(TIMM):
+        backbone = timm_backbone(config.name, image_size, config.embedding_dim)
     else:
         backbone = _torchvision_backbone(config, image_size)
     return Embedder(backbone)
@@ -84,7 +93,7 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
             f"backbone.name is {config.name!r}, which is unknown: {hint}use one of {', '.join(CIFAR_RESNETS)} or a "
-            f"torchvision classification network: {', '.join(known)}"
+            f"torchvision classification network: {', '.join(known)}; or timm:NAME"
         )
     options: dict[str, object] = {}
     if config.name in ("googlenet", "inception_v3"):

@@ -16,6 +16,7 @@ from instdisc.common.files import written_whole
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.export import ExportConfig
+from instdisc.settings.model import TIMM
 
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
 _TOLERANCE = 1e-4
@@ -39,7 +40,8 @@ def export(config: ExportConfig) -> str:
         "std": list(augmentation.std),
     }
     suffix = _SUFFIXES[config.format]
-    path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
+    file = f"{backbone.name.replace(':', '-')}{suffix}"
+    path = (config.output or run.path / "export" / file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         usage = _EXPORTERS[config.format](network, facts, partial)
@@ -53,7 +55,7 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
         ConfigError: torchvision has no such network.
     """
     name = facts["backbone"]
-    if name in CIFAR_RESNETS:
+    if name in CIFAR_RESNETS or name.startswith(TIMM):
         raise ConfigError(
             f"{name} is not a torchvision network: use --format safetensors or onnx, or train one, such as resnet18"
         )

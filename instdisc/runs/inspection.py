@@ -33,7 +33,7 @@ def inspect(path: str) -> int:
         url, manifest = run.settings()["snapshots"]["url"] or str(run.snapshots), run.manifest
         if snapshot_steps(url):
             broken += _inspect_snapshots(url, _fingerprint(manifest))
-        elif run.summary.exists():
+        elif run.read_summary() is not None:
             broken.append(f"{url}: no snapshot, though the run is complete; restore its step-… folders")
         else:
             print("no snapshot yet")
@@ -53,7 +53,7 @@ def _inspect_run(run: RunDirectory) -> Iterator[str]:
     print(f"network    {settings['backbone']['name']}, {settings['backbone']['embedding_dim']} dimensions")
     state = (
         "complete"
-        if run.summary.exists()
+        if run.read_summary() is not None
         else "not complete: the same command resumes from the newest snapshot"
     )
     print(f"state      {state}")

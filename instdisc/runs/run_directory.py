@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import append_line, read_lines, write_json, write_text
+from instdisc.common.values import differences
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
@@ -42,6 +44,7 @@ class RunDirectory:
     config.json           the configuration
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
+    init.safetensors      the weights that the network began with, if any were given
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may be listed more than once
     snapshots/            embeddings, labels and keys of all rows, the network, and all that training resumes from;
@@ -63,6 +66,7 @@ class RunDirectory:
         self.path = path.absolute()
         self.manifest = self.path / "manifest"
         self.test_manifest = self.path / "test_manifest"
+        self.init_weights = self.path / "init.safetensors"
         self.journal = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
         self.snapshots = self.path / "snapshots"
@@ -110,7 +114,8 @@ class RunDirectory:
         """
         remedy = "choose another --run-dir, or replace the run there with --overwrite"
         recipe, stored = self.stored_config()
-        differing = _differences(_identity(stored), _identity(config))
+        there, here = ({**each.identity(), "snapshots": each.snapshots.url} for each in (stored, config))
+        differing = differences(there, here)
         moved: list[tuple[Path, Manifest]] = []
         for name, place, given in (("", self.manifest, train), ("test ", self.test_manifest, test)):
             if given is None:
@@ -147,6 +152,7 @@ class RunDirectory:
         return [
             self.manifest,
             self.test_manifest,
+            self.init_weights,
             self.journal,
             self.corrupt_images,
             self.snapshots,
@@ -154,8 +160,22 @@ class RunDirectory:
             self.config,
         ]
 
-    def prepare(self, recipe: str, config: RunConfig, train: Manifest, test: Manifest | None) -> None:
+    def prepare(
+        self,
+        recipe: str,
+        config: RunConfig,
+        train: Manifest,
+        test: Manifest | None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write what is known before training into `next`, empty metrics file included.
+
+        Args:
+            recipe: Its name.
+            config: Settings.
+            train: The training images.
+            test: The test images, if any.
+            weights: What the network begins with, by the names of its backbone, if given.
 
         Raises:
             ConfigError: The directory cannot be written to.
@@ -168,6 +188,8 @@ class RunDirectory:
             train.save(following.manifest)
             if test is not None:
                 test.save(following.test_manifest)
+            if weights is not None:
+                save_file(weights, following.init_weights)
             following.journal.touch()
             for manifest in (train,) if test is None else (train, test):
                 for image in manifest.rejected:
@@ -184,8 +206,7 @@ class RunDirectory:
 
         Interrupted and called again, it continues where it was interrupted.
         """
-        cleared = self.next.path / _CLEARED
-        if not cleared.exists():
+        if not (cleared := self.next.path / _CLEARED).exists():
             for owned in self._owned():
                 if owned.is_dir():
                     shutil.rmtree(owned)
@@ -199,11 +220,19 @@ class RunDirectory:
 
     def manifests(self) -> tuple[Path, Path | None]:
         """Where the training images are listed, and the test images if there are any; before `begin` and after it."""
-        places = [self]
-        if self.next.config.exists():
-            places = [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
+        places = self._places()
         test = next((each.test_manifest for each in places if each.test_manifest.exists()), None)
         return next(each.manifest for each in places if each.manifest.exists()), test
+
+    def given_weights(self) -> Path | None:
+        """The file of the weights to begin with, if there is one; before `begin` and after it."""
+        return next((each.init_weights for each in self._places() if each.init_weights.exists()), None)
+
+    def _places(self) -> list[RunDirectory]:
+        """Where the files of the run are: prepared, moving, or moved."""
+        if not self.next.config.exists():
+            return [self]
+        return [self.next, self] if (self.next.path / _CLEARED).exists() else [self.next]
 
     def rewind_journal(self, step: int, steps_per_epoch: int) -> None:
         """Drop the lines of steps after `step`, which will be written again."""
@@ -273,13 +302,24 @@ class RunDirectory:
         """
         return open_snapshot(self.settings()["snapshots"]["url"] or self.snapshots)
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The results of a complete run; None if it is not complete, or its summary damaged."""
+    def read_summary(self, epochs: int | None = None) -> dict[str, Any] | None:
+        """The results of a complete run; None if it is not complete, or its summary damaged.
+
+        Args:
+            epochs: That the run is to have; by default what its settings say, which rise when it is made longer.
+        """
         try:
             summary: dict[str, Any] = json.loads(self.summary.read_text())
+            length = self.settings()["training"]["epochs"] if epochs is None else epochs
         except (OSError, ValueError):
             return None
-        return summary
+        return summary if summary.get("epochs") == length else None
+
+    def store_epochs(self, epochs: int) -> None:
+        """Note the length of the run in its configuration."""
+        settings = self.settings()
+        if settings["training"]["epochs"] != epochs:
+            write_json(self.config, {**settings, "training": {**settings["training"], "epochs": epochs}})
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
@@ -330,18 +370,3 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
     if row["kind"] == "train":
         return float(row["step"])
     return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What must be the same when a run resumes."""
-    return {**config.identity(), "snapshots": config.snapshots.url}
-
-
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """`name: theirs there, ours here` for every leaf that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = []
-        for key in sorted(theirs.keys() | ours.keys()):
-            found += _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if theirs == ours else [f"{name} is {theirs!r} there and {ours!r} here"]

@@ -26,3 +26,7 @@ class OptimizerConfig(Ranged):
     """Factor by which the rate drops at each milestone."""
     warmup_epochs: Amount = 0.0
     """Length of the linear warm-up, in epochs."""
+    backbone_rate_scale: Annotated[float, Range(above=0, usual="1, or 0.1 with given weights,")] = 1.0
+    """Factor of the rate for all layers but the head; below 1 to keep more of given weights. Above 0."""
+    frozen_epochs: Amount = 0.0
+    """Epochs at the start in which the head alone is trained; the other layers' batch statistics follow the images."""

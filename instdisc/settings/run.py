@@ -12,7 +12,7 @@ import tyro
 from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
 from instdisc.common.errors import ConfigError
-from instdisc.settings.model import BackboneConfig, BankConfig
+from instdisc.settings.model import BackboneConfig, BankConfig, InitConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
@@ -51,7 +51,8 @@ class TrainingConfig(Ranged):
     """The training loop."""
 
     epochs: Count = 200
-    """Passes over the images."""
+    """Passes over the images. With more of them the same command continues a run, finished or not: the learning rate
+    follows the new length from the epoch reached."""
     batch_size: Count = 256
     """Images per step over all workers; must be divisible by their number. The incomplete last
     batch of an epoch is dropped; which images it holds changes every epoch."""
@@ -118,6 +119,7 @@ class RunConfig:
     data: DataConfig
     augmentation: Augmentation = field(default_factory=Augmentation)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     objective: ObjectiveConfig = field(default_factory=NCEConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -159,10 +161,13 @@ class RunConfig:
         return settings
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result: not how and where the run is carried out or where its images are."""
+        """The settings that decide the result: not how and where the run is carried out or where its images are.
+
+        The number of epochs is not among them, as a run may be made longer.
+        """
         practical = ("data", "knn", "snapshots", "loader", "launch", "metrics", "run_dir", "overwrite")
         settings = self.settings()
-        for name in ("log_every", "compile"):
+        for name in ("epochs", "log_every", "compile"):
             del settings["training"][name]
         return {name: value for name, value in settings.items() if name not in practical}
 

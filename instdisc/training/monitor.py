@@ -138,6 +138,16 @@ class KnnMonitor:
             for name, (query, rows, rows_labels) in shards.items()
         }
 
+    def embed_bank(self) -> tuple[Tensor, Tensor]:
+        """This rank's training images as the network embeds them now.
+
+        Returns:
+            float32 (S, D), unit rows, and bool (S,): false for an image that could not be decoded.
+        """
+        bank = self._trainer.bank
+        (rows,), present = self._embed(self._train, np.arange(bank.start, bank.stop), [self._trainer.embed])
+        return rows, present
+
     def _embed(
         self, manifest: Manifest, rows: npt.NDArray[np.int64], functions: list[Embed]
     ) -> tuple[list[Tensor], Tensor]:

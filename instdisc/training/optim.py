@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from instdisc.model.backbone import head_of
 from instdisc.settings.optimizer import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
-    """SGD over `parameters`; its rate is set before every step from `learning_rate`."""
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.SGD:
+    """SGD over a network that ends in its head; the rate is set before every step by `set_rate`.
+
+    The first group of parameters is the network without the head, the second is the head, whose parameters are the last
+    of the network's too: the optimizer numbers them as the network does.
+    """
+    head = list(head_of(network)[1].parameters())
+    groups = [
+        {"params": list(network.parameters())[: -len(head)], "rate_scale": config.backbone_rate_scale},
+        {"params": head, "rate_scale": 1.0},
+    ]
     return torch.optim.SGD(
-        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next step; each group's is `learning_rate` times its `rate_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate_scale"]
+
+
+def freeze_backbone(optimizer: torch.optim.Optimizer) -> None:
+    """Have the next step pass over all but the head, whatever gradients they have."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = None
 
 
 def learning_rate(config: OptimizerConfig, epoch: float, num_epochs: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from instdisc.model.backbone import check_backbone
 from instdisc.runs.claim import claim, claim_snapshots
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
+from instdisc.training.optim import learning_rate
 from instdisc.training.progress import ProgressBar
+from instdisc.training.weights import starting_weights
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest, held_out_beside
 from pipelines.datasets import SPLITS, resolve
@@ -32,9 +35,18 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 10
 
+Images = tuple[Manifest, Manifest | None]
+"""The training images, and the test images if there are any."""
 
-def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+
+def train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | None = None) -> dict[str, Any]:
     """Find the images, run the workers, return the summary.
+
+    Args:
+        recipe: Its name.
+        config: Settings.
+        run: Where the run is kept.
+        images: What `open_all_images` returned, where it has been called.
 
     Raises:
         ConfigError: Settings that do not fit each other, the data or the run directory.
@@ -45,18 +57,28 @@ def train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         KeyboardInterrupt: The same, before everything was saved; says what is lost.
     """
     with claim(run):
-        return _train(recipe, config, run)
+        return _train(recipe, config, run, images)
 
 
-def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    """Check settings, then the cluster, then the images, the cheapest first; then start the workers."""
+def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | None) -> dict[str, Any]:
+    """Check settings and given weights, then the cluster, then the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
     resumes = not config.overwrite and run.holds_run()
-    summary = run.read_summary() if resumes else None
+    summary = run.read_summary(config.training.epochs) if resumes else None
+    weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
-        train_images, test_images = _open_all_images(config)
-        _prepare(recipe, config, run, train_images, test_images, resumes=resumes)
+        train_images, test_images = images or open_all_images(config)
+        if resumes:
+            run.continue_with(config, train_images, test_images)
+            _check_length(config, run, len(train_images))
+        else:
+            _refuse_snapshots_of_others(config, run)
+            run.prepare(recipe, config, train_images, test_images, weights)
+        labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
+        logger.info(
+            "%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path
+        )
         if summary is not None:
             logger.warning("the run in %s is complete; --overwrite replaces it", run.path)
             return summary
@@ -64,29 +86,38 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
             return _launch(recipe, config, run, train_images, resumes=resumes)
 
 
-def _prepare(
-    recipe: str,
-    config: RunConfig,
-    run: RunDirectory,
-    train_images: Manifest,
-    test_images: Manifest | None,
-    *,
-    resumes: bool,
-) -> None:
-    """Make sure that the run to resume is this one, or prepare a new one beside whatever is there."""
-    if resumes:
-        run.continue_with(config, train_images, test_images)
-    else:
-        url = config.snapshots.url
-        taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
-        if taken and not config.overwrite:
-            raise ConfigError(
-                f"--snapshots.url {url} holds another run's snapshots, and {run.path} is a new run: give the --run-dir "
-                "that its snapshots belong to, another URL, or --overwrite, which removes them"
-            )
-        run.prepare(recipe, config, train_images, test_images)
-    labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
-    logger.info("%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path)
+def _check_length(config: RunConfig, run: RunDirectory, num_images: int) -> None:
+    """Refuse fewer epochs than are done; say what another length does to the learning rate.
+
+    Raises:
+        ConfigError: With the number of epochs done.
+    """
+    before, epochs = run.stored_config()[1].training.epochs, config.training.epochs
+    if epochs == before:
+        return
+    step = newest_step(config.snapshots.url or run.snapshots) or 0
+    done = step / (num_images // config.training.batch_size)
+    if epochs < done:
+        raise ConfigError(
+            f"--training.epochs is {epochs}, but the run in {run.path} has done {done:.4g} epochs: give at least "
+            f"{math.ceil(done)}, or start over with --overwrite"
+        )
+    rates = [learning_rate(config.optimizer, done, length) for length in (before, epochs)]
+    logger.info(
+        "%d epochs instead of %d: from epoch %.4g on the learning rate is %.3g instead of %.3g",
+        *(epochs, before, done, rates[1], rates[0]),
+    )
+
+
+def _refuse_snapshots_of_others(config: RunConfig, run: RunDirectory) -> None:
+    """Refuse a place for the snapshots of a new run that is another run's, unless that is to be replaced."""
+    url = config.snapshots.url
+    taken = url is not None and (owner_of(url) is not None or newest_step(url) is not None)
+    if taken and not config.overwrite:
+        raise ConfigError(
+            f"--snapshots.url {url} holds another run's snapshots, and {run.path} is a new run: give the --run-dir "
+            "that its snapshots belong to, another URL, or --overwrite, which removes them"
+        )
 
 
 def _launch(
@@ -135,8 +166,13 @@ def _find_missing_paths(config: RunConfig) -> None:
             _open_images(config, option)
 
 
-def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
-    """The training and the test images, checked against the settings and each other."""
+def open_all_images(config: RunConfig) -> Images:
+    """The training and the test images, checked against the settings and each other.
+
+    Raises:
+        ConfigError: They do not fit the settings or each other.
+        DataError: They are missing or cannot be used.
+    """
     train_images = _open_images(config, "path")
     num_images, batch_size = len(train_images), config.training.batch_size
     if num_images < batch_size:
@@ -207,7 +243,9 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
     accuracies = {
         "raw pixels": summary["knn_top1_raw_pixels"],
-        "untrained network": summary["knn_top1_untrained"],
+        "network at its start" if summary["init_weights"] else "untrained network": summary[
+            "knn_top1_untrained"
+        ],
         f"trained, {summary['epochs']} epochs": summary["knn_top1"],
         "trained, classified by the bank": summary["knn_top1_bank"],
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +27,7 @@ from instdisc.model.bank import Bank, check_memory, random_unit_rows
 from instdisc.objectives.base import Result, build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
-from instdisc.training.optim import build_optimizer
+from instdisc.training.optim import build_optimizer, freeze_backbone, set_rate
 
 
 class Trainer:
@@ -46,12 +47,15 @@ class Trainer:
         worker: This rank.
         config: Settings.
         num_instances: n, images of the data set and rows of the bank.
+        weights: The file of weights to begin from, by the names of the backbone; layers that it lacks are random.
 
     Raises:
         ConfigError: The settings do not fit each other or the workers.
     """
 
-    def __init__(self, worker: Worker, config: RunConfig, num_instances: int) -> None:
+    def __init__(
+        self, worker: Worker, config: RunConfig, num_instances: int, weights: Path | None = None
+    ) -> None:
         self.worker, self.config = worker, config
         self.phases = Phases(worker.device)
         self.exchange = Exchange(worker.rank, worker.world_size, self.phases)
@@ -62,7 +66,10 @@ class Trainer:
             raise ConfigError(str(error)) from error
         seed = config.training.seed
         torch.manual_seed(derive_seed(seed, "weights"))
-        embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
+        embedder = build_embedder(config.backbone, config.augmentation.image_size)
+        if weights is not None:
+            embedder.backbone.load_state_dict(load_file(weights), strict=False)
+        embedder = embedder.to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
         # Not a method of this object: a cycle would keep the process group's threads until the interpreter exits.
         self._norms: list[Tensor] = []
@@ -77,7 +84,7 @@ class Trainer:
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
         self.bank = Bank(rows, start)
         self.objective = build_objective(objective, num_instances, self.bank)
-        self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.embedder.backbone)
         self._generator = torch.Generator(worker.device)
         self._autocast_dtype = training_dtype(config, worker.device)
         self._buffers = {
@@ -88,8 +95,26 @@ class Trainer:
         self.steps = 0
         self.stop_agreed = False
 
+    @torch.no_grad()
+    def fill_bank(self, embeddings_SD: Tensor, present_S: Tensor) -> None:
+        """Begin with these rows of the bank, before the first step.
+
+        Args:
+            embeddings_SD: (S, D), unit rows, one for every row of this rank.
+            present_S: bool (S,); where it is false the row stays as it is.
+        """
+        self.bank.rows[present_S] = embeddings_SD[present_S].to(self.bank.rows.dtype)
+        # Tables that an objective keeps beside the bank begin as the bank does.
+        self.objective = build_objective(self.config.objective, self.partition.num_rows, self.bank)
+
     def step(
-        self, images_VBCHW: Tensor, instance_ids_B: Tensor, learning_rate: float, *, stop: bool = False
+        self,
+        images_VBCHW: Tensor,
+        instance_ids_B: Tensor,
+        learning_rate: float,
+        *,
+        frozen: bool = False,
+        stop: bool = False,
     ) -> dict[str, float]:
         """One step on this rank's part of the global batch.
 
@@ -97,6 +122,7 @@ class Trainer:
             images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
             instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
             learning_rate: The rate of this step.
+            frozen: Train the head alone.
             stop: This rank asks all to stop after this step; see `stop_agreed`.
 
         Returns:
@@ -119,6 +145,8 @@ class Trainer:
         self.phases.begin_step()
         buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
+        if frozen:
+            freeze_backbone(self.optimizer)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         asked = observed.values.new_tensor([stop])
@@ -129,8 +157,7 @@ class Trainer:
         except NonFiniteError:
             self._load_buffers(buffers_before)
             raise
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         with self.phases("optimizer"):
             self.optimizer.step()
         self.objective.update(learning_rate, self.config.training.batch_size * self.config.objective.views)

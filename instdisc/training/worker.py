@@ -17,7 +17,7 @@ from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import take_over
 from cluster.stopping import Stopped, is_deliberate
-from instdisc.common.errors import NonFiniteError
+from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
 from instdisc.runs.run_directory import RunDirectory
@@ -96,7 +96,8 @@ class TrainingRun:
         test = None if test_images is None else Manifest.load(test_images)
         if test is not None and config.data.classes is not None:
             test = test.of_classes(self.manifest.class_names)
-        self.trainer = Trainer(worker, config, len(self.manifest))
+        self.given_weights = run.given_weights()
+        self.trainer = Trainer(worker, config, len(self.manifest), self.given_weights)
         self.monitor = KnnMonitor(self.trainer, self.manifest, test, self._on_corrupt)
         self.order = Order(
             num_instances=len(self.manifest),
@@ -126,6 +127,8 @@ class TrainingRun:
         if self.worker.is_rank_zero and self.is_new:
             take_over(self.url, self.run.next.settings()["run_id"])
             self.run.begin()
+        elif self.worker.is_rank_zero:
+            self.run.store_epochs(self.config.training.epochs)
         self.trainer.exchange.barrier()
         run_id = self.run.settings().get("run_id")
         self.snapshots = RunSnapshots(self.trainer, self.manifest, self.config, self.url, run_id)
@@ -136,6 +139,8 @@ class TrainingRun:
 
     def _complete(self) -> dict[str, Any] | Stopped:
         progress = self.snapshots.restore()
+        if progress is None:
+            self._begin()
         self.clock = Clock(progress.train_seconds if progress else 0.0)
         self.means = progress.means if progress else {}
         if self.worker.is_rank_zero:
@@ -176,6 +181,17 @@ class TrainingRun:
             f"after it: raise --stop-grace-s, else up to {self.config.snapshots.every_steps} steps are lost"
         )
 
+    def _begin(self) -> None:
+        """Make sure that the given weights were there, and fill the bank if the starting network is to do so."""
+        if self.config.init.weights is not None and self.given_weights is None:
+            raise ConfigError(
+                f"{self.run.path} has no snapshot and lacks {self.run.init_weights.name}, the weights that it began "
+                "with: start over with --overwrite"
+            )
+        if self.config.init.embeds_bank:
+            self._say("embedding all images with the network at its start, to fill the bank")
+            self.trainer.fill_bank(*self.monitor.embed_bank())
+
     def _announce(self, *, resumed: bool) -> None:
         """Log where training starts; at the beginning, measure the baselines."""
         if self.worker.is_rank_zero and not self.is_new:
@@ -213,12 +229,15 @@ class TrainingRun:
             while self.trainer.steps < self.total_steps:
                 with self.clock.waiting():
                     batch = next(loader)
-                rate = learning_rate(
-                    self.config.optimizer, self.trainer.steps / steps_per_epoch, training.epochs
-                )
+                epoch = self.trainer.steps / steps_per_epoch
+                rate = learning_rate(self.config.optimizer, epoch, training.epochs)
                 reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
                 self.means = self.trainer.step(
-                    batch.images, batch.instance_ids, rate, stop=reason is not None
+                    batch.images,
+                    batch.instance_ids,
+                    rate,
+                    frozen=epoch < self.config.optimizer.frozen_epochs,
+                    stop=reason is not None,
                 )
                 seconds, done = self.clock.tick(training.batch_size), self.trainer.steps
                 self._record(seconds, rate)
@@ -349,6 +368,7 @@ class TrainingRun:
             "knn_top1_untrained": baselines.get("untrained"),
             "knn_protocol": self.monitor.protocol,
             "loss": self.means.get("loss"),
+            "init_weights": self.config.init.weights,
             "epochs": training.epochs,
             "steps": self.trainer.steps,
             "num_instances": len(self.manifest),
