@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cluster.actors import connect, share_out
 from cluster.metrics import Endpoint, Metrics, exported
@@ -24,6 +25,7 @@ from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
 from instdisc.evaluation.source import Source
+from instdisc.model.voters import Voters, choose_voters
 from instdisc.settings.evaluation import EvaluationConfig
 from pipelines.manifest import Manifest
 
@@ -45,7 +47,7 @@ class Evaluation:
         self._open = contextlib.ExitStack()
         self._endpoint: Endpoint | None = None
         self._top_k: TopK | None = None
-        self._neighbors: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
+        self._voters_found: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
 
     def __enter__(self) -> Self:
         self._open.enter_context(connect(self.config.actors))
@@ -105,13 +107,7 @@ class Evaluation:
     def queries(self) -> LabelledQueries:
         """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
         queries = self._open_queries()
-        logger.info(
-            "%d queries (%s), compared with %d %s rows",
-            len(queries),
-            queries.kind,
-            self.source.snapshot.num_rows,
-            "re-computed" if self.config.recompute else "stored",
-        )
+        logger.info("%d queries (%s)", len(queries), queries.kind)
         return queries
 
     def _open_queries(self) -> LabelledQueries:
@@ -119,26 +115,64 @@ class Evaluation:
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
         if config.path is None and not (self.source.has_run and self.source.run.test_manifest.exists()):
-            return leave_one_out(self.source, self.compute)
+            return leave_one_out(self.source, self.compute, self.config.max_rows)
         return open_queries(self.source, self.compute, config)
 
+    @cached_property
+    def voters(self) -> Voters:
+        """The labelled rows that classify the queries; a sample of them if they are many and to be recomputed."""
+        voters = choose_voters(
+            self.source.bank_labels,
+            leave_one_out=self.queries.kind == "leave-one-out",
+            max_rows=self.config.max_rows if self.config.recompute else 0,
+        )
+        labelled = int((self.source.bank_labels >= 0).sum())
+        logger.info(
+            "compared with %s%d labelled rows, %s",
+            f"{len(voters)} drawn from the " if len(voters) < labelled else "",
+            labelled,
+            "recomputed" if self.config.recompute else "as stored",
+        )
+        return voters
+
     def neighbors(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """`search` for the k nearest rows of `queries`; kept, so that asking for fewer costs nothing."""
-        if self._neighbors is None or self._neighbors[0].shape[1] < k:
-            queries = self.queries
-            self._neighbors = self.search(queries.embeddings, k, queries.excluded)
-        scores, rows = self._neighbors
-        return scores[:, :k], rows[:, :k]
+        """The k nearest labelled rows of each of `queries` that may vote for it.
+
+        What was found is kept, so that asking for fewer costs nothing.
+
+        Returns:
+            Scores float32 (Q, at most k), largest first, and positions among `voters`, int64; minus infinity and -1
+            where fewer may vote.
+        """
+        queries, voters = self.queries, self.voters
+        searched = voters.searched(k)
+        if self._voters_found is None or self._voters_found[0].shape[1] < searched:
+            self._release()
+            with TopK(self._voting_rows, self.config.actors, self.metrics) as top_k:
+                self._voters_found = top_k.search(queries.embeddings, searched)
+        scores, found = (torch.from_numpy(each[:, :searched]) for each in self._voters_found)
+        asking = None
+        if voters.leave_one_out:
+            asking = torch.from_numpy(np.searchsorted(voters.rows, queries.rows))
+        scores, found = voters.voting(scores, found, asking, k)
+        return scores.numpy(), found.numpy()
+
+    @property
+    def _voting_rows(self) -> RowSource:
+        rows = self.voters.rows
+        if self.config.recompute:
+            every = len(rows) == len(self.source.train)
+            return self.image_rows(self.source.train if every else self.source.train.select(rows), embed)
+        return self.source.rows(rows)
 
     def search(
-        self, queries: npt.NDArray[np.float32], k: int, excluded: npt.NDArray[np.int64] | None = None
+        self, queries: npt.NDArray[np.float32], k: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The exact k nearest rows of the bank.
+        """The exact k nearest rows of the bank, labelled or not.
 
         Args:
             queries: float32 (Q, D).
             k: Neighbors per query.
-            excluded: int64 (Q,), a row that does not count for the query, negative for none.
 
         Returns:
             Scores float32 (Q, k), largest first, and rows int64 (Q, k); see `cluster.topk.TopK.search`.
@@ -146,12 +180,12 @@ class Evaluation:
         Raises:
             ConfigError: K beyond the bank.
         """
-        others = self.source.snapshot.num_rows - (excluded is not None)
-        if k > others:
-            raise ConfigError(f"k is {k}, but a query has only {others} rows to compare with: lower --k")
+        num_rows = self.source.snapshot.num_rows
+        if k > num_rows:
+            raise ConfigError(f"k is {k}, but a query has only {num_rows} rows to compare with: lower --k")
         if self._top_k is None:
             self._top_k = TopK(self.bank, self.config.actors, self.metrics)
-        return self._top_k.search(queries, k, excluded=excluded)
+        return self._top_k.search(queries, k)
 
     def _release(self) -> None:
         """Shut down the bank's actors so that other work can use their CPUs."""

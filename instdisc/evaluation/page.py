@@ -68,7 +68,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         best, worst = best_and_worst(
             evaluation,
             count=config.examples,
-            neighbors=min(config.neighbors, source.snapshot.num_rows - 1),
+            neighbors=config.neighbors,
             side=config.thumbnail,
             temperature=config.temperature,
         )

@@ -40,24 +40,32 @@ class EvaluationConfig:
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
     """Compare with recomputed embeddings of the training images instead of those stored while training."""
+    max_rows: int = 200_000
+    """Of more labelled training images than this, a sample of so many, always the same, is recomputed and compared
+    with, as while training; the stored rows are used whole. 0: all."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: Path | None = None
     """Where the results go; RUN/evaluation/step-… by default, evaluation/NAME/step-… for a snapshot by itself."""
 
+    def __post_init__(self) -> None:
+        if self.max_rows < 0:
+            raise ValueError(f"max_rows is {self.max_rows}, it must be 0 (all) or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
     """Weighted kNN."""
 
-    k: int = 200
-    """Neighbors that vote; the nearest one alone is reported too."""
+    k: int | None = None
+    """Neighbors that vote; the nearest one alone is reported too. By default as while training: what the run was told,
+    or else 200 as in the papers, fewer where classes have fewer than 134 rows: 1.5 times those of the smallest."""
     temperature: float = 0.07
     """τ of the votes exp(similarity/τ)."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0:
+        if (self.k is not None and self.k < 1) or not self.temperature > 0:
             raise ValueError(
                 f"k is {self.k} and temperature {self.temperature}: they must be at least 1 and above 0"
             )

@@ -74,18 +74,23 @@ class KnnMonitorConfig:
 
     every: int = 10
     """Epochs between two measurements; the last epoch is always measured. 0: at the end only."""
-    k: int = 200
-    """k."""
+    k: int | None = None
+    """Neighbors that vote. By default 200 as in the papers, fewer where classes have fewer than 134 images: 1.5 times
+    the rows of the smallest class."""
     temperature: float = 0.07
     """τ of the vote."""
+    max_rows: int = 200_000
+    """Of more labelled training images than this, a sample of so many, always the same, is embedded and compared with;
+    the bank is used whole. 0: all."""
     baselines: bool = True
     """Measure raw pixels and the untrained network too: one more pass over the images."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.k < 1 or not self.temperature > 0:
+        bad_k = self.k is not None and self.k < 1
+        if min(self.every, self.max_rows) < 0 or bad_k or not self.temperature > 0:
             raise ValueError(
-                f"knn every is {self.every}, k {self.k}, temperature {self.temperature}: "
-                "they must be at least 0, at least 1 and above 0"
+                f"knn every is {self.every}, max_rows {self.max_rows}, k {self.k}, temperature {self.temperature}: "
+                "they must be at least 0, at least 0, at least 1 and above 0"
             )
 
 

@@ -20,10 +20,11 @@ from cluster.stopping import Stopped
 from instdisc.common.errors import NonFiniteError
 from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
+from instdisc.model.votes import Accuracy
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import KnnMonitor, raw_pixels
+from instdisc.training.monitor import KnnMonitor, journal_entry, raw_pixels
 from instdisc.training.optim import learning_rate
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer, training_dtype
@@ -162,11 +163,13 @@ class TrainingRun:
             self._say(f"{start}, {self.worker.world_size} worker(s)")
         if not self.monitor.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
+        else:
+            self._say(self.monitor.describe())
         if self.config.knn.baselines and self.monitor.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
             values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
             if self.worker.is_rank_zero and not self.run.baselines():
-                append_line(self.run.journal, {"kind": "baselines", **values})
+                append_line(self.run.journal, {"kind": "baselines", **journal_entry(values)})
         self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
 
     def _train(self) -> str | None:
@@ -249,18 +252,23 @@ class TrainingRun:
         if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
             self._measure(epoch)
 
-    def _measure(self, epoch: int) -> dict[str, float | None]:
+    def _measure(self, epoch: int) -> dict[str, Accuracy | None]:
         """KNN accuracy with recomputed embeddings and with the bank."""
         if not self.monitor.possible:
             return {}
         with self.trainer.with_averaged_buffers():
             accuracies = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
-        self.metrics.set(
-            knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
-        )
+        recomputed, bank = accuracies["recomputed"], accuracies["bank"]
+        if recomputed is not None and bank is not None:
+            self.metrics.set(
+                knn_accuracy_ratio=recomputed.top1,
+                knn_balanced_accuracy_ratio=recomputed.balanced,
+                bank_knn_accuracy_ratio=bank.top1,
+                knn_k=recomputed.k,
+            )
         if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
-            values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
-            append_line(self.run.journal, {"kind": "knn", "epoch": epoch, **values})
+            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
+            append_line(self.run.journal, entry)
         return accuracies
 
     def _record(self, seconds: float, rate: float) -> None:
@@ -304,18 +312,26 @@ class TrainingRun:
             },
         )
 
-    def _summarise(self, accuracies: dict[str, float | None]) -> dict[str, Any]:
+    def _summarise(self, accuracies: dict[str, Accuracy | None]) -> dict[str, Any]:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
         baselines = self.run.baselines() if self.worker.is_rank_zero else {}
+        recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
         summary = {
             "recipe": self.recipe,
-            "knn_top1": accuracies.get("recomputed"),
-            "knn_top1_bank": accuracies.get("bank"),
+            "knn_top1": recomputed and recomputed.top1,
+            "knn_top1_bank": bank and bank.top1,
             "knn_top1_raw_pixels": baselines.get("raw_pixels"),
             "knn_top1_untrained": baselines.get("untrained"),
+            "knn_balanced": recomputed and recomputed.balanced,
+            "knn_balanced_bank": bank and bank.balanced,
+            "knn_balanced_raw_pixels": baselines.get("balanced_raw_pixels"),
+            "knn_balanced_untrained": baselines.get("balanced_untrained"),
             "knn_protocol": self.monitor.protocol,
+            "knn_k": recomputed and recomputed.k,
+            "knn_k_bank": bank and bank.k,
+            **self.monitor.counts(recomputed),
             "loss": self.means.get("loss"),
             "epochs": training.epochs,
             "steps": self.trainer.steps,
