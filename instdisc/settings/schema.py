@@ -28,7 +28,7 @@ NOT_SETTINGS = ("schema", "recipe", "run_id", "objective_type")
 _RENAMED: dict[int, dict[str, str]] = {1: {"probe.neighbours": "knn.k", "probe": "knn"}}
 """By schema, for what was written under it: each field that has another name now, the innermost first."""
 
-_ADDED: dict[int, dict[str, Any]] = {1: {}}
+_ADDED: dict[int, dict[str, Any]] = {1: {"knn.max_rows": 0}}
 """By schema: each field that its writers did not know, and the value that does what they did."""
 
 _OBJECTIVES_OF_SCHEMA_1 = {
