@@ -93,9 +93,9 @@ class Voters:
         labels = torch.from_numpy(self.labels)[voters_QK.cpu().clamp(min=0)].to(voters_QK.device)
         return labels.masked_fill(voters_QK < 0, -1)
 
-    def spread(self) -> Ids:
-        """Positions of up to 10,000 voters, spread evenly: the queries of leave-one-out."""
-        places = np.linspace(0, len(self) - 1, min(_MOST_LEFT_OUT, len(self)))
+    def spread(self, most: int = _MOST_LEFT_OUT) -> Ids:
+        """Positions of voters, by default up to 10,000, spread evenly: the queries of leave-one-out."""
+        places = np.linspace(0, len(self) - 1, min(most, len(self)))
         return places.astype(np.int64)
 
     @cached_property

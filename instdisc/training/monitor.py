@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from cluster.exchange import Exchange
 from instdisc.common.classes import labels_among
+from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
 from instdisc.model.votes import Accuracy, count_hits, nearest, shard_top_k
 from instdisc.settings.run import KnnMonitorConfig
@@ -24,7 +26,10 @@ from pipelines.manifest import Manifest
 from pipelines.order import Request
 
 _QUERIES_AT_A_TIME = 256  # per rank
-_RAW_SIDE = 32
+_RAW_SIDE, _COARSE_SIDE = 32, 16
+_MOST_CHOOSING = 1000  # training images by which the read-out is chosen
+RAW_PIXELS = "raw_pixels"
+"""Name of the baseline."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,30 @@ def raw_pixels(images: Tensor) -> Tensor:
     """
     side = min(_RAW_SIDE, images.shape[-1])
     return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
+
+
+def coarse_pixels(pixels: Tensor) -> Tensor:
+    """What is whitened of `raw_pixels`, at most 16×16 of them; the components that are kept are coarser still.
+
+    Args:
+        pixels: float32 (B, 3·side²).
+
+    Returns:
+        float32 (B, 3·side²), unit.
+    """
+    side = math.isqrt(pixels.shape[1] // 3)
+    images = pixels.view(len(pixels), 3, side, side)
+    return F.normalize(F.adaptive_avg_pool2d(images, min(side, _COARSE_SIDE)).flatten(1), dim=1)
+
+
+class Measured(NamedTuple):
+    """What one measurement found."""
+
+    accuracies: dict[str, Accuracy | None]
+    """By name; None if no query could be decoded."""
+    readout: str | None
+    """`plain` or `whitened`: which is better for the first function, by the training images alone; None if there is no
+    bank."""
 
 
 class KnnMonitor:
@@ -74,6 +103,7 @@ class KnnMonitor:
         self.protocol = None if not self.possible else "leave-one-out" if test is None else "test-set"
         loo = test is None
         self.voters = choose_voters(train.labels, leave_one_out=loo, max_rows=trainer.config.knn.max_rows)
+        self._choosing_voters = Voters(self.voters.rows, self.voters.labels, leave_one_out=True)
         self._bank_voters = choose_voters(train.labels, leave_one_out=loo)
         self.unknown = 0
         if not self.possible:
@@ -107,17 +137,15 @@ class KnnMonitor:
             "knn_without_neighbor": None if accuracy is None else accuracy.without_neighbor,
         }
 
-    def measure(
-        self, functions: Mapping[str, Embed], *, bank_as: str | None = None
-    ) -> dict[str, Accuracy | None]:
-        """Accuracy of every function; None if no query could be decoded.
+    def measure(self, functions: Mapping[str, Embed], *, bank_as: str | None = None) -> Measured:
+        """Accuracy of every function, plain and, as `NAME_whitened`, by whitened vectors.
 
         Args:
             functions: By name; each maps images (B, 3, H, W) to unit vectors.
-            bank_as: If given, the queries embedded by the first function are classified by the bank as well, and the
-                result bears this name.
+            bank_as: If given, the queries embedded by the first function are classified by the bank as well, the result
+                bears this name, and the read-out of the function is chosen.
 
-        Collectives: those of `knn_accuracy`, for each function; every rank must call.
+        Collectives: those of `whitening.fit` and `knn_accuracy`, for each function; every rank must call.
         """
         trainer = self._trainer
         first, rows = self._own(self.voters)
@@ -132,7 +160,13 @@ class KnnMonitor:
         }
         if bank_as is not None:
             compared[bank_as] = (queries[0], self._bank_voters, self._bank())
-        return {
+        for name in functions:
+            query, _, (table, places) = compared[name]
+            if name == RAW_PIXELS:
+                query, table = coarse_pixels(query), coarse_pixels(table)
+            whiten = whitening.fit(table, trainer.exchange.sum)
+            compared[f"{name}_whitened"] = (whiten(query), self.voters, (whiten(table), places))
+        accuracies = {
             name: knn_accuracy(
                 trainer.exchange,
                 trainer.config.knn,
@@ -142,6 +176,25 @@ class KnnMonitor:
             )
             for name, (query, voters, shard) in compared.items()
         }
+        if bank_as is None:
+            return Measured(accuracies, None)
+        trained = next(iter(functions))
+        return Measured(accuracies, self._better(compared[trained][2], compared[f"{trained}_whitened"][2]))
+
+    def _better(self, plain: tuple[Tensor, Tensor], whitened: tuple[Tensor, Tensor]) -> str:
+        """The read-out by which training images, some of them left out in turn, are classified better.
+
+        Neither labels nor images of a test set take part.
+        """
+        trainer, voters = self._trainer, self._choosing_voters
+        accuracies = []
+        for table, places in (plain, whitened):
+            asking = torch.isin(places, torch.from_numpy(voters.spread(_MOST_CHOOSING)).to(places.device))
+            own = places[asking]
+            queries = Queries(table[asking], voters.labels_of(own), own, len(voters.sizes))
+            found = knn_accuracy(trainer.exchange, trainer.config.knn, voters, queries, (table, places))
+            accuracies.append(0.0 if found is None else found.top1)
+        return "whitened" if accuracies[1] > accuracies[0] else "plain"
 
     def _own(self, voters: Voters) -> tuple[int, npt.NDArray[np.int64]]:
         """Position of the first voter whose row this rank owns, and the rows of all of these."""
@@ -173,7 +226,9 @@ class KnnMonitor:
         if not len(rows):  # more ranks than labelled images
             size = trainer.config.augmentation.image_size
             one = torch.zeros(1, 3, size, size, device=trainer.worker.device)
-            return [function(one).float()[:0] for function in functions], torch.zeros(0, dtype=torch.bool)
+            return [function(one).float()[:0] for function in functions], torch.zeros(
+                0, dtype=torch.bool, device=trainer.worker.device
+            )
         batch = trainer.local_batch
         with open_loader(
             manifest,

@@ -117,6 +117,6 @@ def _accuracy(row: dict[str, Any], name: str) -> str:
     """One figure of a measurement with what it rests on; earlier releases wrote top-1 alone."""
     top1, balanced, k = row[f"knn_top1_{name}"], row.get(f"balanced_{name}"), row.get(f"k_{name}")
     if top1 is None:
-        return f"{name} –"
+        return f"{name.replace('_', ' ')} –"
     more = "" if k is None or balanced is None else f" (k = {k}, balanced {100 * balanced:.1f}%)"
-    return f"{name} {100 * top1:.1f}%{more}"
+    return f"{name.replace('_', ' ')} {100 * top1:.1f}%{more}"

@@ -224,8 +224,11 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
         return []
     names = {
         "_raw_pixels": "raw pixels",
+        "_raw_pixels_whitened": "raw pixels, whitened",
         "_untrained": "untrained network",
+        "_untrained_whitened": "untrained network, whitened",
         "": f"trained, {summary['epochs']} epochs",
+        "_whitened": "trained, whitened",
         "_bank": "trained, classified by the bank",
     }
     k, bank_k, rows = (summary.get(name) for name in ("knn_k", "knn_k_bank", "knn_rows"))
@@ -237,6 +240,8 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
         if top1 is not None:
             beside = "" if balanced is None else f" /{100 * balanced:5.1f}%"
             lines.append(f"  {name:<33}{100 * top1:5.1f}%{beside}")
+    if summary.get("readout") is not None:
+        lines.append(f"  the training images alone choose the {summary['readout']} embeddings")
     wrong = {
         "knn_unknown_classes": "queries are of classes that no training image has: they count as wrong",
         "knn_without_neighbor": "queries have no labelled neighbor: they count as wrong",

@@ -20,11 +20,10 @@ from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import NonFiniteError
 from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
-from instdisc.model.votes import Accuracy
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import KnnMonitor, journal_entry, raw_pixels
+from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, journal_entry, raw_pixels
 from instdisc.training.optim import learning_rate
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer, training_dtype
@@ -170,7 +169,9 @@ class TrainingRun:
             self._say(self.monitor.describe())
         if self.config.knn.baselines and self.monitor.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
-            values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
+            values = self.monitor.measure(
+                {RAW_PIXELS: raw_pixels, "untrained": self.trainer.embed}
+            ).accuracies
             if self.worker.is_rank_zero and not self.run.baselines():
                 append_line(self.run.journal, {"kind": "baselines", **journal_entry(values)})
         self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
@@ -255,12 +256,13 @@ class TrainingRun:
         if step == 0 and 0 < epoch < self.config.training.epochs and every and epoch % every == 0:
             self._measure(epoch)
 
-    def _measure(self, epoch: int) -> dict[str, Accuracy | None]:
+    def _measure(self, epoch: int) -> Measured | None:
         """KNN accuracy with recomputed embeddings and with the bank."""
         if not self.monitor.possible:
-            return {}
+            return None
         with self.trainer.with_averaged_buffers():
-            accuracies = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+            measured = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+        accuracies = measured.accuracies
         recomputed, bank = accuracies["recomputed"], accuracies["bank"]
         if recomputed is not None and bank is not None:
             self.metrics.set(
@@ -271,8 +273,8 @@ class TrainingRun:
             )
         if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
             entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
-            append_line(self.run.journal, entry)
-        return accuracies
+            append_line(self.run.journal, {**entry, "readout": measured.readout})
+        return measured
 
     def _record(self, seconds: float, rate: float) -> None:
         """Tell the metrics of a step."""
@@ -315,18 +317,27 @@ class TrainingRun:
             },
         )
 
-    def _summarise(self, accuracies: dict[str, Accuracy | None]) -> dict[str, Any]:
+    def _summarise(self, measured: Measured | None) -> dict[str, Any]:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
         baselines = self.run.baselines() if self.worker.is_rank_zero else {}
+        accuracies = {} if measured is None else measured.accuracies
         recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
+        whitened = accuracies.get("recomputed_whitened")
+        readout = None if measured is None else measured.readout
+        read = whitened if readout == "whitened" else recomputed
         summary = {
             "recipe": self.recipe,
             "knn_top1": recomputed and recomputed.top1,
             "knn_top1_bank": bank and bank.top1,
             "knn_top1_raw_pixels": baselines.get("raw_pixels"),
             "knn_top1_untrained": baselines.get("untrained"),
+            "knn_top1_whitened": whitened and whitened.top1,
+            "knn_top1_raw_pixels_whitened": baselines.get("raw_pixels_whitened"),
+            "knn_top1_untrained_whitened": baselines.get("untrained_whitened"),
+            "readout": readout,
+            "knn_top1_readout": read and read.top1,
             "knn_balanced": recomputed and recomputed.balanced,
             "knn_balanced_bank": bank and bank.balanced,
             "knn_balanced_raw_pixels": baselines.get("balanced_raw_pixels"),

@@ -17,7 +17,7 @@ from instdisc.model.voters import choose_voters
 from instdisc.model.votes import Accuracy, count_hits, ranks_of, shard_top_k, weighted_votes
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import DataConfig, KnnMonitorConfig, RunConfig, TrainingConfig
-from instdisc.training.monitor import KnnMonitor, Queries, knn_accuracy, raw_pixels
+from instdisc.training.monitor import KnnMonitor, Measured, Queries, knn_accuracy, raw_pixels
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
@@ -151,7 +151,8 @@ def test_shards_classify_as_the_whole(leave_one_out: bool, k: int | None) -> Non
         assert all(result == pytest.approx(expected) for result in results)
 
 
-def measure_one(rank: int, world_size: int, directory: str) -> dict[str, Accuracy | None]:
+def measure_one(rank: int, world_size: int, directory: str) -> Measured:
+    torch.set_num_threads(1)
     config = RunConfig(
         data=DataConfig(path="unused"),
         augmentation=Augmentation(image_size=32),
@@ -180,5 +181,9 @@ def test_fewer_queries_than_ranks(world_size: int, tmp_path: Path) -> None:
         build_manifest(tmp_path / part, labels="folders").save(tmp_path / f"{part}.manifest")
     results = run_ranks(world_size, measure_one, str(tmp_path))
     assert all(result == results[0] for result in results)
-    assert results[0]["raw"] == Accuracy(top1=1, top5=1, balanced=1, queries=1, without_neighbor=0, k=3)
-    assert set(results[0]) == {"raw", "network", "bank"}
+    assert results[0].accuracies["raw"] == Accuracy(
+        top1=1, top5=1, balanced=1, queries=1, without_neighbor=0, k=3
+    )
+    names = {"raw", "network", "bank", "raw_whitened", "network_whitened"}
+    assert set(results[0].accuracies) == names
+    assert results[0].readout in ("plain", "whitened")
