@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instdisc.model.votes import Accuracy, count_hits
-from instdisc.settings.evaluation import KnnConfig
+from instdisc.settings.evaluation import KnnConfig, Readout
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
@@ -25,6 +25,9 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
     queries, voters = evaluation.queries, evaluation.voters
     k = voters.neighbors(config.k or evaluation.source.own_k)
     found = knn_accuracy(evaluation, k, config.temperature)
+    whitened = None
+    if evaluation.config.recompute:
+        whitened = knn_accuracy(evaluation, k, config.temperature, "whitened")
     accuracies = {1: knn_accuracy(evaluation, 1, config.temperature), k: found}
     if found.without_neighbor:
         logger.warning("%d queries have no labelled neighbor: they count as wrong", found.without_neighbor)
@@ -32,7 +35,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         evaluation_knn_top1_ratio=found.top1, evaluation_knn_top5_ratio=found.top5, evaluation_knn_k=k
     )
     return {
-        "summary": _figures(accuracies),
+        "summary": _figures(accuracies, whitened),
         "queries": len(queries),
         "query_kind": queries.kind,
         "rows": len(voters),
@@ -45,13 +48,15 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
             f"k{each}": {"top1": value.top1, "top5": value.top5, "balanced": value.balanced}
             for each, value in accuracies.items()
         },
+        "whitened": whitened
+        and {"top1": whitened.top1, "top5": whitened.top5, "balanced": whitened.balanced},
     }
 
 
-def knn_accuracy(evaluation: Evaluation, k: int, temperature: float) -> Accuracy:
+def knn_accuracy(evaluation: Evaluation, k: int, temperature: float, readout: Readout = "plain") -> Accuracy:
     """Accuracy of the weighted vote of k neighbors."""
     voters = evaluation.voters
-    scores, found = (torch.from_numpy(each) for each in evaluation.neighbors(k))
+    scores, found = (torch.from_numpy(each) for each in evaluation.neighbors(k, readout))
     truth = torch.from_numpy(evaluation.queries.labels)
     num_classes = len(voters.sizes)
     counts = count_hits(
@@ -67,11 +72,13 @@ def knn_accuracy(evaluation: Evaluation, k: int, temperature: float) -> Accuracy
     return accuracy
 
 
-def _figures(accuracies: dict[int, Accuracy]) -> dict[str, float]:
+def _figures(accuracies: dict[int, Accuracy], whitened: Accuracy | None) -> dict[str, float]:
     figures = {}
     for k, each in accuracies.items():
         figures[f"kNN k={k}, top-1"] = each.top1
         figures[f"kNN k={k}, top-1 balanced over classes"] = each.balanced
         if k > 1:
             figures[f"kNN k={k}, top-5"] = each.top5
+    if whitened is not None:
+        figures[f"kNN k={whitened.k}, top-1 whitened"] = whitened.top1
     return figures

@@ -49,7 +49,7 @@ def search(config: SearchConfig) -> str:
         # Here, not in the actors: their nodes may not see the images.
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
         check_decoded(embeddings, manifest)
-        scores, rows = evaluation.search(embeddings, config.k)
+        scores, rows = evaluation.search(embeddings, config.k, config.readout)
         labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
         found = [
             [

@@ -21,6 +21,22 @@ from pipelines.manifest import Manifest
 _BLOCK = 65_536  # rows read at a time
 
 
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """Rows in memory as a source of rows for `cluster.topk`; picklable."""
+
+    rows: npt.NDArray[np.float32]
+
+    @property
+    def num_rows(self) -> int:
+        """All of them."""
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start … stop - 1."""
+        return self.rows[start:stop]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChosenRows:
     """Some rows of the stored bank as a source of rows for `cluster.topk`; picklable.

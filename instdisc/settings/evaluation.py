@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,6 +12,9 @@ from cluster.ranges import Amount, Count, Positive, Range, Ranged
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.settings import LoaderConfig
+
+Readout = Literal["plain", "whitened"]
+"""How embeddings are compared: as they are, or whitened by the mean and covariance of the training images."""
 
 PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "page")
 """Run in this order, whatever the order they are asked for in: the page shows what the others found."""
@@ -194,6 +197,9 @@ class SearchConfig(Ranged):
     """Images to search for; labels are not needed."""
     k: Count = 10
     """Nearest rows for each image."""
+    readout: Readout = "plain"
+    """`whitened` embeds all training images anew and compares them in a space whose directions all count alike;
+    `readout` in the run's summary.json names the better one."""
     output: Path = Path("search.png")
     """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
     num_actors: Annotated[int, Range(at_least=0)] = 0

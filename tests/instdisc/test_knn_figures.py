@@ -53,6 +53,14 @@ def test_evaluation_prints_what_training_measured(
         assert found["balanced"] == summary[f"knn_balanced{end}"]
         assert (found["k"], found["rows"]) == (summary[f"knn_k{end}"], summary["knn_rows"])
         assert found["queries"] == summary["knn_queries"]
+    assert found["whitened"]["top1"] == pytest.approx(
+        summary["knn_top1_whitened"], abs=1.5 / found["queries"]
+    )
+    chosen = {"plain": "knn_top1", "whitened": "knn_top1_whitened"}[summary["readout"]]
+    assert summary["knn_top1_readout"] == summary[chosen]
+    assert f"the training images alone choose the {summary['readout']} embeddings" in said
+    for name in ("raw pixels, whitened", "untrained network, whitened", "trained, whitened"):
+        assert name in said
     k = 3 * (min(counts.values()) - (not test_set)) // 2
     assert summary["knn_k"] == k
     assert f"k = {k}, {sum(counts.values())} labelled rows" in said
