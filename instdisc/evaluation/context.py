@@ -165,8 +165,16 @@ class Evaluation:
         """The voters as the network embeds them; NaN for one that cannot be decoded."""
         return ArrayRows(self.compute(self.source.train, rows=self.voters.rows))
 
+    @cached_property
+    def _all_recomputed(self) -> npt.NDArray[np.float32]:
+        return self.compute(self.source.train)
+
     def search(
-        self, queries: npt.NDArray[np.float32], k: int, readout: Readout = "plain"
+        self,
+        queries: npt.NDArray[np.float32],
+        k: int,
+        readout: Readout = "plain",
+        among: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """The exact k nearest rows of the bank, labelled or not.
 
@@ -174,9 +182,11 @@ class Evaluation:
             queries: float32 (Q, D).
             k: Neighbors per query.
             readout: `whitened` embeds all training images first, since the stored rows are of many steps.
+            among: int64 (M,), ascending, the rows to compare with; all by default.
 
         Returns:
-            Scores float32 (Q, k), largest first, and rows int64 (Q, k); see `cluster.topk.TopK.search`.
+            Scores float32 (Q, k), largest first, and rows, or positions in `among`, int64 (Q, k); see
+            `cluster.topk.TopK.search`.
 
         Raises:
             ConfigError: K beyond the bank.
@@ -185,8 +195,11 @@ class Evaluation:
         if k > num_rows:
             raise ConfigError(f"k is {k}, but a query has only {num_rows} rows to compare with: lower --k")
         bank: RowSource = SnapshotRows(self.source.snapshot, "embeddings")
+        if among is not None:
+            bank = self.source.rows(among)
         if readout == "whitened":
-            bank, queries = _whitened(self.compute(self.source.train), queries)
+            whitened, queries = _whitened(self._all_recomputed, queries)
+            bank = whitened if among is None else ArrayRows(whitened.rows[among])
         with TopK(bank, self.config.actors, self.metrics) as top_k:
             return top_k.search(queries, k)
 

@@ -154,18 +154,26 @@ class Source:
             return self.train.class_names
         return tuple(self.snapshot.attributes.get("class_names", ()))
 
-    @cached_property
+    @property
     def bank_labels(self) -> npt.NDArray[np.int64]:
         """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
-        labels = None
-        if "labels" in self.snapshot.tables:
-            labels = self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
-        if labels is None or not (labels >= 0).any():
+        if not self.has_labels:
             raise ConfigError(
                 f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labelled "
                 "images, or choose --protocols that need none"
             )
-        return labels
+        return self._labels
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any row of the bank has a label."""
+        return bool((self._labels >= 0).any())
+
+    @cached_property
+    def _labels(self) -> npt.NDArray[np.int64]:
+        if "labels" not in self.snapshot.tables:
+            return np.full(self.snapshot.num_rows, -1)
+        return self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> ChosenRows:
         """Some rows of the bank, int64 (M,), ascending, as they are stored."""

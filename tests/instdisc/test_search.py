@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ def test_nearest_rows_are_printed_and_drawn(search: Search, trained: Path, tmp_p
     with Image.open(tmp_path / "drawn.png") as drawing:
         assert drawing.format == "PNG"
         pixels = drawing.convert("RGB")
+    for name in ("red", "blue"):  # k = 5 is what the run was told
+        assert re.search(rf"vote of the 5 nearest labelled rows: {name}, \d+% of the votes", said)
     parts = said.split(str(queries[1]))
     for number, (part, query) in enumerate(zip(parts, queries, strict=True)):
         with Image.open(query) as image:
