@@ -72,6 +72,25 @@ def weighted_knn(
     return votes
 
 
+def without_one_of_every_class(
+    labels: npt.NDArray[np.int64], turns: npt.NDArray[np.int64], query: int
+) -> npt.NDArray[np.int64]:
+    """Rows that may vote for a row: all but itself and, of every other class, the one whose turn it is.
+
+    Args:
+        labels: (n,).
+        turns: (n,), place of each row in the order of its class.
+        query: The row.
+    """
+    kept = []
+    for row, label in enumerate(labels):
+        size = int((labels == label).sum())
+        if turns[row] != turns[query] % size:
+            kept.append(row)
+    assert query not in kept
+    return np.array(kept, np.int64)
+
+
 def softmax(
     f: Array, positive: int, bank: Array, *, temperature: float, proximal_weight: float
 ) -> tuple[float, Array]:

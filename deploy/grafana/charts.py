@@ -117,6 +117,7 @@ ROWS = {
                 EPOCH,
                 (of_run("knn_accuracy_ratio")[0], "recomputed embeddings"),
                 (of_run("bank_knn_accuracy_ratio")[0], "bank"),
+                (of_run("knn_balanced_accuracy_ratio")[0], "mean over classes"),
             ],
             "percentunit",
             kind="xychart",
@@ -225,6 +226,9 @@ ROWS = {
             "kNN accuracy of the evaluation job",
             [of_run("evaluation_knn_top1_ratio", "top-1"), of_run("evaluation_knn_top5_ratio", "top-5")],
             "percentunit",
+        ),
+        Chart(
+            "Neighbors that vote, k", [of_run("knn_k", "training"), of_run("evaluation_knn_k", "evaluation")]
         ),
         Chart("Queries per second", [rate_of_run("evaluation_queries_total")]),
         Chart("Search of a block of queries", quantiles("evaluation_search_seconds"), "s"),

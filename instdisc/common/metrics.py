@@ -42,6 +42,12 @@ TRAINING = MetricTable(
             "knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN with recomputed embeddings."
         ),
         Metric("bank_knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN with the stored bank."),
+        Metric(
+            "knn_balanced_accuracy_ratio",
+            "gauge",
+            "Of the run: mean over the classes of the accuracy of knn_accuracy_ratio.",
+        ),
+        Metric("knn_k", "gauge", "Of the run: neighbors that vote in knn_accuracy_ratio."),
         Metric("bank_rows", "gauge", "Rows of the bank that this rank owns."),
         Metric("bank_bytes", "gauge", "Memory of those rows."),
         Metric(
@@ -87,6 +93,7 @@ EVALUATION = MetricTable(
         Metric("evaluation_rows", "gauge", "Rows that are searched."),
         Metric("evaluation_knn_top1_ratio", "gauge", "Top-1 accuracy of weighted kNN."),
         Metric("evaluation_knn_top5_ratio", "gauge", "Top-5 accuracy of weighted kNN."),
+        Metric("evaluation_knn_k", "gauge", "Neighbors that vote in evaluation_knn_top1_ratio."),
     ),
 )
 """What the evaluation job exports, from its driver, which is rank 0."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cluster.actors import connect, share_out
 from cluster.metrics import Endpoint, Metrics, exported
@@ -23,15 +24,17 @@ from instdisc.common.files import write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
-from instdisc.evaluation.source import Source
-from instdisc.settings.evaluation import EvaluationConfig
+from instdisc.evaluation.source import ArrayRows, Source
+from instdisc.model import whitening
+from instdisc.model.voters import Voters, choose_voters
+from instdisc.settings.evaluation import EvaluationConfig, Readout
 from pipelines.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """A run or a snapshot, its queries and its bank; a context manager that shuts down the actors it started.
+    """A run or a snapshot, its queries and its bank; a context manager that serves its metrics.
 
     Errors that a user can fix are raised where they occur: `ConfigError`, `DataError`, `ClusterError`.
 
@@ -44,12 +47,10 @@ class Evaluation:
         self.source = Source(config.source)
         self._open = contextlib.ExitStack()
         self._endpoint: Endpoint | None = None
-        self._top_k: TopK | None = None
-        self._neighbors: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
+        self._voters_found: dict[Readout, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
 
     def __enter__(self) -> Self:
         self._open.enter_context(connect(self.config.actors))
-        self._open.callback(self._release)
         if self.source.has_run:
             place = self.source.run.targets
             self._endpoint = self._open.enter_context(
@@ -60,7 +61,6 @@ class Evaluation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
         if self._endpoint is not None and error is None:
             self._endpoint.wait_until_read()
         self._open.close()
@@ -95,23 +95,10 @@ class Evaluation:
         return path
 
     @cached_property
-    def bank(self) -> RowSource:
-        """The rows that queries are compared with, stored or re-computed; read in the actors, never whole here."""
-        if self.config.recompute:
-            return self.image_rows(self.source.train, embed)
-        return SnapshotRows(self.source.snapshot, "embeddings")
-
-    @cached_property
     def queries(self) -> LabelledQueries:
         """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
         queries = self._open_queries()
-        logger.info(
-            "%d queries (%s), compared with %d %s rows",
-            len(queries),
-            queries.kind,
-            self.source.snapshot.num_rows,
-            "re-computed" if self.config.recompute else "stored",
-        )
+        logger.info("%d queries (%s)", len(queries), queries.kind)
         return queries
 
     def _open_queries(self) -> LabelledQueries:
@@ -119,45 +106,102 @@ class Evaluation:
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
         if config.path is None and not (self.source.has_run and self.source.run.test_manifest.exists()):
-            return leave_one_out(self.source, self.compute)
+            return leave_one_out(self.source, self.compute, self.config.max_rows)
         return open_queries(self.source, self.compute, config)
 
-    def neighbors(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """`search` for the k nearest rows of `queries`; kept, so that asking for fewer costs nothing."""
-        if self._neighbors is None or self._neighbors[0].shape[1] < k:
-            queries = self.queries
-            self._neighbors = self.search(queries.embeddings, k, queries.excluded)
-        scores, rows = self._neighbors
-        return scores[:, :k], rows[:, :k]
+    @cached_property
+    def voters(self) -> Voters:
+        """The labelled rows that classify the queries; a sample of them if they are many and to be recomputed."""
+        voters = choose_voters(
+            self.source.bank_labels,
+            leave_one_out=self.queries.kind == "leave-one-out",
+            max_rows=self.config.max_rows if self.config.recompute else 0,
+        )
+        labelled = int((self.source.bank_labels >= 0).sum())
+        logger.info(
+            "compared with %s%d labelled rows, %s",
+            f"{len(voters)} drawn from the " if len(voters) < labelled else "",
+            labelled,
+            "recomputed" if self.config.recompute else "as stored",
+        )
+        return voters
+
+    def neighbors(
+        self, k: int, readout: Readout = "plain"
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The k nearest labelled rows of each of `queries` that may vote for it.
+
+        What was found is kept, so that asking for fewer costs nothing.
+
+        Args:
+            k: How many.
+            readout: `whitened` is for recomputed rows, from which the whitening is fitted.
+
+        Returns:
+            Scores float32 (Q, at most k), largest first, and positions among `voters`, int64; minus infinity and -1
+            where fewer may vote.
+        """
+        queries, voters = self.queries, self.voters
+        searched = voters.searched(k)
+        if readout not in self._voters_found or self._voters_found[readout][0].shape[1] < searched:
+            rows, embeddings = self._voting_rows, queries.embeddings
+            if readout == "whitened":
+                rows, embeddings = _whitened(self._recomputed.rows, embeddings)
+            with TopK(rows, self.config.actors, self.metrics) as top_k:
+                self._voters_found[readout] = top_k.search(embeddings, searched)
+        scores, found = (torch.from_numpy(each[:, :searched]) for each in self._voters_found[readout])
+        asking = None
+        if voters.leave_one_out:
+            asking = torch.from_numpy(np.searchsorted(voters.rows, queries.rows))
+        scores, found = voters.voting(scores, found, asking, k)
+        return scores.numpy(), found.numpy()
+
+    @property
+    def _voting_rows(self) -> RowSource:
+        return self._recomputed if self.config.recompute else self.source.rows(self.voters.rows)
+
+    @cached_property
+    def _recomputed(self) -> ArrayRows:
+        """The voters as the network embeds them; NaN for one that cannot be decoded."""
+        return ArrayRows(self.compute(self.source.train, rows=self.voters.rows))
+
+    @cached_property
+    def _all_recomputed(self) -> npt.NDArray[np.float32]:
+        return self.compute(self.source.train)
 
     def search(
-        self, queries: npt.NDArray[np.float32], k: int, excluded: npt.NDArray[np.int64] | None = None
+        self,
+        queries: npt.NDArray[np.float32],
+        k: int,
+        readout: Readout = "plain",
+        among: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The exact k nearest rows of the bank.
+        """The exact k nearest rows of the bank, labelled or not.
 
         Args:
             queries: float32 (Q, D).
             k: Neighbors per query.
-            excluded: int64 (Q,), a row that does not count for the query, negative for none.
+            readout: `whitened` embeds all training images first, since the stored rows are of many steps.
+            among: int64 (M,), ascending, the rows to compare with; all by default.
 
         Returns:
-            Scores float32 (Q, k), largest first, and rows int64 (Q, k); see `cluster.topk.TopK.search`.
+            Scores float32 (Q, k), largest first, and rows, or positions in `among`, int64 (Q, k); see
+            `cluster.topk.TopK.search`.
 
         Raises:
             ConfigError: K beyond the bank.
         """
-        others = self.source.snapshot.num_rows - (excluded is not None)
-        if k > others:
-            raise ConfigError(f"k is {k}, but a query has only {others} rows to compare with: lower --k")
-        if self._top_k is None:
-            self._top_k = TopK(self.bank, self.config.actors, self.metrics)
-        return self._top_k.search(queries, k, excluded=excluded)
-
-    def _release(self) -> None:
-        """Shut down the bank's actors so that other work can use their CPUs."""
-        if self._top_k is not None:
-            self._top_k.close()
-            self._top_k = None
+        num_rows = self.source.snapshot.num_rows
+        if k > num_rows:
+            raise ConfigError(f"k is {k}, but a query has only {num_rows} rows to compare with: lower --k")
+        bank: RowSource = SnapshotRows(self.source.snapshot, "embeddings")
+        if among is not None:
+            bank = self.source.rows(among)
+        if readout == "whitened":
+            whitened, queries = _whitened(self._all_recomputed, queries)
+            bank = whitened if among is None else ArrayRows(whitened.rows[among])
+        with TopK(bank, self.config.actors, self.metrics) as top_k:
+            return top_k.search(queries, k)
 
     def image_rows(self, manifest: Manifest, function: ImageFunction) -> ImageRows:
         """A table with a row for every image, computed by the trained network as it is read."""
@@ -185,15 +229,13 @@ class Evaluation:
         Returns:
             float32 (R, F); a row of NaN for an image that cannot be decoded.
         """
-        self._release()
         chosen = manifest if rows is None else manifest.select(rows)
         return read_rows(self.image_rows(chosen, function), self.config.actors)
 
     def share_out(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]
     ) -> Iterator[Any]:
-        """`cluster.actors.share_out` to processes of the size of the actors, which are shut down first."""
-        self._release()
+        """`cluster.actors.share_out` to processes of the size of the actors."""
         return share_out(function, shared, items, self.config.actors)
 
     def write(self, name: str, values: dict[str, Any]) -> Path:
@@ -214,6 +256,15 @@ class Evaluation:
     @property
     def _snapshot_identity(self) -> dict[str, Any]:
         return {"step": self.source.snapshot.step, "attempt": self.source.snapshot.document["attempt"]}
+
+
+def _whitened(
+    rows: npt.NDArray[np.float32], queries: npt.NDArray[np.float32]
+) -> tuple[ArrayRows, npt.NDArray[np.float32]]:
+    """Rows and queries, whitened by what the rows that are there are like."""
+    table = torch.from_numpy(rows)
+    whiten = whitening.fit(table[table[:, 0].isfinite()])
+    return ArrayRows(whiten(table).numpy()), whiten(torch.from_numpy(queries)).numpy()
 
 
 ProtocolFunction = Callable[[Evaluation, Any], dict[str, Any]]

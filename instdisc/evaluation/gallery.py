@@ -89,17 +89,19 @@ def agreement(
     """Share of the neighbors' votes `exp(similarity/τ)` that go to the query's class.
 
     Args:
-        scores_QK: float32 (Q, K), similarities, largest first.
+        scores_QK: float32 (Q, K), similarities, largest first, minus infinity for no neighbor.
         labels_QK: int64 (Q, K), classes of the neighbors, negative for none.
         labels_Q: int64 (Q,), classes of the queries.
         temperature: τ.
 
     Returns:
-        float64 (Q,), 0 to 1.
+        float64 (Q,), 0 to 1; 0 where there is no neighbor.
     """
-    weights_QK = np.exp((scores_QK - scores_QK[:, :1]).astype(np.float64) / temperature)
+    nearest_Q1 = np.maximum(scores_QK[:, :1], -1).astype(np.float64)
+    weights_QK = np.exp((scores_QK - nearest_Q1) / temperature)
     agrees_QK = labels_QK == labels_Q[:, None]
-    return np.asarray((weights_QK * agrees_QK).sum(axis=1) / weights_QK.sum(axis=1))
+    total_Q = np.maximum(weights_QK.sum(axis=1), np.finfo(np.float64).tiny)
+    return np.asarray((weights_QK * agrees_QK).sum(axis=1) / total_Q)
 
 
 def best_and_worst(
@@ -116,8 +118,10 @@ def best_and_worst(
     """
     queries, bank_labels = evaluation.queries, evaluation.source.bank_labels
     assert queries.manifest is not None
-    scores, rows = evaluation.neighbors(neighbors)
-    agreements = agreement(scores, bank_labels[rows], queries.labels, temperature=temperature)
+    scores, voters = evaluation.neighbors(neighbors)
+    rows = np.where(voters >= 0, evaluation.voters.rows[voters], -1)
+    labels = np.where(rows >= 0, bank_labels[rows], -1)
+    agreements = agreement(scores, labels, queries.labels, temperature=temperature)
     order = np.argsort(-agreements, kind="stable")
     count = min(count, len(order) // 2 or 1)
     with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.source.train, side) as stored:
@@ -130,9 +134,7 @@ def best_and_worst(
                 neighbors=tuple(
                     Picture(
                         evaluation.source.train.name(row),
-                        evaluation.source.class_names[bank_labels[row]]
-                        if bank_labels[row] >= 0
-                        else "no label",
+                        evaluation.source.class_names[bank_labels[row]],
                         stored.uri(row),
                         float(score),
                         bool(bank_labels[row] == queries.labels[query]),

@@ -1,84 +1,84 @@
-"""Weighted k-nearest-neighbor accuracy (Wu et al. 2018, section 3.4) over the whole bank."""
+"""Weighted k-nearest-neighbor accuracy (Wu et al. 2018, section 3.4) over all labelled rows of the bank."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from instdisc.model.votes import ranks_of, weighted_votes
-from instdisc.settings.evaluation import KnnConfig
+from instdisc.model.votes import Accuracy, count_hits
+from instdisc.settings.evaluation import KnnConfig, Readout
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
-_MOST_VOTES = 1 << 24  # held at a time
+logger = logging.getLogger(__name__)
 
 
 def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
-    """Classify every query by its nearest rows.
+    """Classify every query by its nearest labelled rows.
 
     Raises:
-        ConfigError: The bank has no labels, or fewer rows than k.
+        ConfigError: The bank has no labels.
     """
-    bank_labels, queries = evaluation.source.bank_labels, evaluation.queries
-    scores, rows = evaluation.neighbors(config.k)
-    accuracies = {
-        f"k{k}": knn_accuracies(
-            scores[:, :k], bank_labels[rows[:, :k]], queries.labels, temperature=config.temperature
-        )
-        for k in sorted({1, config.k})
-    }
+    queries, voters = evaluation.queries, evaluation.voters
+    k = voters.neighbors(config.k or evaluation.source.own_k)
+    found = knn_accuracy(evaluation, k, config.temperature)
+    whitened = None
+    if evaluation.config.recompute:
+        whitened = knn_accuracy(evaluation, k, config.temperature, "whitened")
+    accuracies = {1: knn_accuracy(evaluation, 1, config.temperature), k: found}
+    if found.without_neighbor:
+        logger.warning("%d queries have no labelled neighbor: they count as wrong", found.without_neighbor)
     evaluation.metrics.set(
-        evaluation_knn_top1_ratio=accuracies[f"k{config.k}"]["top1"],
-        evaluation_knn_top5_ratio=accuracies[f"k{config.k}"]["top5"],
+        evaluation_knn_top1_ratio=found.top1, evaluation_knn_top5_ratio=found.top5, evaluation_knn_k=k
     )
     return {
-        "summary": {
-            f"kNN k={k}, {top.replace('top', 'top-')}": accuracies[f"k{k}"][top]
-            for k in sorted({1, config.k})
-            for top in (("top1", "top5") if k > 1 else ("top1",))
-        },
+        "summary": _figures(accuracies, whitened),
         "queries": len(queries),
         "query_kind": queries.kind,
-        "rows": evaluation.source.snapshot.num_rows,
+        "rows": len(voters),
         "bank": "recomputed" if evaluation.config.recompute else "stored",
-        "k": config.k,
+        "k": k,
         "temperature": config.temperature,
         "unknown_classes": queries.unknown,
-        "accuracies": accuracies,
+        "without_neighbor": found.without_neighbor,
+        "accuracies": {
+            f"k{each}": {"top1": value.top1, "top5": value.top5, "balanced": value.balanced}
+            for each, value in accuracies.items()
+        },
+        "whitened": whitened
+        and {"top1": whitened.top1, "top5": whitened.top5, "balanced": whitened.balanced},
     }
 
 
-def knn_accuracies(
-    scores_QK: npt.NDArray[np.float32],
-    labels_QK: npt.NDArray[np.int64],
-    labels_Q: npt.NDArray[np.int64],
-    *,
-    temperature: float,
-) -> dict[str, float]:
-    """Share of the queries whose class has the most votes, and is among the five with the most.
+def knn_accuracy(evaluation: Evaluation, k: int, temperature: float, readout: Readout = "plain") -> Accuracy:
+    """Accuracy of the weighted vote of k neighbors."""
+    voters = evaluation.voters
+    scores, found = (torch.from_numpy(each) for each in evaluation.neighbors(k, readout))
+    truth = torch.from_numpy(evaluation.queries.labels)
+    num_classes = len(voters.sizes)
+    counts = count_hits(
+        scores,
+        voters.labels_of(found),
+        truth,
+        num_classes,
+        max(num_classes, int(truth.max()) + 1),
+        temperature=temperature,
+    )
+    accuracy = Accuracy.of(counts, k)
+    assert accuracy is not None
+    return accuracy
 
-    Args:
-        scores_QK: float32 (Q, K), similarities of the neighbors, minus infinity for no neighbor.
-        labels_QK: int64 (Q, K), their classes, negative for none.
-        labels_Q: int64 (Q,), classes of the queries.
-        temperature: τ.
-    """
-    num_classes = int(max(labels_QK.max(), 0)) + 1
-    block = max(1, _MOST_VOTES // num_classes)
-    hits = {"top1": 0, "top5": 0}
-    for first in range(0, len(labels_Q), block):
-        chosen = slice(first, first + block)
-        votes_BC = weighted_votes(
-            torch.from_numpy(scores_QK[chosen]),
-            torch.from_numpy(labels_QK[chosen]),
-            num_classes,
-            temperature=temperature,
-        )
-        ranks_B = ranks_of(votes_BC, torch.from_numpy(labels_Q[chosen]))
-        hits["top1"] += int((ranks_B < 1).sum())
-        hits["top5"] += int((ranks_B < 5).sum())
-    return {name: count / len(labels_Q) for name, count in hits.items()}
+
+def _figures(accuracies: dict[int, Accuracy], whitened: Accuracy | None) -> dict[str, float]:
+    figures = {}
+    for k, each in accuracies.items():
+        figures[f"kNN k={k}, top-1"] = each.top1
+        figures[f"kNN k={k}, top-1 balanced over classes"] = each.balanced
+        if k > 1:
+            figures[f"kNN k={k}, top-5"] = each.top5
+    if whitened is not None:
+        figures[f"kNN k={whitened.k}, top-1 whitened"] = whitened.top1
+    return figures

@@ -68,7 +68,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         best, worst = best_and_worst(
             evaluation,
             count=config.examples,
-            neighbors=min(config.neighbors, source.snapshot.num_rows - 1),
+            neighbors=config.neighbors,
             side=config.thumbnail,
             temperature=config.temperature,
         )
@@ -82,7 +82,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
             f"{source.snapshot.step:,}",
             tiles=tiles(results, settings["backbone"]["embedding_dim"]),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
-            tables=tables(results),
+            tables=[*training_table(summary), *tables(results)],
             galleries=galleries,
             footer=f"Snapshot of step {source.snapshot.step:,}; the figures are also in the .json files beside "
             "this page.",
@@ -196,11 +196,28 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 def _knn_table(knn: Mapping[str, Any]) -> Table:
     rows = [
-        (f"k = {name.removeprefix('k')}", _percent(each["top1"]), _percent(each["top5"]))
+        (f"k = {name.removeprefix('k')}", *(_percent(each[of]) for of in ("top1", "balanced", "top5")))
         for name, each in knn["accuracies"].items()
     ]
-    note = f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} rows, {knn['bank']} bank."
-    return Table("Weighted kNN", ("", "top-1", "top-5"), rows, note)
+    if whitened := knn.get("whitened"):
+        cells = (_percent(whitened[of]) for of in ("top1", "balanced", "top5"))
+        rows.append((f"k = {knn['k']}, whitened", *cells))
+    note = f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} labelled rows, {knn['bank']} bank."
+    return Table("Weighted kNN", ("", "top-1", "mean over classes", "top-5"), rows, note)
+
+
+def training_table(summary: Mapping[str, Any]) -> list[Table]:
+    """What training measured at its end, beside the baselines; none without labels or of an earlier release."""
+    if summary.get("knn_top1_whitened") is None:
+        return []
+    names = {"_raw_pixels": "raw pixels", "_untrained": "untrained network", "": "trained"}
+    rows = [
+        (name, _percent(summary[f"knn_top1{end}"]), _percent(summary[f"knn_top1{end}_whitened"]))
+        for end, name in names.items()
+        if summary.get(f"knn_top1{end}_whitened") is not None
+    ]
+    note = f"k = {summary['knn_k']}; by the training images alone the {summary['readout']} embeddings are the better."
+    return [Table("kNN top-1 at the end of training", ("", "plain", "whitened"), rows, note)]
 
 
 def _linear_table(linear: Mapping[str, Any]) -> Table:

@@ -16,14 +16,13 @@ from cluster.errors import ClusterError
 from instdisc.common.classes import match_classes
 from instdisc.common.errors import ConfigError
 from instdisc.evaluation.source import Source
+from instdisc.model.voters import choose_voters
 from instdisc.settings.evaluation import QueryConfig
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 
-_MOST_LEFT_OUT = 10_000
-_BLOCK = 65_536
 _MOST_NAMED = 5
 
 Compute = Callable[..., npt.NDArray[np.float32]]
@@ -42,7 +41,6 @@ class LabelledQueries:
         labels: int64 (Q,) in the numbers of the bank's classes. Classes that the bank lacks have numbers of their own
             above those, which no vote can name.
         rows: int64 (Q,), the row of each query in `manifest`, in the array or, for leave-one-out, in the bank.
-        excluded: int64 (Q,), the bank's row that is the query itself, or None.
         manifest: The images, None where there are none.
         unknown: Classes among `labels` that the bank lacks: name and number of queries.
     """
@@ -51,7 +49,6 @@ class LabelledQueries:
     embeddings: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
-    excluded: npt.NDArray[np.int64] | None
     manifest: Manifest | None
     unknown: dict[str, int]
 
@@ -75,39 +72,30 @@ class LabelledQueries:
         return self.manifest.select(self.rows)
 
 
-def leave_one_out(source: Source, compute: Compute) -> LabelledQueries:
-    """Up to 10,000 labelled rows, spread evenly; recomputed where the run is available, otherwise as stored."""
-    labels = source.bank_labels
-    labelled = np.flatnonzero(labels >= 0)
-    spread = np.linspace(0, len(labelled) - 1, min(_MOST_LEFT_OUT, len(labelled)))
-    rows = labelled[spread.astype(np.int64)]
+def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQueries:
+    """Up to 10,000 labelled rows, spread evenly; recomputed where the run is available, otherwise as stored.
+
+    Args:
+        source: The bank.
+        compute: Embeds the images of rows.
+        max_rows: See `choose_voters`.
+    """
+    voters = choose_voters(source.bank_labels, leave_one_out=True, max_rows=max_rows)
+    rows = voters.rows[voters.spread()]
     if source.has_run:
         embeddings = compute(source.train, rows=rows)
         rows = _decoded(embeddings, rows, source.train)
         embeddings = embeddings[np.isfinite(embeddings[:, 0])]
     else:
-        embeddings = _stored(source, rows)
+        embeddings = source.rows(rows).read(0, len(rows)).astype(np.float32)
     return LabelledQueries(
         kind="leave-one-out",
         embeddings=embeddings,
-        labels=labels[rows],
+        labels=source.bank_labels[rows],
         rows=rows,
-        excluded=rows,
         manifest=source.train if source.has_run else None,
         unknown={},
     )
-
-
-def _stored(source: Source, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Rows of the snapshot by number, ascending, read block by block."""
-    found = np.empty((len(rows), source.embedding_dim), np.float32)
-    for start in range(0, source.snapshot.num_rows, _BLOCK):
-        stop = min(start + _BLOCK, source.snapshot.num_rows)
-        first, last = np.searchsorted(rows, [start, stop])
-        if first < last:
-            block = source.snapshot.read("embeddings", start, stop)
-            found[first:last] = block[rows[first:last] - start]
-    return found
 
 
 def open_queries(source: Source, compute: Compute, config: QueryConfig) -> LabelledQueries:
@@ -146,7 +134,6 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
         embeddings=embeddings[np.isfinite(embeddings[:, 0])],
         labels=labels,
         rows=decoded,
-        excluded=None,
         manifest=manifest,
         unknown=_count_unknown(labels, source.bank_labels, [*source.class_names, *unknown_names]),
     )
@@ -238,7 +225,6 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> Labelled
         embeddings=np.ascontiguousarray(embeddings / lengths),
         labels=labels[rows],
         rows=rows,
-        excluded=None,
         manifest=None,
         unknown=_count_unknown(labels[rows], source.bank_labels, source.class_names),
     )

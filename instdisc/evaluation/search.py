@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.gallery import Thumbnails
 from instdisc.evaluation.images import check_decoded, embed, open_images
-from instdisc.settings.evaluation import EvaluationConfig, SearchConfig
+from instdisc.model.voters import choose_voters
+from instdisc.model.votes import weighted_votes
+from instdisc.settings.evaluation import EvaluationConfig, KnnConfig, Readout, SearchConfig
 from pipelines.manifest import Manifest
 
 _SIDE, _GAP, _CAPTION = 112, 10, 34  # pixels of the drawing
@@ -49,7 +53,7 @@ def search(config: SearchConfig) -> str:
         # Here, not in the actors: their nodes may not see the images.
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
         check_decoded(embeddings, manifest)
-        scores, rows = evaluation.search(embeddings, config.k)
+        scores, rows = evaluation.search(embeddings, config.k, config.readout)
         labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
         found = [
             [
@@ -58,10 +62,11 @@ def search(config: SearchConfig) -> str:
             ]
             for query in range(len(manifest))
         ]
+        classes = _classes(evaluation, embeddings, config.readout)
         train = evaluation.source.train if evaluation.source.has_run else None
     lines = []
     for query, neighbors in enumerate(found):
-        lines += [manifest.name(query), *_table(neighbors), ""]
+        lines += [manifest.name(query), *_table(neighbors), *classes[query : query + 1], ""]
     if train is None:
         return "\n".join([*lines, "not drawn: a snapshot has no images; give its run directory to see them"])
     output = config.output.expanduser()
@@ -78,6 +83,25 @@ def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
             evaluation.source.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys")
         )
     return evaluation.source.class_names[label] if label >= 0 else "-", name
+
+
+def _classes(evaluation: Evaluation, embeddings: npt.NDArray[np.float32], readout: Readout) -> list[str]:
+    """The class of each image by the vote of training and evaluation; nothing where no row has a label."""
+    source = evaluation.source
+    if not source.has_labels:
+        return []
+    voters = choose_voters(source.bank_labels, leave_one_out=False)
+    k = voters.neighbors(source.own_k)
+    scores, found = (
+        torch.from_numpy(each) for each in evaluation.search(embeddings, k, readout, voters.rows)
+    )
+    temperature = KnnConfig().temperature
+    votes = weighted_votes(scores, voters.labels_of(found), len(voters.sizes), temperature=temperature)
+    shares, named = (votes / votes.sum(dim=1, keepdim=True)).max(dim=1)
+    return [
+        f"  class by the vote of the {k} nearest labelled rows: {source.class_names[label]}, {share:.0%} of the votes"
+        for label, share in zip(named.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def _table(neighbors: Sequence[Neighbor]) -> list[str]:

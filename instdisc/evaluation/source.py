@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.snapshots import Snapshot, open_snapshot
+from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.model import BackboneConfig
 from pipelines.augment import Augmentation
 from pipelines.manifest import Manifest
+
+_BLOCK = 65_536  # rows read at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayRows:
+    """Rows in memory as a source of rows for `cluster.topk`; picklable."""
+
+    rows: npt.NDArray[np.float32]
+
+    @property
+    def num_rows(self) -> int:
+        """All of them."""
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start … stop - 1."""
+        return self.rows[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChosenRows:
+    """Some rows of the stored bank as a source of rows for `cluster.topk`; picklable.
+
+    Attributes:
+        bank: All rows.
+        rows: int64 (M,), ascending, those chosen.
+    """
+
+    bank: SnapshotRows
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows number start … stop - 1 of those chosen; raises SnapshotError where a piece is missing or damaged."""
+        rows, parts = self.rows[start:stop], []
+        while len(rows):
+            first = int(rows[0])
+            count = int(np.searchsorted(rows, first + _BLOCK))
+            parts.append(self.bank.read(first, int(rows[count - 1]) + 1)[rows[:count] - first])
+            rows = rows[count:]
+        return np.concatenate(parts)
 
 
 class Source:
@@ -63,6 +111,11 @@ class Source:
         return self.run.open_snapshot() if is_run else open_snapshot(source)
 
     @cached_property
+    def own_k(self) -> int | None:
+        """The k that the run was told to measure itself with, None if none."""
+        return self.run.stored_config()[1].knn.k if self.has_run else None
+
+    @cached_property
     def network(self) -> Embedder:
         """The trained network on the CPU, in evaluation mode."""
         return load_network(self.snapshot)
@@ -101,18 +154,30 @@ class Source:
             return self.train.class_names
         return tuple(self.snapshot.attributes.get("class_names", ()))
 
-    @cached_property
+    @property
     def bank_labels(self) -> npt.NDArray[np.int64]:
         """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
-        labels = None
-        if "labels" in self.snapshot.tables:
-            labels = self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
-        if labels is None or not (labels >= 0).any():
+        if not self.has_labels:
             raise ConfigError(
                 f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labelled "
                 "images, or choose --protocols that need none"
             )
-        return labels
+        return self._labels
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any row of the bank has a label."""
+        return bool((self._labels >= 0).any())
+
+    @cached_property
+    def _labels(self) -> npt.NDArray[np.int64]:
+        if "labels" not in self.snapshot.tables:
+            return np.full(self.snapshot.num_rows, -1)
+        return self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> ChosenRows:
+        """Some rows of the bank, int64 (M,), ascending, as they are stored."""
+        return ChosenRows(bank=SnapshotRows(self.snapshot, "embeddings"), rows=chosen)
 
     @property
     def embedding_dim(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,6 +12,9 @@ from cluster.ranges import Amount, Count, Positive, Range, Ranged
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.settings import LoaderConfig
+
+Readout = Literal["plain", "whitened"]
+"""How embeddings are compared: as they are, or whitened by the mean and covariance of the training images."""
 
 PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "page")
 """Run in this order, whatever the order they are asked for in: the page shows what the others found."""
@@ -35,7 +38,7 @@ class QueryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Ranged):
     """What is evaluated, on what, and where."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
@@ -43,6 +46,9 @@ class EvaluationConfig:
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
     """Compare with recomputed embeddings of the training images instead of those stored while training."""
+    max_rows: Annotated[int, Range(at_least=0)] = 200_000
+    """Of more labelled training images than this, a sample of so many, always the same, is recomputed and compared
+    with, as while training; the stored rows are used whole. 0: all."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -54,8 +60,9 @@ class EvaluationConfig:
 class KnnConfig(Ranged):
     """Weighted kNN."""
 
-    k: Annotated[int, Range(at_least=1, usual="200")] = 200
-    """Neighbors that vote; the nearest one alone is reported too."""
+    k: Annotated[int | None, Range(at_least=1, usual="200")] = None
+    """Neighbors that vote; the nearest one alone is reported too. By default as while training: what the run was told,
+    or else 200 as in the papers, fewer where classes have fewer than 134 rows: 1.5 times those of the smallest."""
     temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
     """τ of the votes exp(similarity/τ)."""
 
@@ -192,6 +199,9 @@ class SearchConfig(Ranged):
     """Images to search for; labels are not needed."""
     k: Count = 10
     """Nearest rows for each image."""
+    readout: Readout = "plain"
+    """`whitened` embeds all training images anew and compares them in a space whose directions all count alike;
+    `readout` in the run's summary.json names the better one."""
     output: Path = Path("search.png")
     """The drawing: a line for each image, with its nearest rows to the right."""
     num_actors: Annotated[int, Range(at_least=0)] = 0

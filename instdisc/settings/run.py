@@ -91,10 +91,14 @@ class KnnMonitorConfig(Ranged):
 
     every: Annotated[int, Range(at_least=0)] = 10
     """Measure every so many epochs, and always after the last one. 0: only then."""
-    k: Annotated[int, Range(at_least=1, usual="200")] = 200
-    """k."""
+    k: Annotated[int | None, Range(at_least=1, usual="200")] = None
+    """Neighbors that vote. By default 200 as in the papers, fewer where classes have fewer than 134 images: 1.5 times
+    the rows of the smallest class."""
     temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
     """τ of the vote."""
+    max_rows: Annotated[int, Range(at_least=0)] = 200_000
+    """Of more labelled training images than this, a sample of so many, always the same, is embedded and compared with;
+    the bank is used whole. 0: all."""
     baselines: bool = True
     """Measure raw pixels and the untrained network too: one more pass over the images."""
 

@@ -31,6 +31,7 @@ _RENAMED: dict[int, dict[str, str]] = {1: {"probe.neighbours": "knn.k", "probe":
 _ADDED: dict[int, dict[str, Any]] = {
     1: {
         "data.label_key": None,
+        "knn.max_rows": 0,
         "init": {},
         "optimizer.backbone_rate_scale": 1.0,
         "optimizer.frozen_epochs": 0.0,

@@ -82,9 +82,7 @@ class ProgressBar:
             tqdm.write(row["message"], file=sys.stderr)
         elif row["kind"] == "knn":
             accuracy = ", ".join(
-                f"{name.removeprefix('knn_top1_')} " + ("–" if value is None else f"{100 * value:.1f}%")
-                for name, value in row.items()
-                if name.startswith("knn_top1")
+                _accuracy(row, name.removeprefix("knn_top1_")) for name in row if name.startswith("knn_top1")
             )
             tqdm.write(f"epoch {row['epoch']:.0f}: kNN top-1 {accuracy}", file=sys.stderr)
         elif row["kind"] == "train":
@@ -113,3 +111,12 @@ class ProgressBar:
             rate = self._bar.format_dict["rate"]
             left = f", {(row['total_steps'] - row['step']) / rate:.0f} s left" if rate else ""
             print(f"step {row['step']}/{row['total_steps']}, {state}{left}", file=sys.stderr, flush=True)
+
+
+def _accuracy(row: dict[str, Any], name: str) -> str:
+    """One figure of a measurement with what it rests on; earlier releases wrote top-1 alone."""
+    top1, balanced, k = row[f"knn_top1_{name}"], row.get(f"balanced_{name}"), row.get(f"k_{name}")
+    if top1 is None:
+        return f"{name.replace('_', ' ')} –"
+    more = "" if k is None or balanced is None else f" (k = {k}, balanced {100 * balanced:.1f}%)"
+    return f"{name.replace('_', ' ')} {100 * top1:.1f}%{more}"

@@ -241,20 +241,7 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
 
 def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
-    accuracies = {
-        "raw pixels": summary["knn_top1_raw_pixels"],
-        "network at its start" if summary["init_weights"] else "untrained network": summary[
-            "knn_top1_untrained"
-        ],
-        f"trained, {summary['epochs']} epochs": summary["knn_top1"],
-        "trained, classified by the bank": summary["knn_top1_bank"],
-    }
-    lines = [""]
-    if summary["knn_top1"] is not None:
-        lines.append(f"weighted kNN top-1 ({summary['knn_protocol']})")
-        lines += [
-            f"  {name:<33}{100 * value:5.1f}%" for name, value in accuracies.items() if value is not None
-        ]
+    lines = ["", *_accuracies(summary)]
     place, python = _from_here(run.path), _from_here(Path(sys.executable))
     lines += [
         f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
@@ -271,6 +258,38 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER",
     ]
     return "\n".join(lines)
+
+
+def _accuracies(summary: dict[str, Any]) -> list[str]:
+    """The table of kNN accuracies, with what they rest on; summaries of earlier releases lack some of it."""
+    if summary["knn_top1"] is None:
+        return []
+    untrained = "network at its start" if summary.get("init_weights") else "untrained network"
+    names = {
+        "_raw_pixels": "raw pixels",
+        "_raw_pixels_whitened": "raw pixels, whitened",
+        "_untrained": untrained,
+        "_untrained_whitened": f"{untrained}, whitened",
+        "": f"trained, {summary['epochs']} epochs",
+        "_whitened": "trained, whitened",
+        "_bank": "trained, classified by the bank",
+    }
+    k, bank_k, rows = (summary.get(name) for name in ("knn_k", "knn_k_bank", "knn_rows"))
+    basis = "" if k is None else f", k = {k}" if k == bank_k else f", k = {k}, with the bank {bank_k}"
+    basis += "" if rows is None else f", {rows:,} labelled rows"
+    lines = [f"weighted kNN top-1 / balanced over classes ({summary['knn_protocol']}{basis})"]
+    for end, name in names.items():
+        top1, balanced = summary.get(f"knn_top1{end}"), summary.get(f"knn_balanced{end}")
+        if top1 is not None:
+            beside = "" if balanced is None else f" /{100 * balanced:5.1f}%"
+            lines.append(f"  {name:<33}{100 * top1:5.1f}%{beside}")
+    if summary.get("readout") is not None:
+        lines.append(f"  the training images alone choose the {summary['readout']} embeddings")
+    wrong = {
+        "knn_unknown_classes": "queries are of classes that no training image has: they count as wrong",
+        "knn_without_neighbor": "queries have no labelled neighbor: they count as wrong",
+    }
+    return [*lines, *(f"  {summary[name]:,} {text}" for name, text in wrong.items() if summary.get(name))]
 
 
 def _from_here(path: Path) -> str:

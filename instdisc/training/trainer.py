@@ -218,7 +218,7 @@ class Trainer:
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Embed images for evaluation, with the running statistics.
+        """Embed images for evaluation, with the running statistics, in float32 like whoever loads the network later.
 
         Args:
             images_BCHW: float (B, 3, H, W).
@@ -227,8 +227,7 @@ class Trainer:
             float32 (B, D), unit rows.
         """
         self.embedder.eval()
-        with self._autocast():
-            embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
+        embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
         return embeddings
 
     def buffers(self) -> dict[str, Tensor]:

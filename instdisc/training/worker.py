@@ -23,7 +23,14 @@ from instdisc.common.metrics import TRAINING
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import KnnMonitor, MeasurementStopped, raw_pixels
+from instdisc.training.monitor import (
+    RAW_PIXELS,
+    KnnMonitor,
+    Measured,
+    MeasurementStopped,
+    journal_entry,
+    raw_pixels,
+)
 from instdisc.training.optim import learning_rate
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer, training_dtype
@@ -204,11 +211,15 @@ class TrainingRun:
             self._say(f"{start}, {self.worker.world_size} worker(s)")
         if not self.monitor.possible:
             self._say("the training images have no labels: kNN accuracy is skipped")
+        else:
+            self._say(self.monitor.describe())
         if self.config.knn.baselines and self.monitor.possible and not resumed:
             self._say("measuring the baselines: raw pixels and the untrained network")
-            values = self.monitor.measure({"raw_pixels": raw_pixels, "untrained": self.trainer.embed})
+            values = self.monitor.measure(
+                {RAW_PIXELS: raw_pixels, "untrained": self.trainer.embed}
+            ).accuracies
             if self.worker.is_rank_zero and not self.run.baselines():
-                append_line(self.run.journal, {"kind": "baselines", **values})
+                append_line(self.run.journal, {"kind": "baselines", **journal_entry(values)})
         self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
 
     def _train(self) -> str | None:
@@ -300,19 +311,25 @@ class TrainingRun:
         if self._must_measure():
             self._measure(self.trainer.steps // self.order.steps_per_epoch)
 
-    def _measure(self, epoch: int) -> dict[str, float | None]:
+    def _measure(self, epoch: int) -> Measured | None:
         """KNN accuracy with recomputed embeddings and with the bank."""
         if not self.monitor.possible:
-            return {}
+            return None
         with self.trainer.with_averaged_buffers():
-            accuracies = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
-        self.metrics.set(
-            knn_accuracy_ratio=accuracies["recomputed"], bank_knn_accuracy_ratio=accuracies["bank"]
-        )
+            measured = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+        accuracies = measured.accuracies
+        recomputed, bank = accuracies["recomputed"], accuracies["bank"]
+        if recomputed is not None and bank is not None:
+            self.metrics.set(
+                knn_accuracy_ratio=recomputed.top1,
+                knn_balanced_accuracy_ratio=recomputed.balanced,
+                bank_knn_accuracy_ratio=bank.top1,
+                knn_k=recomputed.k,
+            )
         if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
-            values = {f"knn_top1_{name}": value for name, value in accuracies.items()}
-            append_line(self.run.journal, {"kind": "knn", "epoch": epoch, **values})
-        return accuracies
+            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
+            append_line(self.run.journal, {**entry, "readout": measured.readout})
+        return measured
 
     def _record(self, seconds: float, rate: float) -> None:
         """Record the metrics of a step."""
@@ -355,18 +372,35 @@ class TrainingRun:
             },
         )
 
-    def _summarise(self, accuracies: dict[str, float | None]) -> dict[str, Any]:
+    def _summarise(self, measured: Measured | None) -> dict[str, Any]:
         exchange = self.trainer.exchange
         waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
         training = self.config.training
         baselines = self.run.baselines() if self.worker.is_rank_zero else {}
+        accuracies = {} if measured is None else measured.accuracies
+        recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
+        whitened = accuracies.get("recomputed_whitened")
+        readout = None if measured is None else measured.readout
+        read = whitened if readout == "whitened" else recomputed
         summary = {
             "recipe": self.recipe,
-            "knn_top1": accuracies.get("recomputed"),
-            "knn_top1_bank": accuracies.get("bank"),
+            "knn_top1": recomputed and recomputed.top1,
+            "knn_top1_bank": bank and bank.top1,
             "knn_top1_raw_pixels": baselines.get("raw_pixels"),
             "knn_top1_untrained": baselines.get("untrained"),
+            "knn_top1_whitened": whitened and whitened.top1,
+            "knn_top1_raw_pixels_whitened": baselines.get("raw_pixels_whitened"),
+            "knn_top1_untrained_whitened": baselines.get("untrained_whitened"),
+            "readout": readout,
+            "knn_top1_readout": read and read.top1,
+            "knn_balanced": recomputed and recomputed.balanced,
+            "knn_balanced_bank": bank and bank.balanced,
+            "knn_balanced_raw_pixels": baselines.get("balanced_raw_pixels"),
+            "knn_balanced_untrained": baselines.get("balanced_untrained"),
             "knn_protocol": self.monitor.protocol,
+            "knn_k": recomputed and recomputed.k,
+            "knn_k_bank": bank and bank.k,
+            **self.monitor.counts(recomputed),
             "loss": self.means.get("loss"),
             "init_weights": self.config.init.weights,
             "epochs": training.epochs,

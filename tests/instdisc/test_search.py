@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.covariance import LedoitWolf
 
 import instdisc
 from cluster.snapshots import open_snapshot
@@ -54,6 +56,8 @@ def test_nearest_rows_are_printed_and_drawn(search: Search, trained: Path, tmp_p
     with Image.open(tmp_path / "drawn.png") as drawing:
         assert drawing.format == "PNG"
         pixels = drawing.convert("RGB")
+    for name in ("red", "blue"):  # k = 5 is what the run was told
+        assert re.search(rf"vote of the 5 nearest labelled rows: {name}, \d+% of the votes", said)
     parts = said.split(str(queries[1]))
     for number, (part, query) in enumerate(zip(parts, queries, strict=True)):
         with Image.open(query) as image:
@@ -69,6 +73,33 @@ def test_nearest_rows_are_printed_and_drawn(search: Search, trained: Path, tmp_p
             left = 10 + column * 122 + (10 if column else 0)
             pixel = pixels.getpixel((left + 56, 10 + 56 + number * 156))
             assert max(range(3), key=pixel.__getitem__) == list(CLASSES).index(label)
+
+
+def test_whitened_rows_are_searched(search: Search, trained: Path) -> None:
+    """A training image that is searched for finds itself, and the scores are those worked out here."""
+    query = trained.parent / "train" / "red" / "3.png"
+    status, said = search(query, "--k", "30", "--readout", "whitened")
+    assert status == 0, said
+    run, manifest = instdisc.open_run(trained), Manifest.load(RunDirectory(trained).manifest)
+    names = [manifest.root / manifest.name(row) for row in range(len(manifest))]
+    rows = torch.from_numpy(run.embed(names)).double()
+    covariance = torch.from_numpy(LedoitWolf().fit(rows.numpy()).covariance_)
+    values, vectors = torch.linalg.eigh(covariance)
+    white = torch.nn.functional.normalize((rows - rows.mean(dim=0)) @ (vectors / values.sqrt()), dim=1)
+    own = names.index(query)
+    found = [line.split() for line in said.splitlines() if "(row" in line]
+    assert float(found[0][0]) == pytest.approx(1, abs=2e-3)
+    assert found[0][2] == manifest.name(own)
+    expected = (white @ white[own]).sort(descending=True).values
+    assert [float(line[0]) for line in found] == pytest.approx(expected.numpy(), abs=2e-3)
+
+
+def test_whitening_needs_the_images(search: Search, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "snapshots", tmp_path / "away")
+    query = trained.parent / "train" / "red" / "3.png"
+    status, said = search(query, "--k", "3", "--readout", "whitened", source=tmp_path / "away")
+    assert status == 2, said
+    assert "give the run directory" in said
 
 
 def test_a_snapshot_of_the_run_can_be_named(search: Search, trained: Path) -> None:
