@@ -93,7 +93,8 @@ class ImageRows:
         ) as loader:
             for batch in loader:
                 rows = self.function(network, batch.images[0]).float()
-                parts.append(rows.masked_fill(batch.instance_ids[:, None] < 0, torch.nan).cpu().numpy())
+                missing = (batch.instance_ids < 0).to(device)
+                parts.append(rows.masked_fill(missing[:, None], torch.nan).cpu().numpy())
         return np.concatenate(parts)
 
     def _warn(self, row: int, name: str, reason: str) -> None:
