@@ -51,12 +51,17 @@ class RowSource(Protocol):
 
 
 class _StoredSource:
-    """A source in Ray's object store. As an argument of its own it would not outlive an actor's first start."""
+    """A source in Ray's object store, for as long as this process is connected.
+
+    An actor that restarts needs its source again, but Ray keeps a constructor's arguments for the first start alone,
+    and prints an error about references among them. So the reference travels as bytes, which makes Ray keep the source.
+    """
 
     def __init__(self, source: RowSource) -> None:
         import ray
 
-        self._reference, self.num_rows = ray.put(source), source.num_rows
+        self._reference: bytes = ray.cloudpickle.dumps(ray.put(source))  # type: ignore[no-untyped-call]
+        self.num_rows = source.num_rows
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         return self._source.read(start, stop)
@@ -65,7 +70,7 @@ class _StoredSource:
     def _source(self) -> RowSource:
         import ray
 
-        source: RowSource = ray.get(self._reference)
+        source: RowSource = ray.get(ray.cloudpickle.loads(self._reference))
         return source
 
 
@@ -147,7 +152,6 @@ class TopK:
         self._known: set[str] = set()
         self._local: Shard | None = None
         self._actors: list[Any] = []
-        self._stored: _StoredSource | None = None
         self._session = contextlib.ExitStack()
         if config.num_actors == 0:
             self._local = Shard(source, 0, self.num_rows, available_threads(), _has_gpu())
@@ -170,7 +174,7 @@ class TopK:
         import ray
 
         group = choose_actors(config)
-        stored = self._stored = _StoredSource(source)  # kept here for actors that start again
+        stored = _StoredSource(source)
         actor_class = ray.remote(
             num_cpus=group.cpus,
             num_gpus=group.gpus,
@@ -199,7 +203,7 @@ class TopK:
 
             for actor in self._actors:
                 ray.kill(actor)
-        self._actors, self._stored = [], None
+        self._actors = []
         self._session.close()
 
     def search(self, queries: Floats, k: int, *, excluded: Ids | None = None) -> tuple[Floats, Ids]:

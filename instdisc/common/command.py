@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -109,13 +111,16 @@ def run(
         level: From which level on log messages are shown on standard error.
 
     Returns:
-        0; 2 after an error that the user can put right, 1 after one of the cluster or of a disk, 130 after Ctrl-C or
-        SIGTERM.
+        0; 2 after an error that the user can put right, 1 after one of the cluster or of a disk, or when the reader of
+        the output closed it; 130 after Ctrl-C or SIGTERM.
     """
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         with sigterm_as_interrupt():
-            return program(sys.argv[1:] if arguments is None else arguments) or 0
+            try:
+                return program(sys.argv[1:] if arguments is None else arguments) or 0
+            finally:
+                sys.stdout.flush()
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
@@ -124,5 +129,20 @@ def run(
         return 130
     except tuple(kind for kind, _ in _STATUS) as error:
         logger.debug("", exc_info=True)
+        if _output_is_closed():
+            return 1
         print(f"error: {error}", file=sys.stderr)
         return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output closed it, as `| head` does; what is left of the output is dropped then."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    except OSError:  # a standard output of no file, as under a test
+        return False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+    return closed

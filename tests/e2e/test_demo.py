@@ -82,6 +82,7 @@ def evaluate_with_two_actors(folder: Path, summary: dict[str, Any]) -> None:
         check=False,
     )
     assert program.returncode == 0, program.stdout + program.stderr
+    assert not [line for line in program.stderr.splitlines() if line.startswith(("[", "(", "20"))]  # of Ray
     found = {path.stem: json.loads(path.read_text()) for path in (folder / "numbers").glob("*.json")}
     assert sorted(found) == ["finetune", "knn", "linear", "page", "statistics", "unseen"]
     # Training may embed the test images in bfloat16, the evaluation does in float32.

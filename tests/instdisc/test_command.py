@@ -174,6 +174,21 @@ def test_sigterm_ends_a_program_as_ctrl_c_does() -> None:
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_reader_that_closes_the_output_is_no_error_to_speak_of() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "instdisc.train", "sample", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=CHECKOUT,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.close()
+        assert program.stderr.read() == ""
+    assert program.returncode == 1
+
+
 @pytest.mark.parametrize(
     "line",
     [
