@@ -184,6 +184,8 @@ class TorchKernel(TopKKernel):
 
         super().__init__(rows, start)
         self._device = torch.device(device)
+        # Partial sums in half precision would exceed `_coarseness`.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._rows = torch.from_numpy(rows).to(self._device)
         self._scale = float(self._rows.norm(dim=1).max().clamp(min=1e-30))
         padding = -len(rows) % self._GROUP
@@ -192,7 +194,7 @@ class TorchKernel(TopKKernel):
     def _candidates(self, queries: Floats, count: int) -> tuple[Floats, npt.NDArray[np.int64], Floats]:
         import torch
 
-        queries_cD = torch.from_numpy(queries).to(self._device)
+        queries_cD = torch.tensor(queries, device=self._device)  # Ray's memory may not be written to
         norms_c1 = queries_cD.norm(dim=1, keepdim=True).clamp(min=1e-30)
         halves_cD = (queries_cD / norms_c1).half()
         wide = min(count + max(64, count // 2), self._num_rows)
@@ -264,5 +266,6 @@ class TorchKernel(TopKKernel):
 
         positions_R = torch.arange(first, last, device=self._device)
         positions_cR = positions_R.expand(len(queries), -1)
-        scores_cR = self._products(torch.from_numpy(queries).to(self._device), self._rows, positions_cR)
+        queries_cD = torch.tensor(queries, device=self._device)
+        scores_cR = self._products(queries_cD, self._rows, positions_cR)
         return scores_cR.cpu().numpy(), positions_cR.cpu().numpy()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cluster.gpus import may_use_gpu
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
@@ -33,8 +34,8 @@ ImageFunction = Callable[[Any, Tensor], Tensor]
 
 
 def compute_device() -> torch.device:
-    """The GPU of this process, if it has one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process, if it may use one."""
+    return torch.device("cuda" if may_use_gpu() else "cpu")
 
 
 def embed(network: nn.Module, images: Tensor) -> Tensor:

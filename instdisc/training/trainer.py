@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.exchange import Exchange
@@ -21,11 +21,12 @@ from cluster.partition import Partition
 from cluster.phases import Phases
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
-from instdisc.model.backbone import build_embedder
-from instdisc.model.bank import Bank, check_memory, random_unit_rows
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.model.bank import Bank, random_unit_rows
 from instdisc.objectives.base import Result, build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
+from instdisc.training.memory import BankShard, check_memory, network_bytes
 from instdisc.training.optim import build_optimizer
 
 
@@ -64,22 +65,22 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "weights"))
         embedder = build_embedder(config.backbone, config.augmentation.image_size).to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
-        # Not a method of this object: a cycle would keep the process group's threads until the interpreter exits.
-        self._norms: list[Tensor] = []
-        self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
-        self._network = _wrap(self.embedder, config, worker)
+        self._autocast_dtype = training_dtype(config, worker.device)
+        if self._autocast_dtype == torch.float32:
+            # What was asked for: by default convolutions on GPUs round to TF32, 10 bits of precision.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = config.objective, getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim
-        sharing = worker.local_world_size if worker.device.type == "cpu" else 1
-        check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        shard = BankShard(num_rows=stop - start, dim=dim, dtype=dtype, copies=objective.tables_beside_bank)
+        check_memory(shard, worker, self._bytes_beside_bank())
+        self._network = _wrap(self.embedder, config, worker)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
         self.bank = Bank(rows, start)
         self.objective = build_objective(objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.parameters())
         self._generator = torch.Generator(worker.device)
-        self._autocast_dtype = training_dtype(config, worker.device)
         self._buffers = {
             name: buffer
             for name, buffer in self.embedder.backbone.named_buffers()
@@ -168,13 +169,13 @@ class Trainer:
             ids_Q = ids_b.repeat(self.config.objective.views)
             with contextlib.nullcontext() if is_last else self._without_all_reduce():
                 with self._autocast():
-                    embeddings_QD = self._network(images_QCHW)
+                    embeddings_QD, norms_Q = self._network(images_QCHW)
                 detached_QD = embeddings_QD.detach()
                 with self.phases("objective"):
                     result, ids_G = loss_and_gradient(
                         self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
                     )
-                result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
+                result.sums["embedding_norm"] = norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.config.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
@@ -238,6 +239,17 @@ class Trainer:
         for name, buffer in self._buffers.items():
             buffer.copy_(values[name])
 
+    def _bytes_beside_bank(self) -> int:
+        """What else a GPU has to hold; see `network_bytes`."""
+        if self.worker.device.type != "cuda":
+            return 0
+        config = self.config
+        side = config.augmentation.training_size or config.augmentation.image_size
+        at_a_time = config.objective.views * self.local_batch // config.training.accumulation
+        # The one in training, the next one and those that the decoder works on.
+        batches = (2 + config.loader.prefetch) * config.training.accumulation
+        return network_bytes(self.embedder, (at_a_time, 3, side, side), self._autocast_dtype, batches)
+
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self._autocast_dtype
         return torch.autocast(self.worker.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -248,9 +260,16 @@ class Trainer:
         return contextlib.nullcontext()
 
 
-def _note_norms(norms: list[Tensor], backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
-    """Keep in `norms` the lengths (Q,) of the embeddings before they are made unit."""
-    norms[:] = [outputs.detach().float().norm(dim=1)]
+class _TrainedNetwork(nn.Module):
+    """The network as it is trained: images to embeddings (Q, D) and the lengths (Q,) that they had before."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.embedder.backbone(images).float()
+        return F.normalize(outputs, dim=1), outputs.detach().norm(dim=1)
 
 
 class _Observed(NamedTuple):
@@ -325,10 +344,10 @@ def _local_batch(config: RunConfig, worker: Worker) -> int:
     return training.batch_size // worker.world_size
 
 
-def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
+def _wrap(embedder: Embedder, config: RunConfig, worker: Worker) -> nn.Module:
     """Add what training needs around the network; parameters and buffers stay the embedder's own."""
     training = config.training
-    network = embedder
+    network: nn.Module = _TrainedNetwork(embedder)
     if training.sync_batch_norm and worker.world_size > 1:
         if worker.device.type != "cuda":
             raise ConfigError("training.sync_batch_norm needs GPUs: turn it off for workers on CPUs")
