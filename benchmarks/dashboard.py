@@ -42,29 +42,53 @@ STYLE = (
 )
 
 
-def series_of(server: Prometheus, panel: dict[str, Any], start: float, stop: float) -> list[Series]:
-    """What the panel's expressions gave from `start` to `stop`, over the seconds since `start`."""
+def ask(server: Prometheus, target: dict[str, Any], start: float, stop: float) -> list[Series]:
+    """What an expression gave from `start` to `stop`, over the seconds since `start`."""
+    expression = target["expr"].replace("$__rate_interval", "30s").replace("$run", "live")
+    expression = re.sub(r"\$(cluster|namespace|rank)\b", ".*", expression)
     found = []
-    for target in panel["targets"]:
-        expression = target["expr"].replace("$__rate_interval", "30s").replace("$run", "live")
-        answers = server.query_range(expression.replace("$rank", ".*"), start, stop, 1)
-        for answer in answers:
-            labels = answer["metric"]
-            legend = re.sub(r"{{(\w+)}}", lambda name, at=labels: at.get(name[1], ""), target["legendFormat"])
-            points = [(float(when) - start, float(value)) for when, value in answer["values"]]
-            points = [point for point in points if math.isfinite(point[1])]
-            if points:
-                x, y = zip(*points, strict=True)
-                found.append(Series(legend, x, y, marks=len(x) < _FEW))
+    for answer in server.query_range(expression, start, stop, 1):
+        labels = answer["metric"]
+        legend = re.sub(
+            r"{{(\w+)}}", lambda name, at=labels: at.get(name[1], ""), target.get("legendFormat", "{{run}}")
+        )
+        points = [(float(when) - start, float(value)) for when, value in answer["values"]]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            x, y = zip(*points, strict=True)
+            found.append(Series(legend.strip(), x, y, marks=len(x) < _FEW))
     return found
 
 
+def series_of(
+    server: Prometheus, panel: dict[str, Any], start: float, stop: float
+) -> tuple[str, list[Series]]:
+    """The name of the horizontal axis, and what the panel draws over it."""
+    answers = [ask(server, target, start, stop) for target in panel["targets"]]
+    if panel["type"] != "xychart":
+        return "seconds", [series for answer in answers for series in answer]
+    names = panel["transformations"][1]["options"]["renameByName"]
+    horizontal, *others = (names[f"Value #{target['refId']}"] for target in panel["targets"])
+    at = {series.name: dict(zip(series.x, series.y, strict=True)) for series in answers[0]}
+    curves = []
+    for name, answer in zip(others, answers[1:], strict=True):
+        for series in answer:
+            points = [
+                (at[series.name][when], y)
+                for when, y in zip(series.x, series.y, strict=True)
+                if when in at[series.name]
+            ]
+            curves.append(Series(f"{series.name} {name}", *zip(*points, strict=True)))
+    return horizontal, curves
+
+
 def card(server: Prometheus, panel: dict[str, Any], start: float, stop: float) -> Markup:
-    series = series_of(server, panel, start, stop)
+    horizontal, series = series_of(server, panel, start, stop)
     values = [value for each in series for value in each.y]
     is_share = panel["fieldConfig"]["defaults"].get("unit") == "percentunit"
     y_axis = axis_over("", values or [0.0, 1.0], percent=is_share)
-    chart = line_chart(panel["title"], series, axis_over("seconds", [0, stop - start], tight=True), y_axis)
+    along = [x for each in series for x in each.x] if horizontal != "seconds" else [0.0, stop - start]
+    chart = line_chart(panel["title"], series, axis_over(horizontal, along, tight=True), y_axis)
     legend = Markup("").join(
         Markup('<li style="color:{}">{}</li>').format(COLOURS[number % len(COLOURS)], each.name)
         for number, each in enumerate(series)

@@ -27,6 +27,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.settings import MetricsConfig
+from cluster.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -287,10 +288,7 @@ class _Target:
     def write(self, world_size: int) -> None:
         """Write the file atomically, and remove those of ranks that no longer exist."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_bytes(self._content)
-            temporary.replace(self._path)
+            Storage.at(self._path.parent).write(self._path.name, self._content)
         except OSError as error:
             logger.warning("Prometheus will not find this worker's metrics: %s", error)
         for other in self._path.parent.glob(f"{self._kind}-*.json"):

@@ -107,7 +107,7 @@ class SnapshotWriter:
         timeout_s: float = 600.0,
     ) -> None:
         if keep < 1:
-            raise ValueError(f"got keep = {keep}, expected at least 1")
+            raise ValueError(f"keep is {keep}, expected at least 1")
         _check_name("attempt", attempt)
         self._storage = Storage.at(url)
         self._partition, self._rank, self._attempt = partition, rank, attempt

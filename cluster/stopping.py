@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,11 @@ class Stopped:
 
     reason: str
     progress: str
+
+
+def is_deliberate(reason: str) -> bool:
+    """Whether `Stopped.reason` is a signal to the process that launched: the run does not continue by itself."""
+    return reason in {number.name for number in _SIGNALS}
 
 
 class RunStopped(Exception):  # noqa: N818 - not an error: the stop was requested
@@ -59,9 +64,7 @@ class StopSignals:
             self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

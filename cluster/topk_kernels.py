@@ -8,7 +8,6 @@ same bits from the parts as from the whole.
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -167,105 +166,57 @@ class FaissKernel(TopKKernel):
 
 
 class TorchKernel(TopKKernel):
-    """On a GPU: a half-precision product finds candidates, float32 ranks them.
-
-    Neighboring rows form groups of 32. Of every group only the largest score is kept; the best rows are in the groups
-    with the largest of these, so that the selection reads a 32nd of the scores.
-    """
+    """On a GPU: matrix products with tiles of rows find candidates, which are then ranked by products of their own."""
 
     chunk = 1024
     by_chunk = False
-    _GROUP = 32
-    _TILE = 131_072  # rows, a multiple of the group
+    _TILE = 32_768  # rows
     _MOST_PRODUCTS = 1 << 28  # float32 products held at a time
 
     def __init__(self, rows: Floats, start: int, device: str) -> None:
         import torch
 
         super().__init__(rows, start)
-        self._device = torch.device(device)
-        # Partial sums in half precision would exceed `_coarseness`.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        self._rows = torch.from_numpy(rows).to(self._device)
-        self._scale = float(self._rows.norm(dim=1).max().clamp(min=1e-30))
-        padding = -len(rows) % self._GROUP
-        self._halves = torch.nn.functional.pad((self._rows / self._scale).half(), (0, 0, 0, padding))
+        self._rows = torch.from_numpy(rows).to(device)
+        # By how much the two products of a row and a query of length 1 can differ, both rounded to float32.
+        self._rounding = float(self._rows.norm(dim=1).max()) * rows.shape[1] * 2.0**-22
 
     def _candidates(self, queries: Floats, count: int) -> tuple[Floats, npt.NDArray[np.int64], Floats]:
         import torch
 
-        queries_cD = torch.tensor(queries, device=self._device)  # Ray's memory may not be written to
-        norms_c1 = queries_cD.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        halves_cD = (queries_cD / norms_c1).half()
+        queries_cD = torch.tensor(queries, device=self._rows.device)
         wide = min(count + max(64, count // 2), self._num_rows)
-        positions_cR = self._best_groups(halves_cD, wide)
-        coarse_cR = self._coarse_products(halves_cD, positions_cR)
-        coarse_cW, chosen_cW = coarse_cR.masked_fill(positions_cR >= self._num_rows, -torch.inf).topk(
-            wide, dim=1
-        )
-        positions_cW = positions_cR.gather(1, chosen_cW)
-        scores_cK, chosen_cK = self._products(queries_cD, self._rows, positions_cW).topk(count, dim=1)
-        positions_cK = positions_cW.gather(1, chosen_cK)
-        floors_c = (coarse_cW[:, -1] + self._coarseness) * norms_c1[:, 0] * self._scale
+        coarse_cW, positions_cW = queries_cD[:, :0], queries_cD[:, :0].long()
+        for first in range(0, self._num_rows, self._TILE):
+            scores_cT = queries_cD @ self._rows[first : first + self._TILE].T
+            coarse_cT, chosen_cT = scores_cT.topk(min(wide, scores_cT.shape[1]), dim=1)
+            coarse_cR = torch.cat([coarse_cW, coarse_cT], dim=1)
+            coarse_cW, chosen_cW = coarse_cR.topk(min(wide, coarse_cR.shape[1]), dim=1)
+            positions_cW = torch.cat([positions_cW, chosen_cT + first], dim=1).gather(1, chosen_cW)
+        scores_cK, chosen_cK = self._products(queries_cD, positions_cW).topk(count, dim=1)
+        floors_c = coarse_cW[:, -1] + queries_cD.norm(dim=1) * self._rounding
         if wide > count:
             floors_c = floors_c.maximum(scores_cK[:, -1])
-        return scores_cK.cpu().numpy(), positions_cK.cpu().numpy(), floors_c.cpu().numpy()
-
-    @property
-    def _coarseness(self) -> float:
-        """Bound on the error of a half-precision product of unit vectors: factors, sums and two results rounded."""
-        dim: int = self._rows.shape[1]
-        return 2.0**-9 + dim * 2.0**-22 + 2 * math.sqrt(dim) * 2.0**-24
-
-    def _best_groups(self, halves_cD: torch.Tensor, count: int) -> torch.Tensor:
-        """Positions of all rows, padding included, of the groups with the largest maxima: int64 (c, 32·count)."""
-        import torch
-
-        maxima = []
-        for first in range(0, len(self._halves), self._TILE):
-            scores_cT = halves_cD @ self._halves[first : first + self._TILE].T
-            if first + self._TILE > self._num_rows:
-                scores_cT[:, self._num_rows - first :] = -torch.inf
-            maxima.append(scores_cT.view(len(scores_cT), -1, self._GROUP).amax(dim=2))
-        maxima_cG = torch.cat(maxima, dim=1)
-        groups_cg = maxima_cG.topk(min(count, maxima_cG.shape[1]), dim=1).indices
-        within = torch.arange(self._GROUP, device=self._device)
-        return (groups_cg[:, :, None] * self._GROUP + within).flatten(1)
-
-    def _coarse_products(self, halves_cD: torch.Tensor, positions_cR: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        step = max(1, self._MOST_PRODUCTS // (positions_cR.shape[1] * halves_cD.shape[1]))
-        return torch.cat(
-            [
-                torch.bmm(self._halves[positions], queries[:, :, None])[:, :, 0]
-                for positions, queries in zip(
-                    torch.split(positions_cR, step), torch.split(halves_cD, step), strict=True
-                )
-            ]
+        return (
+            scores_cK.cpu().numpy(),
+            positions_cW.gather(1, chosen_cK).cpu().numpy(),
+            floors_c.cpu().numpy(),
         )
 
-    def _products(
-        self, queries_cD: torch.Tensor, rows_SD: torch.Tensor, positions_cR: torch.Tensor
-    ) -> torch.Tensor:
+    def _products(self, queries_cD: torch.Tensor, positions_cR: torch.Tensor) -> torch.Tensor:
         """Inner products of every query with its own rows, one by one, so that none depends on its neighbors."""
         import torch
 
         step = max(1, self._MOST_PRODUCTS // (positions_cR.shape[1] * queries_cD.shape[1]))
+        pieces = zip(torch.split(positions_cR, step), torch.split(queries_cD, step), strict=True)
         return torch.cat(
-            [
-                (rows_SD[positions] * queries[:, None]).sum(dim=2)
-                for positions, queries in zip(
-                    torch.split(positions_cR, step), torch.split(queries_cD, step), strict=True
-                )
-            ]
+            [(self._rows[positions] * queries[:, None]).sum(dim=2) for positions, queries in pieces]
         )
 
     def _all(self, queries: Floats, first: int, last: int) -> tuple[Floats, npt.NDArray[np.int64]]:
         import torch
 
-        positions_R = torch.arange(first, last, device=self._device)
+        positions_R = torch.arange(first, last, device=self._rows.device)
         positions_cR = positions_R.expand(len(queries), -1)
-        queries_cD = torch.tensor(queries, device=self._device)
-        scores_cR = self._products(queries_cD, self._rows, positions_cR)
+        scores_cR = self._products(torch.tensor(queries, device=self._rows.device), positions_cR)
         return scores_cR.cpu().numpy(), positions_cR.cpu().numpy()

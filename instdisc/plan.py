@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from tyro.constructors import PrimitiveConstructorSpec
 
 from cluster.partition import Partition
+from cluster.ranges import Count, Positive, Range, Ranged
 from instdisc.common import command
 from instdisc.settings.objectives import OBJECTIVES, NCEConfig, ObjectiveConfig
 
@@ -31,16 +32,21 @@ _BY_NAME: PrimitiveConstructorSpec[ObjectiveConfig] = PrimitiveConstructorSpec(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Ranged):
     """What to plan for."""
 
-    instances: tuple[int, ...] = (1_281_167, 10_000_000, 100_000_000, 1_000_000_000)
+    instances: Annotated[tuple[int, ...], Range(at_least=1)] = (
+        1_281_167,
+        10_000_000,
+        100_000_000,
+        1_000_000_000,
+    )
     """n, images of the data set; one or several."""
-    world_size: tuple[int, ...] = (8, 32, 128, 512)
+    world_size: Annotated[tuple[int, ...], Range(at_least=1)] = (8, 32, 128, 512)
     """W, workers; one or several."""
-    embedding_dim: int = 128
+    embedding_dim: Count = 128
     """D, entries of an embedding."""
-    batch_size: int = 4096
+    batch_size: Count = 4096
     """Images per step over all workers."""
     objective: Annotated[ObjectiveConfig, _BY_NAME] = dataclasses.field(default_factory=NCEConfig)
     """nce and infonce compare with a sample of the rows, softmax with all of them, parametric with as many weights,
@@ -49,34 +55,26 @@ class PlanConfig:
     """m of an objective that draws negatives; its own default if not given."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """Type of the bank's rows."""
-    memory_gigabytes: float = 80.0
+    memory_gigabytes: Positive = 80.0
     """Memory of a rank, in 10^9 bytes; a bank that needs more than half of it is marked."""
-    gather_bytes_per_second: float = 0.9e12
+    gather_bytes_per_second: Positive = 0.9e12
     """Bytes of rows that a rank reads one by one; `benchmarks/objectives.py` measures it. A guess for a data-centre
     GPU; two CPU cores reached 7.6e9."""
-    flops_per_second: float = 110e12
+    flops_per_second: Positive = 110e12
     """Floating-point operations of a rank's products of queries and rows. A guess for a data-centre GPU; two CPU cores
     reached 154e9."""
-    link_bytes_per_second: float = 25e9
+    link_bytes_per_second: Positive = 25e9
     """What a rank can send to others; that of 200 Gbit/s by default."""
     collective_seconds: float = 30e-6
     """What each of the collectives of a step costs at least."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that nothing can have."""
-        for name in ("embedding_dim", "batch_size", "memory_gigabytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("gather_bytes_per_second", "flops_per_second", "link_bytes_per_second"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be above 0")
-        if not all(number > 0 for number in self.instances + self.world_size):
-            raise ValueError("instances and world_size must be 1 or more")
+        super().__post_init__()
         if self.num_negatives is None:
             return
         if "num_negatives" not in {field.name for field in dataclasses.fields(self.objective)}:
             raise ValueError(
-                f"num_negatives is {self.num_negatives}, but {self.objective.name} draws none: leave it out"
+                f"num_negatives is {self.num_negatives}, but {self.objective.name} draws none: omit it"
             )
         # As a field of its own it is on the command line beside the others; the objective is what counts.
         changed = dataclasses.replace(self.objective, **{"num_negatives": self.num_negatives})

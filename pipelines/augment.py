@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.hashing import hash_words, uniform
+from pipelines.settings import check_range
 
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
@@ -66,26 +67,19 @@ class Augmentation:
         Raises:
             ValueError: If a field lies outside its range.
         """
-        for name in ("image_size", "training_size"):
-            side = getattr(self, name)
-            if side is not None and side < 1:
-                raise ValueError(f"{name}={side}: must be at least 1 pixel")
+        check_range(self, "image_size", "training_size", at_least=1)
+        check_range(self, "brightness", "contrast", "saturation", at_least=0)
+        check_range(self, "hue", at_least=0, at_most=0.5)
+        check_range(
+            self, "jitter_probability", "grayscale_probability", "flip_probability", at_least=0, at_most=1
+        )
+        check_range(self, "mean")
+        if not all(0 < value < np.inf for value in self.std):
+            raise ValueError(f"std is {self.std}, expected finite and above 0")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale}: expected 0 < smallest <= largest <= 1")
+            raise ValueError(f"crop_scale is {self.crop_scale}, expected 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < np.inf:
-            raise ValueError(f"crop_ratio={self.crop_ratio}: expected 0 < smallest <= largest")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative; 0 switches it off")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue={self.hue}: must lie in [0, 0.5], in full turns; 0 switches it off")
-        for name in ("jitter_probability", "grayscale_probability", "flip_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must lie in [0, 1]")
-        if not (np.isfinite(self.mean).all() and all(0 < value < np.inf for value in self.std)):
-            raise ValueError(
-                f"mean={self.mean}, std={self.std}: expected finite means and positive deviations"
-            )
+            raise ValueError(f"crop_ratio is {self.crop_ratio}, expected 0 < smallest <= largest")
 
     @property
     def changes_color(self) -> bool:

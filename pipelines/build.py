@@ -1,17 +1,18 @@
 """From whatever holds the images to the manifest."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipelines.decode import CorruptImage
 from pipelines.errors import DataError, naming_the_cause
 from pipelines.exif import TURNS, UPRIGHT, orientation
-from pipelines.folders import scan_folder
+from pipelines.folders import Splits, find_splits, scan_folder
 from pipelines.lists import scan_list
 from pipelines.manifest import Manifest
 from pipelines.reader import ImageReader
@@ -25,11 +26,14 @@ _FORMS = (
     "or a .txt or .csv list of images"
 )
 
+logger = logging.getLogger(__name__)
+
 
 def build_manifest(
     path: str | Path | Sequence[str | Path],
     *,
     labels: Labels = "auto",
+    split: Literal["train", "held-out"] = "train",
     show_progress: bool = True,
     upright: bool = True,
 ) -> Manifest:
@@ -42,13 +46,16 @@ def build_manifest(
               paths (`scan_tars`),
             - a .txt or .csv file that names images (`scan_list`).
         labels: "none" ignores all labels; "folders" insists that `path` holds class folders; "auto" decides.
+        split: Which one to take where `path` is a folder of a training split and a held-out one with the same class
+            folders (`find_splits`). Without labels all images are taken.
         show_progress: Whether to draw a progress bar on standard error if it takes more than a second.
         upright: Whether images are to be turned as their EXIF orientation says; False where they are to be compared
             with those of a manifest of schema 1. Then every file is read whole.
 
     Returns:
         The manifest. What is named like an image but is empty, none, or ends inside its header is in
-        `rejected`. The row order depends on the names alone, never on the file system.
+        `rejected`. The row order depends on the names alone, never on the file system. A warning counts whatever was
+        found and not taken, by ending and reason.
 
     Raises:
         DataError: There is nothing at `path`, no readable image in it, or what it holds cannot be trusted.
@@ -56,12 +63,53 @@ def build_manifest(
     if isinstance(path, str) and not path:
         raise DataError(f"got an empty path; {_FORMS}")
     with naming_the_cause(f"read {path}"):
-        scan = _scan(path, labels, show_progress)
-    if scan.rejected and not scan.rows:
+        chosen = path if labels == "none" else _choose_split(path, split)
+        scan = _scan(chosen, labels, show_progress)
+    for name, reason in scan.rejected:
+        scan.left_aside.add(name, reason.partition(":")[0])  # what follows tells of this file alone
+    if not scan.rows:
         first = scan.rejected[0]
-        raise DataError(f"none of {len(scan.rejected)} images can be used, e.g. {first.name}: {first.reason}")
+        raise DataError(
+            f"none of {len(scan.rejected)} images can be used, e.g. {first.name}: {first.reason}; "
+            f"found {scan.left_aside}"
+        )
+    if scan.left_aside:
+        logger.warning("%s: %d images taken; left aside: %s", chosen, len(scan.rows), scan.left_aside)
     manifest = _manifest(scan)
     return manifest if upright else _as_stored(manifest)
+
+
+def held_out_beside(path: str | Path | Sequence[str | Path]) -> Path | None:
+    """The folder that `build_manifest` takes for the held-out split of `path`, None if there is none.
+
+    Raises:
+        DataError: A folder cannot be listed.
+    """
+    with naming_the_cause(f"read {path}"):
+        splits = _find_splits(path)
+    return splits.held_out if splits else None
+
+
+def _choose_split(
+    path: str | Path | Sequence[str | Path], split: Literal["train", "held-out"]
+) -> str | Path | Sequence[str | Path]:
+    splits = _find_splits(path)
+    if splits is None:
+        return path
+    taken = splits.train if split == "train" else splits.held_out
+    beside = f"; also not taken: {', '.join(splits.beside)}" if splits.beside else ""
+    logger.warning(
+        "%s: training on %s and measuring on %s, which hold the same classes; these are the images of %s%s",
+        *(path, splits.train.name, splits.held_out.name, taken.name, beside),
+    )
+    return taken
+
+
+def _find_splits(path: str | Path | Sequence[str | Path]) -> Splits | None:
+    if not isinstance(path, str | Path):
+        return None
+    folder = Path(path).expanduser()
+    return find_splits(folder) if folder.is_dir() else None
 
 
 def _as_stored(manifest: Manifest) -> Manifest:
@@ -118,6 +166,8 @@ def _tars(path: str | Path | Sequence[str | Path]) -> list[Path]:
         if ".tar" in path.suffixes or path.suffix == ".tgz":
             return [path]
         raise DataError(f"{path} is a {path.suffix or 'nameless'} file; {_FORMS}")
+    if path.exists():
+        raise DataError(f"{path} is a pipe, socket or device; {_FORMS}")
     matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not matches:
         raise DataError(f"nothing at {path} (in {Path.cwd()}): {_why_missing(path)}; {_FORMS}")

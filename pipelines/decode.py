@@ -5,7 +5,6 @@ What the pixels of a form mean is decided here and nowhere else; `docs/images.md
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile
 
-from pipelines.exif import TURNS, UPRIGHT, orientation
-from pipelines.headers import FORMATS
+from pipelines.exif import TURNS, UPRIGHT
+from pipelines.kinds import open_image, turn_of
 
 # Greys of more than 8 bits per pixel: 16-bit integers, 32-bit integers, floats.
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -52,8 +51,8 @@ def decode_rgb(data: bytes, height: int, width: int, *, upright: bool = True) ->
         CorruptImage: If it cannot be decoded or has another size.
     """
     try:
-        turn = (orientation(data) or UPRIGHT) if upright else UPRIGHT
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
+            turn = turn_of(image, data) if upright else UPRIGHT
             found = image.size[::-1] if TURNS[turn].swap else image.size
             if found != (width, height):
                 raise CorruptImage(
@@ -127,9 +126,8 @@ def encode_pnm(image: Image.Image) -> bytes:
     return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 
-def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """Decode what Pillow has opened, as stored."""
-    assert isinstance(image, ImageFile.ImageFile)
     tags: Any = getattr(image, "tag_v2", {})
     white_is_zero = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     unsigned = tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)) == (_UNSIGNED,)
@@ -146,12 +144,12 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)
-    if tiles and ";16" in _rawmode(tiles[0]):
-        image = _low_bytes_too(image, data, tiles)
-    image.info.pop("transparency", None)  # else Pillow warns that it is lost
-    if image.mode == "La":
-        image = image.convert("LA")  # there is no direct way
-    return image.convert("RGB")
+    is_deep = tiles and ";16" in _rawmode(tiles[0])
+    decoded = _low_bytes_too(image, data, tiles) if is_deep else image
+    decoded.info.pop("transparency", None)  # else Pillow warns that it is lost
+    if decoded.mode == "La":
+        decoded = decoded.convert("LA")  # there is no direct way
+    return decoded.convert("RGB")
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
@@ -173,7 +171,7 @@ def _low_bytes_too(image: Image.Image, data: bytes, tiles: list[Any]) -> Image.I
     known = all(mode[-4:] in _OTHER_ENDIAN and not mode.startswith("RGBa") for mode in rawmodes)
     if fills_range or not known:
         return image
-    with Image.open(io.BytesIO(data), formats=FORMATS) as again:
+    with open_image(data) as again:
         again.info.pop("xmp", None)
         again.tile = [_with_swapped_bytes(tile) for tile in tiles]
         low = np.asarray(again)

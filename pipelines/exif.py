@@ -39,9 +39,8 @@ TURNS = {
     8: Turn(True, True, False),
 }
 UPRIGHT = 1
+ORIENTATION = 0x0112  # the tag
 
-
-_TAG = 0x0112
 _SHORT = 3  # the type of the tag's value; some writers take a long
 _ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
 _EXIF = b"Exif\0\0"
@@ -111,7 +110,7 @@ def _of_exif(content: bytes) -> int:
     directory = int.from_bytes(content[4:8], order)
     entries = int.from_bytes(content[directory : directory + 2], order)
     for position in range(directory + 2, min(directory + 2 + 12 * entries, len(content) - 11), 12):
-        if int.from_bytes(content[position : position + 2], order) == _TAG:
+        if int.from_bytes(content[position : position + 2], order) == ORIENTATION:
             width = 2 if int.from_bytes(content[position + 2 : position + 4], order) == _SHORT else 4
             value = int.from_bytes(content[position + 8 : position + 8 + width], order)
             return value if value in TURNS else UPRIGHT

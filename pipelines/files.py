@@ -1,7 +1,9 @@
 """The headers of many plain image files."""
 
+import errno
 import io
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,11 +12,13 @@ from typing import NamedTuple
 
 from pipelines.headers import HeaderError, image_size
 from pipelines.manifest import Rejected
-from pipelines.scan import Row, Scan, progress_bar
+from pipelines.scan import LeftAside, Row, Scan, progress_bar
 
 # The threads wait for the disk, or the network behind it, not for the processor.
 _THREADS = 8
 _CHUNK = 256
+_NOT_REGULAR = "a pipe, socket or device, expected a file"
+_FOLDER = "a folder, expected a file"
 
 
 class Header(NamedTuple):
@@ -48,9 +52,10 @@ def scan_of_files(
     headers: Sequence[HeaderOrWhyNot],
     labels: Sequence[int],
     class_names: tuple[str, ...],
+    left_aside: LeftAside,
 ) -> Scan:
     """Put the columns together; files without a header are rejected."""
-    scan = Scan(root.absolute(), [], [], class_names, [])
+    scan = Scan(root.absolute(), [], [], class_names, [], left_aside)
     for name, header, label in zip(names, headers, labels, strict=True):
         if isinstance(header, Header):
             scan.rows.append(Row(len(scan.sources), name, 0, *header, label))
@@ -67,11 +72,23 @@ def _read_headers(root: Path, names: Sequence[str]) -> list[HeaderOrWhyNot]:
 
 def _read_header(path: Path) -> HeaderOrWhyNot:
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        # Without waiting: who opens a pipe (FIFO) waits for somebody to write to it.
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise HeaderError(_NOT_REGULAR)
+            size = status.st_size
             return Header(size, *image_size(partial(_head, file), size))
-    except (OSError, HeaderError) as error:
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without hardware
+            return HeaderError(_NOT_REGULAR)
+        return HeaderError(_FOLDER) if error.errno == errno.EISDIR else error
+    except HeaderError as error:
         return error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _head(file: io.FileIO, count: int) -> bytes:

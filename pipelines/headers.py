@@ -1,23 +1,15 @@
 """Image sizes from the first bytes of a file, without decoding it."""
 
-import io
 from collections.abc import Callable
-
-from PIL import Image
 
 from pipelines.containers import DAMAGED, FRAMES, JPEG, PNG, START_OF_SCAN, jpeg_segments
 from pipelines.exif import TURNS, orientation
+from pipelines.kinds import ExtraMissing, open_image, turn_of
 
-# Lower case, matched without regard to case.
-EXTENSIONS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-# Named, because Pillow would otherwise also try formats that start other programs (EPS).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Nearly all headers lie in the first page; photographs with long EXIF or ICC segments need more.
 _HEAD_BYTES = (4096, 65536, 1 << 20)
 # No more than Pillow accepts by default: decoded, such an image takes half a gigabyte.
 MAX_PIXELS = 178_956_970
-# Pillow's own limit would bind the loader without DALI only, and comes with a warning from half of it on.
-Image.MAX_IMAGE_PIXELS = None
 
 
 class HeaderError(ValueError):
@@ -45,20 +37,23 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
         elif head.startswith(JPEG):
             found = _jpeg_size(head)
         else:
-            found = _pillow_size(read(size))
+            return _checked(*_pillow_size(read(size)))
         turn = orientation(head)
         if found and turn:
-            height, width = found[::-1] if TURNS[turn].swap else found
-            if height <= 0 or width <= 0:
-                raise HeaderError(f"header says {height} x {width} pixels")
-            if height * width > MAX_PIXELS:
-                raise HeaderError(
-                    f"too large: {height} x {width} pixels, the most are {MAX_PIXELS:,}; scale or cut it"
-                )
-            return height, width
+            return _checked(*(found[::-1] if TURNS[turn].swap else found))
         if count >= size:
             break
     raise HeaderError(f"cut short: its {size} bytes end inside the header")
+
+
+def _checked(height: int, width: int) -> tuple[int, int]:
+    if height <= 0 or width <= 0:
+        raise HeaderError(f"header says {height} x {width} pixels")
+    if height * width > MAX_PIXELS:
+        raise HeaderError(
+            f"too large: {height} x {width} pixels, the most are {MAX_PIXELS:,}; scale or cut it"
+        )
+    return height, width
 
 
 def _png_size(head: bytes) -> tuple[int, int] | None:
@@ -83,9 +78,13 @@ def _jpeg_size(head: bytes) -> tuple[int, int] | None:
 
 
 def _pillow_size(content: bytes) -> tuple[int, int]:
+    """As shown."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return image.height, image.width
+        with open_image(content) as image:
+            size = image.height, image.width
+            return size[::-1] if TURNS[turn_of(image, content)].swap else size
+    except ExtraMissing as missing:
+        raise HeaderError(str(missing)) from missing
     except Exception as error:  # Pillow's readers let through whatever damaged bytes make them raise
         raise HeaderError(
             f"not an image, or one of a form that Pillow cannot read: {len(content)} bytes, the first are "

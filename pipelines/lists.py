@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipelines.errors import DataError
 from pipelines.files import read_headers, scan_of_files
-from pipelines.scan import Scan, is_image_name, numbered_classes
+from pipelines.scan import LeftAside, Scan, is_image_name, numbered_classes
 
 
 class _Entry(NamedTuple):
@@ -48,7 +48,7 @@ def scan_list(path: Path, *, with_labels: bool, show_progress: bool) -> Scan:
             f"{path}: {len(missing)} of {len(names)} files do not exist, e.g. {', '.join(missing[:3])}; "
             f"paths are taken relative to {root.absolute()}"
         )
-    return scan_of_files(root, names, headers, labels, class_names)
+    return scan_of_files(root, names, headers, labels, class_names, LeftAside())
 
 
 def _csv_entries(path: Path) -> Iterator[_Entry]:

@@ -61,7 +61,7 @@ def open_loader(
         ValueError: If `views` does not fit.
     """
     if views < 1 or (views > 1 and not training):
-        raise ValueError(f"views={views}: must be at least 1 in training and exactly 1 in evaluation")
+        raise ValueError(f"views is {views}, expected at least 1 in training and exactly 1 in evaluation")
     device = with_index(device)
     job = LoaderJob(
         manifest=manifest,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pipelines.errors import DataError
 from pipelines.hashing import Words, hash_words
+from pipelines.settings import check_range
 
 _ROUNDS = 8
 _MIN_BITS = 4  # a half of a single bit mixes badly: some orders would be visibly likelier than others
@@ -56,12 +57,8 @@ class Order:
             DataError: If no whole global batch fits into an epoch, or it cannot be shared equally.
             ValueError: If `rank` is not one of `world_size` ranks, or a size is not positive.
         """
-        if self.global_batch < 1 or self.world_size < 1:
-            raise ValueError(
-                f"global_batch={self.global_batch}, world_size={self.world_size}: must be positive"
-            )
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank}: must lie in [0, {self.world_size}), the world size")
+        check_range(self, "global_batch", "world_size", at_least=1)
+        check_range(self, "rank", at_least=0, at_most=self.world_size - 1)
         if self.global_batch % self.world_size:
             multiple = -(-self.global_batch // self.world_size) * self.world_size
             raise DataError(

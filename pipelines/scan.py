@@ -1,20 +1,26 @@
 """What looking through folders, lists and tar files gives, before it becomes a manifest."""
 
+from __future__ import annotations
+
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
 from pipelines.errors import DataError
-from pipelines.headers import EXTENSIONS
+from pipelines.kinds import EXTENSIONS, KINDS
 from pipelines.manifest import Rejected
 
 Labels = Literal["auto", "folders", "none"]
 MAX_CLASSES = 1_000_000
 _LINE_S = 10.0
+_LONGEST_ENDING = 16
+_MOST_GROUPS = 12
+_FOLDERS = "folders"
 
 
 class Row(NamedTuple):
@@ -37,21 +43,60 @@ class Scan(NamedTuple):
     rows: list[Row]
     class_names: tuple[str, ...]
     rejected: list[Rejected]
+    left_aside: LeftAside
+
+
+class LeftAside:
+    """Counts what was found and not taken, by ending and reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, name: str, reason: str = "") -> None:
+        """Count a file; without a reason it is one that does not end like an image."""
+        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  pathlib is slow for millions of names
+        if not 1 < len(ending) <= _LONGEST_ENDING:
+            ending = "without ending"
+        self._counts[ending, reason] += 1
+
+    def add_folder(self, reason: str) -> None:
+        """Count a folder that was not looked into."""
+        self._counts[_FOLDERS, reason] += 1
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def __str__(self) -> str:
+        groups = self._counts.most_common(_MOST_GROUPS)
+        parts = []
+        for (ending, reason), count in groups:
+            name = _FOLDERS[:-1] if ending == _FOLDERS and count == 1 else ending
+            parts.append(f"{count:,} {name} ({reason})" if reason else f"{count:,} {name}")
+        others = self._counts.total() - sum(count for _, count in groups)
+        return ", ".join([*parts, f"{others:,} others"] if others else parts)
 
 
 def is_image_name(name: str) -> bool:
     """Whether `name`, a path, ends like an image; hidden files do not count."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return ends_like_an_image(name) and not is_hidden(name)
 
 
-def nothing_found(where: object, names: Iterable[str]) -> DataError:
-    """The error for a place that holds the files `names` but no image."""
-    endings = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in names)
-    found = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5)) or "no files at all"
+def ends_like_an_image(name: str) -> bool:
+    """Whether a path has one of the usual endings."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the last part of a path starts with a dot; macOS names its resource forks so."""
+    return name.startswith(".", name.rfind("/") + 1)
+
+
+def nothing_found(where: object, left_aside: LeftAside, hint: str = "") -> DataError:
+    """The error for a place that holds no image; `hint` is what else may be meant."""
     return DataError(
-        f"no images found in {where}: looked for {', '.join(sorted(EXTENSIONS))}; "
-        f"found {found}; give the place that holds the images"
+        f"no images found in {where}: looked for the endings of {', '.join(KINDS)}; "
+        f"found {left_aside or 'no files at all'}; "
+        f"{hint or 'give the place that holds the images'}"
     )
 
 
@@ -67,7 +112,7 @@ def numbered_classes(labels: Iterable[int], where: object) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
-def progress_bar(show: bool, total: int, unit: str) -> "tqdm[None]":
+def progress_bar(show: bool, total: int, unit: str) -> tqdm[None]:
     """Progress on standard error: a bar on a terminal, after a second; elsewhere a line every ten seconds."""
     if sys.stderr.isatty():
         return tqdm(total=total, unit=unit, unit_scale=True, disable=not show, delay=1.0)

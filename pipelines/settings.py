@@ -1,8 +1,28 @@
-"""Settings of the loader."""
+"""Settings of the loader, and how numbers are checked."""
 
+from __future__ import annotations
+
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
+
+
+def check_range(
+    settings: object, *names: str, at_least: float = -math.inf, at_most: float = math.inf
+) -> None:
+    """Check fields that hold a finite number, a tuple of them or None.
+
+    Raises:
+        ValueError: With the field, its value and the range.
+    """
+    bounds = {"at least": at_least, "at most": at_most}
+    expected = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
+    for name in names:
+        value = getattr(settings, name)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(math.isfinite(number) and at_least <= number <= at_most for number in numbers):
+            raise ValueError(f"{name} is {value}, expected {expected or 'finite'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +43,8 @@ class LoaderConfig:
             ValueError: If a field lies outside its range.
         """
         if self.backend not in ("auto", "dali", "host"):
-            raise ValueError(f"backend={self.backend!r}: expected auto, dali or host")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: must be at least 1, or None for all cores available")
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch={self.prefetch}: must be at least 1")
+            raise ValueError(f"backend is {self.backend!r}, expected auto, dali or host")
+        check_range(self, "threads", "prefetch", at_least=1)
 
     def available_threads(self) -> int:
         """Return `threads`, or its default."""

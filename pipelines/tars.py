@@ -12,9 +12,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pipelines.errors import DataError
-from pipelines.headers import EXTENSIONS, HeaderError, image_size
+from pipelines.headers import HeaderError, image_size
+from pipelines.kinds import EXTENSIONS
 from pipelines.manifest import Rejected
-from pipelines.scan import Row, Scan, is_image_name, nothing_found, numbered_classes, progress_bar
+from pipelines.scan import LeftAside, Row, Scan, is_image_name, nothing_found, numbered_classes, progress_bar
 
 CLASS_NAMES = "classnames.txt"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -43,22 +44,21 @@ def scan_tars(paths: Sequence[Path], *, with_labels: bool, show_progress: bool) 
     """
     paths = sorted({path.absolute() for path in paths})
     root = Path(os.path.commonpath([path.parent for path in paths]))
-    scan = Scan(root, [path.relative_to(root).as_posix() for path in paths], [], (), [])
-    names: list[str] = []
+    scan = Scan(root, [path.relative_to(root).as_posix() for path in paths], [], (), [], LeftAside())
     with progress_bar(show_progress, sum(path.stat().st_size for path in paths), "B") as bar:
         for source, path in enumerate(paths):
-            names += _scan_tar(path, source, scan, with_labels, bar)
+            _scan_tar(path, source, scan, with_labels, bar)
     if not (scan.rows or scan.rejected):
         where = paths[0] if len(paths) == 1 else f"{len(paths)} tar files in {root}"
-        raise nothing_found(where, names)
+        raise nothing_found(where, scan.left_aside)
     rows = scan.rows
     if len({row.key for row in rows}) < len(rows):
         rows = [row._replace(key=f"{scan.sources[row.source]}!{row.key}") for row in rows]
     return scan._replace(rows=rows, class_names=_class_names(rows, paths[0]))
 
 
-def _scan_tar(path: Path, source: int, scan: Scan, with_labels: bool, bar: "tqdm[None]") -> list[str]:
-    """Append the images of one tar to `scan`; returns the names of all its members."""
+def _scan_tar(path: Path, source: int, scan: Scan, with_labels: bool, bar: "tqdm[None]") -> None:
+    """Append the images of one tar to `scan`."""
     members: dict[str, _Member] = {}
     for member in _members(path, bar):
         if member.name in members:
@@ -74,6 +74,8 @@ def _scan_tar(path: Path, source: int, scan: Scan, with_labels: bool, bar: "tqdm
             key, extension = _split(member.name)
             if extension not in EXTENSIONS or not key.rpartition("/")[2]:
                 skipped += is_image_name(member.name)
+                if extension != ".cls" or not with_labels:
+                    scan.left_aside.add(member.name)
                 continue
             try:
                 if not member.is_plain:
@@ -86,7 +88,6 @@ def _scan_tar(path: Path, source: int, scan: Scan, with_labels: bool, bar: "tqdm
             scan.rows.append(Row(source, member.name, member.offset, member.size, height, width, label))
     if skipped:
         logger.warning("%s: %d images left out, their names read as <key>.<field>.<ext>", path, skipped)
-    return list(members)
 
 
 def _members(path: Path, bar: "tqdm[None]") -> Iterator[_Member]:

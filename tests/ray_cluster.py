@@ -43,11 +43,13 @@ class RayCluster:
     Attributes:
         address: `host:port` for `RAY_ADDRESS`.
         dashboard: URL for `ray job submit --address`.
+        directory: Where Ray keeps its files.
         environment: What a process needs to use this cluster, on top of the test's own environment.
     """
 
     address: str
     dashboard: str
+    directory: Path
     environment: dict[str, str]
 
     def submit(self, *command: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
@@ -112,7 +114,7 @@ def ray_head(
             )
             wait_until(lambda: head.poll() is not None or _answers(f"{dashboard}/api/jobs/"), timeout_s=120)
             assert head.poll() is None, log.read_text()
-            yield RayCluster(f"{ip}:{gcs_port}", dashboard, environment)
+            yield RayCluster(f"{ip}:{gcs_port}", dashboard, Path(directory), environment)
         head.wait()
 
 

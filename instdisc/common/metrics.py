@@ -50,6 +50,11 @@ TRAINING = MetricTable(
         Metric("epoch", "gauge", "Of the run: epochs done, with fraction."),
         Metric("epochs", "gauge", "Of the run: epochs to do in all."),
         Metric("world_size", "gauge", "Of the run: ranks in the group."),
+        Metric(
+            "stopping",
+            "gauge",
+            "Of the run, from rank 0: 1 once somebody has stopped it on purpose, 0 until then.",
+        ),
         Metric("snapshot_bytes", "gauge", "Of the run, from rank 0: size of the newest snapshot."),
         Metric(
             "snapshot_timestamp_seconds",

@@ -147,7 +147,7 @@ class Run:
         if not np.isfinite(queries).all():
             raise ValueError("got vectors with NaN or infinity, expected finite numbers")
         if not 1 <= k <= len(self):
-            raise ValueError(f"got k = {k}, expected 1 to {len(self)}, the rows of the bank")
+            raise ValueError(f"k is {k}, expected 1 to {len(self)}, the rows of the bank")
         return self._top_k.search(queries, k)
 
     @cached_property

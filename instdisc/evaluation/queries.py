@@ -161,7 +161,8 @@ def open_labelled(path: str, config: QueryConfig, option: str, *, upright: bool)
         DataError: There are none, or some cannot be read.
     """
     try:
-        manifest = build_manifest(resolve(path, root=config.root, download=config.download), upright=upright)
+        found = resolve(path, root=config.root, download=config.download)
+        manifest = build_manifest(found, split="held-out", upright=upright)
     except DataError as error:
         raise DataError(f"{option}: {error}") from error
     if manifest.rejected:

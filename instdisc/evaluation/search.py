@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.evaluation.context import Evaluation
@@ -112,9 +112,7 @@ def _place(
         pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="grey")
         caption = ["cannot be decoded", *caption[1:]]
     else:
-        factor = _SIDE / max(image.size)
-        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
-        sheet.paste(image, (left + (_SIDE - image.width) // 2, top + (_SIDE - image.height) // 2))
+        sheet.paste(ImageOps.pad(image, (_SIDE, _SIDE), color="white"), place)
     for number, text in enumerate(caption):
         while len(text) > 1 and pen.textlength(text, font) > _SIDE:
             text = f"{text[:-2]}…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -117,7 +117,7 @@ def matched_pairs(first_ND: Tensor, second_ND: Tensor, *, bins: int = 100) -> Pa
         bins: Intervals of the histogram.
     """
     cosines_N = (first_ND.float() * second_ND.float()).sum(dim=1)
-    return _summarise([cosines_N], bins)
+    return _summarize([cosines_N], bins)
 
 
 def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> tuple[Pairs, Pairs]:
@@ -132,13 +132,12 @@ def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> 
         Pairs of the same class, pairs of two classes.
     """
     labelled_N = labels_N >= 0
-    embeddings_ND, labels_N = embeddings_ND[labelled_N], labels_N[labelled_N]
-    same, different = _Sum(bins), _Sum(bins)
-    for first, upper, cosines in _upper_triangle(embeddings_ND):
-        agree = labels_N[first : first + len(cosines), None] == labels_N[first:]
-        same.add(cosines[upper & agree])
-        different.add(cosines[upper & ~agree])
-    return same.pairs(), different.pairs()
+
+    def of(same: bool) -> Pairs:
+        pairs = _pairs(embeddings_ND[labelled_N], labels_N[labelled_N])
+        return _summarize((cosines[agree == same] for cosines, agree in pairs), bins)
+
+    return of(True), of(False)
 
 
 def all_pairs(embeddings_ND: Tensor, *, bins: int = 100) -> Pairs:
@@ -148,7 +147,7 @@ def all_pairs(embeddings_ND: Tensor, *, bins: int = 100) -> Pairs:
         embeddings_ND: Unit vectors (N, D).
         bins: Intervals of the histogram.
     """
-    return _summarise((cosines[upper] for _, upper, cosines in _upper_triangle(embeddings_ND)), bins)
+    return _summarize((cosines for cosines, _ in _pairs(embeddings_ND)), bins)
 
 
 def alignment(first_ND: Tensor, second_ND: Tensor) -> float:
@@ -172,9 +171,9 @@ def uniformity(embeddings_ND: Tensor, *, scale: float = 2.0) -> float:
         0 if all rows are the same, down to about `-2·scale` if they are spread over the sphere.
     """
     total, count = 0.0, 0
-    for _, upper, cosines in _upper_triangle(embeddings_ND):
-        total += float((torch.exp(2 * scale * (cosines - 1)) * upper).sum(dtype=torch.float64))
-        count += int(upper.sum())
+    for cosines, _ in _pairs(embeddings_ND):
+        total += float(torch.exp(2 * scale * (cosines - 1)).sum(dtype=torch.float64))
+        count += len(cosines)
     return math.log(total / count)
 
 
@@ -191,36 +190,26 @@ def effective_rank(embeddings_ND: Tensor) -> float:
     return float(torch.exp(-torch.special.xlogy(share_D, share_D).sum()))
 
 
-class _Sum:
-    def __init__(self, bins: int) -> None:
-        self._counts, self._total = torch.zeros(bins, dtype=torch.int64), 0.0
-
-    def add(self, cosines: Tensor) -> None:
-        cosines = cosines.float().clamp(-1, 1)  # rounding may lead out of it
-        self._counts += torch.histc(cosines, len(self._counts), -1, 1).long().cpu()
-        self._total += float(cosines.sum(dtype=torch.float64))
-
-    def pairs(self) -> Pairs:
-        count = int(self._counts.sum())
-        return Pairs(self._counts, self._total / count if count else math.nan)
+def _summarize(blocks: Iterable[Tensor], bins: int) -> Pairs:
+    counts, total = torch.zeros(bins, dtype=torch.int64), 0.0
+    for block in blocks:
+        cosines = block.float().clamp(-1, 1)  # rounding may lead out of it
+        counts += torch.histc(cosines, bins, -1, 1).long().cpu()
+        total += float(cosines.sum(dtype=torch.float64))
+    return Pairs(counts, total / int(counts.sum()) if counts.any() else math.nan)
 
 
-def _summarise(blocks: Iterator[Tensor] | list[Tensor], bins: int) -> Pairs:
-    total = _Sum(bins)
-    for cosines in blocks:
-        total.add(cosines)
-    return total.pairs()
-
-
-def _upper_triangle(embeddings_ND: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """All pairs of rows i < j, in blocks of rows.
+def _pairs(embeddings_ND: Tensor, labels_N: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of different rows, in blocks.
 
     Yields:
-        The number f of the block's first row, and of its B rows against rows f … N - 1: bool (B, N - f), whether i < j,
-        and their similarities, of the same shape.
+        The similarities of P pairs, float32 (P,), and whether their labels agree, bool (P,).
     """
     rows_ND = embeddings_ND.float()
+    labels_N = torch.zeros(len(rows_ND)) if labels_N is None else labels_N
     block = max(1, _BLOCK_ENTRIES // max(1, len(rows_ND)))
     for first in range(0, len(rows_ND), block):
         cosines = rows_ND[first : first + block] @ rows_ND[first:].T
-        yield first, torch.ones_like(cosines, dtype=torch.bool).triu_(1), cosines
+        upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
+        agree = labels_N[first : first + block, None] == labels_N[first:]
+        yield cosines[upper], agree[upper]

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from instdisc.common.errors import ConfigError
+from instdisc.common.files import written_whole
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.export import ExportConfig
@@ -40,12 +41,8 @@ def export(config: ExportConfig) -> str:
     suffix = _SUFFIXES[config.format]
     path = (config.output or run.path / "export" / f"{facts['backbone']}{suffix}").expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
+    with written_whole(path) as partial:
         usage = _EXPORTERS[config.format](network, facts, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return f"{path}\n\n{usage.replace('FILE', repr(str(path)))}"
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from cluster.ranges import Amount, Count, Positive, Range, Ranged
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.settings import LoaderConfig
@@ -48,86 +49,61 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
+class KnnConfig(Ranged):
     """Weighted kNN."""
 
-    k: int = 200
+    k: Annotated[int, Range(at_least=1, usual="200")] = 200
     """Neighbors that vote; the nearest one alone is reported too."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
     """τ of the votes exp(similarity/τ)."""
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"k is {self.k} and temperature {self.temperature}: they must be at least 1 and above 0"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(Ranged):
     """How linear classifiers are trained."""
 
-    regularizations: tuple[float, ...] = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
+    regularizations: Annotated[tuple[float, ...], Range(above=0)] = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
     """Weights λ of the penalty `λ/2·‖W‖²` beside the mean loss; from the largest on, until the accuracy on
     held-out images falls; the best is taken."""
-    held_out: float = 0.2
+    held_out: Annotated[float, Range(above=0, below=1, usual="0.2")] = 0.2
     """Share of each class of the training images that λ is chosen on."""
-    max_dims: int = 4096
+    max_dims: Count = 4096
     """The features of a stage are average-pooled to at most this many entries; the papers keep about 9,000."""
-    max_images: int = 50_000
+    max_images: Count = 50_000
     """Training images used, the same share of every class: their features are held in memory."""
-    iterations: int = 100
+    iterations: Count = 100
     """The most iterations of L-BFGS per λ."""
     seed: int = 0
     """Of the held-out choice."""
 
-    def __post_init__(self) -> None:
-        if not self.regularizations or min(self.regularizations) <= 0:
-            raise ValueError(f"regularizations are {self.regularizations}: expected one or more above 0")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, it must be in (0, 1): 0.2 is usual")
-        for name in ("max_dims", "max_images", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Ranged):
     """Fine-tuning with few labels; SGD with momentum 0.9 and a half cosine, the same for every fraction."""
 
-    fractions: tuple[float, ...] = (0.01, 0.02, 0.04, 0.1, 0.2)
+    fractions: Annotated[tuple[float, ...], Range(above=0, at_most=1)] = (0.01, 0.02, 0.04, 0.1, 0.2)
     """Shares of each class's labels, at least one image; a smaller one's images are among a larger one's."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the labelled images."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(at_least=2)] = 64
     """Images per step; fewer if there are fewer images."""
-    min_steps: int = 300
+    min_steps: Count = 300
     """Minimum number of steps: with few images the number of epochs is raised to reach it."""
-    rate: float = 0.05
+    rate: Positive = 0.05
     """The highest learning rate."""
-    weight_decay: float = 5e-4
+    weight_decay: Amount = 5e-4
     """0 or above."""
     seed: int = 0
     """Of the choice of labels, the new weights, the order and the views."""
 
-    def __post_init__(self) -> None:
-        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError(f"fractions are {self.fractions}: expected shares above 0, at most 1")
-        if min(self.epochs, self.min_steps) < 1 or self.batch_size < 2:
-            raise ValueError(
-                f"epochs is {self.epochs}, min_steps {self.min_steps} and batch_size {self.batch_size}: they must be "
-                "at least 1, the batch at least 2"
-            )
-        _ = self.optimizer
-
     @property
     def optimizer(self) -> OptimizerConfig:
-        """Settings of the optimizer; raises ValueError for those that are out of range."""
+        """Settings of the optimizer."""
         return OptimizerConfig(learning_rate=self.rate, schedule="cosine", weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnseenConfig:
+class UnseenConfig(Ranged):
     """Retrieval among unseen classes."""
 
     path: str | None = None
@@ -135,55 +111,38 @@ class UnseenConfig:
     classes: str | None = None
     """Which classes to retrieve among: all, first-half, second-half, or a file that names one class per line; those
     seen in training are reported. By default all classes unseen in training (its `--data.classes`)."""
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 10, 100)
+    ranks: Annotated[tuple[int, ...], Range(at_least=1)] = (1, 2, 4, 8, 10, 100)
     """K of Recall@K."""
-    clusterings: int = 10
+    clusterings: Count = 10
     """Starts of k-means, the best of which counts."""
     seed: int = 0
     """Of k-means."""
 
-    def __post_init__(self) -> None:
-        if not self.ranks or min(self.ranks) < 1 or self.clusterings < 1:
-            raise ValueError(
-                f"ranks are {self.ranks} and clusterings {self.clusterings}: all must be at least 1"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
-class StatisticsConfig:
+class StatisticsConfig(Ranged):
     """What the embedding looks like."""
 
-    max_images: int = 5_000
+    max_images: Annotated[int, Range(at_least=2)] = 5_000
     """Training images, spread evenly, whose embeddings are described; the time grows with the square."""
-    bins: int = 100
+    bins: Annotated[int, Range(at_least=2)] = 100
     """Intervals of the histograms."""
     seed: int = 0
     """Of the random views."""
 
-    def __post_init__(self) -> None:
-        if self.max_images < 2 or self.bins < 2:
-            raise ValueError(f"max_images is {self.max_images} and bins {self.bins}, both must be at least 2")
-
 
 @dataclass(frozen=True, kw_only=True)
-class PageConfig:
+class PageConfig(Ranged):
     """The page, made of the results of all protocols that lie in the output directory."""
 
-    examples: int = 8
+    examples: Count = 8
     """Queries in the gallery of the best, and in that of the worst."""
-    neighbors: int = 10
+    neighbors: Count = 10
     """Nearest rows shown for each."""
-    thumbnail: int = 128
+    thumbnail: Count = 128
     """The longest side of a picture in pixels."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """τ of the votes by which queries are ranked."""
-
-    def __post_init__(self) -> None:
-        if min(self.examples, self.neighbors, self.thumbnail) < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"examples is {self.examples}, neighbors {self.neighbors}, thumbnail {self.thumbnail} and "
-                f"temperature {self.temperature}: they must be at least 1, the last above 0"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +171,14 @@ class EvaluateConfig:
         asked = [name.strip() for name in self.protocols.split(",") if name.strip()]
         if not asked or not set(asked) <= set(PROTOCOL_NAMES):
             raise ValueError(
-                f"--protocols is {self.protocols!r}: expected one or more of {', '.join(PROTOCOL_NAMES)}, separated by "
+                f"protocols is {self.protocols!r}, expected one or more of {', '.join(PROTOCOL_NAMES)}, separated by "
                 "commas"
             )
         return [name for name in PROTOCOL_NAMES if name in asked]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(Ranged):
     """What is searched for, and where."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
@@ -229,18 +188,15 @@ class SearchConfig:
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
     """Images to search for; labels are not needed."""
-    k: int = 10
+    k: Count = 10
     """Nearest rows for each image."""
     output: Path = Path("search.png")
     """Where the drawing goes: a line for each image, its nearest rows to the right of it."""
-    num_actors: int = 0
+    num_actors: Annotated[int, Range(at_least=0)] = 0
     """Ray actors that share the bank; 0 searches it in this process."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.images:
-            raise ValueError(
-                f"got k = {self.k} and {len(self.images)} images: name an image, k is at least 1"
-            )
-        if self.num_actors < 0:
-            raise ValueError(f"num_actors is {self.num_actors}, it must be 0 or more")
+        super().__post_init__()
+        if not self.images:
+            raise ValueError("images is (), expected one or more: name an image to search for")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+from cluster.ranges import Amount, Count, Range, Ranged
 
 
 class StepCost(NamedTuple):
@@ -20,7 +21,7 @@ class StepCost(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Ranged):
     """What every objective's settings tell, to the trainer and also where torch is not imported.
 
     Attributes:
@@ -39,19 +40,8 @@ class ObjectiveConfig:
     tables_beside_bank: ClassVar[int] = 0
     agreed_bytes: ClassVar[tuple[int, ...]] = ()
 
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(at_least=0.005, usual="0.07 to 0.2")] = 0.07
     """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
-
-    def __post_init__(self) -> None:
-        """Refuse a τ that exponentials of `similarity/τ` cannot bear.
-
-        Raises:
-            ValueError: It is below 0.005 or not a number.
-        """
-        if not 0.005 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature is {self.temperature}, it must be at least 0.005: 0.07 to 0.2 are usual"
-            )
 
     def warnings(self, num_instances: int) -> list[str]:
         """What a user should know before training on so many images begins, a sentence each."""
@@ -77,12 +67,8 @@ class SoftmaxConfig(ObjectiveConfig):
     implementation: ClassVar[str] = "instdisc.objectives.softmax:Softmax"
     agreed_bytes: ClassVar[tuple[int, ...]] = (4,)
 
-    proximal_weight: float = 0.0
+    proximal_weight: Amount = 0.0
     """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_proximal_weight(self.proximal_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,29 +78,17 @@ class NCEConfig(ObjectiveConfig):
     name: ClassVar[str] = "nce"
     implementation: ClassVar[str] = "instdisc.objectives.nce:NCE"
 
-    num_negatives: int = 4096
+    num_negatives: Annotated[int, Range(at_least=1, usual="4096")] = 4096
     """m, noise samples for each image, drawn uniformly from the whole bank."""
-    proximal_weight: float = 0.0
+    proximal_weight: Amount = 0.0
     """λ of the proximal term ‖f_i - v_i‖², 0 or above; v_i is the row before this step's update."""
     log_partition_mode: Literal["moving-average", "frozen"] = "moving-average"
     """How Z is estimated: by a moving average throughout training, or averaged over the first batches and kept, as in
     the paper (which can diverge on small data)."""
-    log_partition_momentum: float = 0.99
+    log_partition_momentum: Annotated[float, Range(at_least=0, below=1, usual="0.99")] = 0.99
     """Weight of the past in the moving average of Z, from 0 to below 1."""
-    log_partition_batches: int = 1
+    log_partition_batches: Count = 1
     """Batches that the frozen Z is averaged over, at least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 4096 is usual")
-        _check_proximal_weight(self.proximal_weight)
-        if not 0 <= self.log_partition_momentum < 1:
-            raise ValueError(
-                f"log_partition_momentum is {self.log_partition_momentum}, it must be in [0, 1): 0.99 is usual"
-            )
-        if self.log_partition_batches < 1:
-            raise ValueError(f"log_partition_batches is {self.log_partition_batches}, it must be at least 1")
 
     def warnings(self, num_instances: int) -> list[str]:
         """Too many negatives for the images."""
@@ -132,16 +106,11 @@ class InfoNCEConfig(SoftmaxConfig):
     name: ClassVar[str] = "infonce"
     implementation: ClassVar[str] = "instdisc.objectives.infonce:InfoNCE"
 
-    num_negatives: int = 65_536
+    num_negatives: Annotated[int, Range(at_least=1, usual="65536")] = 65_536
     """m, rows of the bank that the positive is told apart from."""
     shared_negatives: bool = True
     """Draw the negatives once for all images of a batch, or of its part (`--training.accumulation`), which costs a
     small part of drawing for every image separately. Rows of these images are then never drawn."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}, it must be at least 1: 65536 is usual")
 
     def warnings(self, num_instances: int) -> list[str]:
         """Too many negatives for the images."""
@@ -166,17 +135,10 @@ class ParametricSoftmaxConfig(ObjectiveConfig):
 
     temperature: float = 0.1
     """τ, at least 0.005; 0.07 to 0.2 are usual. Smaller tells neighbors apart more sharply."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(at_least=0, below=1, usual="0.9")] = 0.9
     """Of the SGD that trains the weights, from 0 to below 1; its rate is that of the network."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """Of that SGD, 0 or above."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}, it must be in [0, 1): 0.9 is usual")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}, it must be 0 or above")
 
     def step_cost(self, num_queries: int, shard_rows: int, share: float, dim: int) -> StepCost:
         """Scores are computed twice and the weights trained, which takes as long as five products instead of two."""
@@ -239,13 +201,3 @@ def _warn_of_repeated_draws(num_negatives: int, num_instances: int) -> list[str]
         f"{num_negatives / num_instances:.3g} times per step on average; lower --objective.num-negatives, or take a "
         "-softmax recipe, which compares with every image once"
     ]
-
-
-def _check_proximal_weight(weight: float) -> None:
-    """Refuse a negative λ.
-
-    Raises:
-        ValueError: λ is below 0 or not a number.
-    """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"proximal_weight is {weight}, it must be 0 or above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from instdisc.settings.model import BackboneConfig
@@ -19,7 +20,18 @@ from pipelines.augment import Augmentation
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
-_NPID_CIFAR_AUGMENTATION = Augmentation(image_size=32, flip_probability=0.0, mean=_CIFAR_MEAN, std=_CIFAR_STD)
+_CIFAR10_NPID = RunConfig(
+    data=DataConfig(path="cifar10", test_path="cifar10:test"),
+    augmentation=Augmentation(image_size=32, flip_probability=0.0, mean=_CIFAR_MEAN, std=_CIFAR_STD),
+    backbone=BackboneConfig(name="resnet18"),
+    objective=NCEConfig(temperature=0.1),
+    optimizer=OptimizerConfig(weight_decay=5e-4),
+    training=TrainingConfig(batch_size=128),
+)
+_IMAGENET_NPID = RunConfig(
+    data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
+    knn=KnnMonitorConfig(every=20, baselines=False),
+)
 
 
 class Recipe(NamedTuple):
@@ -52,51 +64,27 @@ RECIPES: dict[str, Recipe] = {
         "CIFAR-10, ResNet-18, NCE with 4,096 negatives, 200 epochs. Temperature, bank momentum and the missing "
         "flip are those of the public code of Wu et al. 2018; the paper reports 80.4% kNN top-1 (cited, not "
         "measured here).",
-        RunConfig(
-            data=DataConfig(path="cifar10", test_path="cifar10:test"),
-            augmentation=_NPID_CIFAR_AUGMENTATION,
-            backbone=BackboneConfig(name="resnet18"),
-            objective=NCEConfig(temperature=0.1),
-            optimizer=OptimizerConfig(weight_decay=5e-4),
-            training=TrainingConfig(batch_size=128),
-        ),
+        _CIFAR10_NPID,
     ),
     "cifar10-softmax": Recipe(
         "CIFAR-10, ResNet-18, the softmax over all 50,000 images, 200 epochs; otherwise the settings of cifar10-npid. "
         "Wu et al. 2018 report 80.8% kNN top-1 (cited, not measured here).",
-        RunConfig(
-            data=DataConfig(path="cifar10", test_path="cifar10:test"),
-            augmentation=_NPID_CIFAR_AUGMENTATION,
-            backbone=BackboneConfig(name="resnet18"),
-            objective=SoftmaxConfig(temperature=0.1),
-            optimizer=OptimizerConfig(weight_decay=5e-4),
-            training=TrainingConfig(batch_size=128),
-        ),
+        replace(_CIFAR10_NPID, objective=SoftmaxConfig(temperature=0.1)),
     ),
     "cifar10-parametric": Recipe(
         "CIFAR-10, ResNet-18, the softmax over trained weights, one vector for every image, 200 epochs; otherwise the "
         "settings of cifar10-npid. Wu et al. 2018 report 63.0% kNN top-1 (cited, not measured here).",
-        RunConfig(
-            data=DataConfig(path="cifar10", test_path="cifar10:test"),
-            augmentation=_NPID_CIFAR_AUGMENTATION,
-            backbone=BackboneConfig(name="resnet18"),
-            objective=ParametricSoftmaxConfig(weight_decay=5e-4),
-            optimizer=OptimizerConfig(weight_decay=5e-4),
-            training=TrainingConfig(batch_size=128),
-        ),
+        replace(_CIFAR10_NPID, objective=ParametricSoftmaxConfig(weight_decay=5e-4)),
     ),
     "cifar10-spreading": Recipe(
         "CIFAR-10, ResNet-18, two views of every image told apart within the batch of 128, 200 epochs. Augmentation "
         "(but for the deviations that colours are divided by), temperature, rate and its first drop are those of the "
         "public code of Ye et al. 2019, who report 83.6% kNN top-1 (cited, not measured here); the second drop is to a "
         "hundredth here, to a twentieth there.",
-        RunConfig(
-            data=DataConfig(path="cifar10", test_path="cifar10:test"),
+        replace(
+            _CIFAR10_NPID,
             augmentation=Augmentation(image_size=32, mean=_CIFAR_MEAN, std=_CIFAR_STD),
-            backbone=BackboneConfig(name="resnet18"),
             objective=SpreadingConfig(),
-            optimizer=OptimizerConfig(weight_decay=5e-4),
-            training=TrainingConfig(batch_size=128),
         ),
     ),
     "imagenet-resnet50-npid": Recipe(
@@ -104,28 +92,17 @@ RECIPES: dict[str, Recipe] = {
         "batch 256, 4,096 negatives, temperature 0.07, rate 0.03 times 0.1 at epochs 120 and 160; but Z is followed "
         "all along, there is no proximal term, and the bank's momentum of 0.5 is that of their code. Its README "
         "reports 46.8% nearest-neighbor top-1 (cited, not measured here).",
-        RunConfig(
-            data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
-            knn=KnnMonitorConfig(every=20, baselines=False),
-        ),
+        _IMAGENET_NPID,
     ),
     "imagenet-resnet50-infonce": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over the image and 65,536 others, "
         "redrawn in every step; otherwise the settings of imagenet-resnet50-npid. The README of the public NPID "
         "code reports 58.5% for a linear classifier, with 65,536 negatives and a longer recipe (cited, not measured).",
-        RunConfig(
-            data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
-            objective=InfoNCEConfig(),
-            knn=KnnMonitorConfig(every=20, baselines=False),
-        ),
+        replace(_IMAGENET_NPID, objective=InfoNCEConfig()),
     ),
     "imagenet-resnet50-softmax": Recipe(
         "ImageNet (set --data.path and --data.test-path), ResNet-50, the softmax over all 1,281,167 images, which the "
         "2018 paper held to be prohibitive; otherwise the settings of imagenet-resnet50-npid. No accuracy is known.",
-        RunConfig(
-            data=DataConfig(path="imagenet/train", test_path="imagenet/val"),
-            objective=SoftmaxConfig(),
-            knn=KnnMonitorConfig(every=20, baselines=False),
-        ),
+        replace(_IMAGENET_NPID, objective=SoftmaxConfig()),
     ),
 }

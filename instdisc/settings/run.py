@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
 from instdisc.settings.model import BackboneConfig, BankConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
@@ -41,15 +42,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Ranged):
     """The training loop."""
 
-    epochs: int = 200
+    epochs: Count = 200
     """Passes over the images."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per step over all workers; must be divisible by their number. Images that fill no whole batch at the end
     of an epoch are left out of it; they are others in every epoch."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Parts that a worker's share of a batch is cut into, to save memory."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the network's arithmetic; auto is bfloat16 on GPUs and on CPUs with instructions for it."""
@@ -59,53 +60,35 @@ class TrainingConfig:
     """Batch statistics over all workers; needs GPUs."""
     seed: int = 0
     """Seed of weights, bank, order, augmentation and negatives."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of the metrics file."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training {name} is {getattr(self, name)}, it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnMonitorConfig:
+class KnnMonitorConfig(Ranged):
     """Weighted kNN accuracy while training."""
 
-    every: int = 10
+    every: Annotated[int, Range(at_least=0)] = 10
     """Epochs between two measurements; the last epoch is always measured. 0: at the end only."""
-    k: int = 200
+    k: Annotated[int, Range(at_least=1, usual="200")] = 200
     """k."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
     """τ of the vote."""
     baselines: bool = True
     """Measure raw pixels and the untrained network too: one more pass over the images."""
 
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.k < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"knn every is {self.every}, k {self.k}, temperature {self.temperature}: "
-                "they must be at least 0, at least 1 and above 0"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotConfig:
+class SnapshotConfig(Ranged):
     """Snapshots, from which a run resumes after an interruption, and which are its result."""
 
     url: str | None = None
     """Where they are kept: a folder that all nodes see, or an fsspec URL such as s3://bucket/run. RUN_DIR/snapshots by
     default."""
-    every_steps: int = 1000
+    every_steps: Count = 1000
     """Steps between two snapshots; one more is taken at the end and when the run is asked to stop."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest are kept."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1 or self.keep < 1:
-            raise ValueError(
-                f"snapshots every_steps is {self.every_steps} and keep {self.keep}, both must be at least 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

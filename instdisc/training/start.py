@@ -21,7 +21,7 @@ from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.progress import ProgressBar
 from instdisc.training.worker import train_on_worker
-from pipelines.build import build_manifest
+from pipelines.build import build_manifest, held_out_beside
 from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
@@ -143,7 +143,7 @@ def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
         Partition(num_images, config.launch.min_workers or config.launch.num_workers or 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.data.test_path is None:
+    if config.data.test_path is None and not _has_held_out_images(config):
         return train_images, None
     test_images = _open_images(config, "test_path")
     if train_images.has_labels:
@@ -160,11 +160,23 @@ def _open_all_images(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     return train_images, test_images
 
 
-def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
-    """The manifest of the training or test images; names the images that are left out."""
+def _has_held_out_images(config: RunConfig) -> bool:
+    """Whether the folder with the training images has a split to measure on."""
     try:
-        found = resolve(getattr(config.data, option), root=config.data.root, download=config.data.download)
-        manifest = build_manifest(found)
+        return held_out_beside(resolve(config.data.path, root=config.data.root)) is not None
+    except DataError as error:
+        raise DataError(f"--data.path: {error}") from error
+
+
+def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Manifest:
+    """The manifest of the training or test images; names the images that are left out.
+
+    Where no test images are named, they are a split of the training folder.
+    """
+    named = getattr(config.data, option) or config.data.path
+    try:
+        found = resolve(named, root=config.data.root, download=config.data.download)
+        manifest = build_manifest(found, split="train" if option == "path" else "held-out")
         if config.data.verify:
             manifest = verify(manifest)
         if config.data.classes is not None and option == "path":

@@ -16,7 +16,7 @@ from cluster.group import Worker
 from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import take_over
-from cluster.stopping import Stopped
+from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import NonFiniteError
 from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
@@ -68,7 +68,7 @@ def train_on_worker(worker: Worker, job: Job) -> dict[str, Any] | Stopped:
         except (NonFiniteError, SnapshotError):
             _let_read(endpoint)
             raise
-        if not isinstance(result, Stopped):
+        if not isinstance(result, Stopped) or (worker.is_rank_zero and is_deliberate(result.reason)):
             _let_read(endpoint)
         return result
 
@@ -113,6 +113,7 @@ class TrainingRun:
             bank_rows=len(rows),
             bank_bytes=rows.numel() * rows.element_size(),
             bank_element_bytes=rows.element_size(),
+            stopping=0 if worker.is_rank_zero else None,
         )
 
     def complete(self) -> dict[str, Any] | Stopped:
@@ -145,6 +146,8 @@ class TrainingRun:
                 f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
                 "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start over with --overwrite"
             ) from None
+        if reason is not None and is_deliberate(reason) and self.worker.is_rank_zero:
+            self.metrics.set(stopping=1)
         self._save_now()
         if reason is not None:
             return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")

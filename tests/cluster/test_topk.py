@@ -90,6 +90,16 @@ def test_ties_are_exactly_those_of_a_brute_force(name: str, k: int) -> None:
     np.testing.assert_array_equal(scores, exact)
 
 
+@pytest.mark.parametrize("k", [7, 200])
+def test_a_kernel_gives_the_same_bits_whatever_its_tiles(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    queries, rows = unit_rows(300, 64, seed=1), unit_rows(2500, 64, seed=2)
+    rows[1000:1300] = rows[50]
+    whole = search("torch", queries, rows, k)
+    monkeypatch.setattr(TorchKernel, "_TILE", 96)
+    for one, other in zip(whole, search("torch", queries, rows, k), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("name", ["faiss", "torch"])
 def test_a_bank_of_one_vector_gives_the_first_rows(name: str) -> None:
     rows = np.tile(unit_rows(1, 32, seed=0), (20_000, 1))

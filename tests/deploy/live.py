@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +28,18 @@ class WatchedRun:
         directory: Its run directory, named `live`.
         server: Scrapes it every second.
         cluster: Where it runs.
+        training: Its driver.
     """
 
     directory: Path
     server: Prometheus
     cluster: RayCluster
+    training: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """Stop it as by Ctrl-C, and wait for its end."""
+        self.training.send_signal(signal.SIGINT)
+        self.training.wait(timeout=120)
 
     def evaluate(self) -> float:
         """Evaluate its newest snapshot with two actors; the Unix time at which all that it told was last seen."""
@@ -72,7 +82,11 @@ def watched_run(folder: Path) -> Iterator[WatchedRun]:
     options += ["--training.batch-size", "128", "--training.epochs", "1000", "--knn.every", "1"]
     options += ["--snapshots.every-steps", "60", "--snapshots.keep", "20", "--num-workers", "2"]
     options += ["--cpus-per-worker", "1", "--metrics.port", str(free_port()), "--run-dir", str(run)]
-    with prometheus(run, folder) as server, ray_head(num_cpus=4) as cluster:
+    with (
+        ray_head(num_cpus=4) as cluster,
+        gpu_exporter() as gpus,
+        prometheus(run, folder, ray_directory=cluster.directory, gpus=gpus) as server,
+    ):
         environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
         with log.open("w") as output, processes_of_this_block(environment):
             training = subprocess.Popen(
@@ -84,5 +98,26 @@ def watched_run(folder: Path) -> Iterator[WatchedRun]:
             )
             wait_until(lambda: training.poll() is not None or bool(server.query(_MEASURED)), timeout_s=300)
             assert training.poll() is None, log.read_text()
-            yield WatchedRun(run, server, cluster)
+            yield WatchedRun(run, server, cluster, training)
         training.wait()
+
+
+@contextmanager
+def gpu_exporter() -> Iterator[str]:
+    """The address of a server that says what NVIDIA's dcgm-exporter says of a node with one GPU."""
+    said = (Path(__file__).parent / "dcgm.prom").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEPLOY = CHECKOUT / "deploy"
-OVERLAYS = sorted(path.name for path in (DEPLOY / "kubernetes" / "overlays").iterdir())
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 
 _CRDS = CHECKOUT.parent / "shared" / "crds"
 _CRD_FILES = {
@@ -26,15 +30,48 @@ _CRD_FILES = {
     "PrometheusRule": "monitoring.coreos.com_prometheusrules.yaml",
 }
 _KUBERNETES = "1.37"
+_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
 _SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 
 Object = dict[str, Any]
 
 
 @functools.cache
-def build(overlay: str) -> tuple[Object, ...]:
-    """The objects of an overlay."""
-    directory = DEPLOY / "kubernetes" / "overlays" / overlay
+def build(overlay: str, *components: str) -> tuple[Object, ...]:
+    """The objects of an overlay with components, as a kustomization of a user's own gives them."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.path.relpath(KUBERNETES, Path(folder).resolve())
+        own = {
+            "resources": [f"{here}/overlays/{overlay}"],
+            "components": [f"{here}/components/{each}" for each in components],
+        }
+        Path(folder, "kustomization.yaml").write_text(yaml.safe_dump(own))
+        return kustomize(Path(folder))
+
+
+@functools.cache
+def evaluation(overlay: str) -> Object:
+    """The job that evaluates what an overlay trains."""
+    (job,) = kustomize(KUBERNETES / "evaluation/overlays" / ("kind-cpu" if overlay == "kind-cpu" else "gpu"))
+    return job
+
+
+def with_everything(overlay: str) -> tuple[Object, ...]:
+    """The objects of an overlay with all components that it can have."""
+    return build(overlay, *(each for each in COMPONENTS if (overlay, each) != ("spot", "kueue")))
+
+
+def kustomize(directory: Path) -> tuple[Object, ...]:
+    """The objects of a kustomization."""
     built = subprocess.run(
         [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(directory)],
         capture_output=True,
@@ -46,8 +83,9 @@ def build(overlay: str) -> tuple[Object, ...]:
 
 
 def find(overlay: str, kind: str, name: str = "instdisc") -> Object:
-    """One object of an overlay."""
-    (found,) = [each for each in build(overlay) if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    """One object of an overlay with all components, or the job that evaluates what it trains."""
+    objects = (*with_everything(overlay), evaluation(overlay))
+    (found,) = [each for each in objects if (each["kind"], each["metadata"]["name"]) == (kind, name)]
     return found
 
 
@@ -80,6 +118,8 @@ def _strict(schema: Any) -> Any:
         return [_strict(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
+    if "x-kubernetes-validations" in schema:
+        return False  # a rule in CEL, which nothing here evaluates: no manifest sets such a field
     strict = {
         name: {key: _strict(each) for key, each in value.items()} if name == "properties" else _strict(value)
         for name, value in schema.items()
@@ -131,3 +171,35 @@ def kuberay_errors(job: Object) -> Iterator[str]:
     for group in groups[1:]:
         if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
             yield f"replicas of {group['groupName']} are not between minimum and maximum"
+
+
+def restricted_errors(template: Object) -> Iterator[str]:
+    """What the Pod Security Standard `restricted` refuses in a pod."""
+    spec = template["spec"]
+    for field in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(field):
+            yield field
+    for volume in spec.get("volumes", []):
+        kinds = set(volume) - {"name"}
+        if not kinds <= _VOLUMES:
+            yield f"volume {volume['name']}: {kinds}"
+    pod = spec.get("securityContext", {})
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        name, own = container["name"], container.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        if own.get("privileged") or own.get("allowPrivilegeEscalation", True):
+            yield f"{name}: privileges"
+        if "ALL" not in capabilities.get("drop", []) or set(capabilities.get("add", [])) - {
+            "NET_BIND_SERVICE"
+        }:
+            yield f"{name}: capabilities"
+        if (
+            not own.get("runAsNonRoot", pod.get("runAsNonRoot"))
+            or own.get("runAsUser", pod.get("runAsUser")) == 0
+        ):
+            yield f"{name}: root"
+        profile = own.get("seccompProfile", pod.get("seccompProfile", {}))
+        if profile.get("type") not in ("RuntimeDefault", "Localhost"):
+            yield f"{name}: seccomp"
+        if any(port.get("hostPort") for port in container.get("ports", [])):
+            yield f"{name}: hostPort"

@@ -38,9 +38,10 @@ class Prometheus:
         series: list[dict[str, Any]] = self._get("query_range", query=expression, **window)["result"]
         return series
 
-    def targets(self) -> list[str]:
-        """Addresses that are scraped."""
-        return sorted(each["labels"]["instance"] for each in self._get("targets")["activeTargets"])
+    def targets(self, job: str = "instdisc") -> list[str]:
+        """Addresses that a job scrapes."""
+        found = self._get("targets")["activeTargets"]
+        return sorted(each["labels"]["instance"] for each in found if each["scrapePool"] == job)
 
     def _get(self, what: str, **parameters: str) -> Any:
         address = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
@@ -49,18 +50,31 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(run_directory: Path, scratch: Path) -> Iterator[Prometheus]:
-    """Start a server with the deployed configuration, all its intervals a second, and end it.
+def prometheus(
+    run_directory: Path, scratch: Path, *, ray_directory: Path | None = None, gpus: str | None = None
+) -> Iterator[Prometheus]:
+    """Start a server with the deployed configuration and rules, all intervals a second, and end it.
 
     Args:
         run_directory: Whose `.metrics` lists the targets.
         scratch: Where the server keeps its own files.
+        ray_directory: Where Ray lists its nodes.
+        gpus: Address of an exporter of GPU metrics.
     """
-    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
-    config = yaml.safe_load(text.replace("/run-directory", str(run_directory)))
+    text = (
+        (DEPLOY / "prometheus" / "prometheus.yml").read_text().replace("/run-directory", str(run_directory))
+    )
+    config = yaml.safe_load(text.replace("/tmp/ray", str(ray_directory or scratch)))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(DEPLOY / "prometheus" / "rules.yml")]
-    config["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
+    rules, rule_file = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text()), scratch / "rules.yml"
+    for group in rules["groups"]:
+        group["interval"] = "1s"
+    rule_file.write_text(yaml.safe_dump(rules))
+    config["rule_files"] = [str(rule_file)]
+    jobs = {each["job_name"]: each for each in config["scrape_configs"]}
+    for name in ("instdisc", "ray"):
+        jobs[name]["file_sd_configs"][0]["refresh_interval"] = "1s"
+    jobs["dcgm"]["static_configs"][0]["targets"] += [gpus] if gpus else []
     file, log, address = scratch / "prometheus.yml", scratch / "prometheus.log", f"127.0.0.1:{free_port()}"
     file.write_text(yaml.safe_dump(config))
     command = [

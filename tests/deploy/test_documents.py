@@ -9,7 +9,16 @@ import yaml
 
 from cluster.metrics import MetricTable
 from instdisc.common.metrics import EVALUATION, TRAINING
-from tests.deploy.manifests import CHECKOUT, DEPLOY, OVERLAYS, find
+from tests.deploy.manifests import (
+    CHECKOUT,
+    COMPONENTS,
+    DEPLOY,
+    KUBERNETES,
+    OVERLAYS,
+    find,
+    restricted_errors,
+    validate,
+)
 
 README = (DEPLOY / "README.md").read_text()
 
@@ -31,6 +40,28 @@ def test_documented_commands_name_where_they_go() -> None:
             assert re.search(r" -c ray-(head|worker) -- ", rest), verb + rest  # a pod may have a sidecar
         if "--watch" in rest:
             assert "," not in rest.partition("#")[0], "kubectl watches one kind at a time"
+
+
+def test_the_kustomization_to_write_names_what_is_there() -> None:
+    text = re.search(r"^```yaml\n(# deploy/kubernetes/own/.+?)^```", README, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    own = yaml.safe_load(text[1])
+    for path in own["resources"] + own["components"]:
+        assert (
+            (KUBERNETES / "own" / ".." / path.removeprefix("../") / "kustomization.yaml").resolve().exists()
+        )
+    described = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", README.partition("| component |")[2], re.MULTILINE)
+    assert set(COMPONENTS) == set(described[: len(COMPONENTS)])
+
+
+def test_the_pod_that_copies_files_may_run_in_the_namespace() -> None:
+    text = re.search(r"^    kubectl apply -f - <<END\n(.+?)^    END$", README, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    pod = yaml.safe_load(text[1])
+    validate(pod)
+    assert not list(restricted_errors(pod))
+    (claim,) = (volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"]["volumes"])
+    assert claim == find("kind-cpu", "PersistentVolumeClaim")["metadata"]["name"]
 
 
 def test_one_version_of_ray_everywhere() -> None:

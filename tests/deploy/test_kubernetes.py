@@ -14,23 +14,37 @@ import yaml
 
 from instdisc import evaluate
 from instdisc.train import parse
-from tests.deploy.manifests import DEPLOY, OVERLAYS, Object, build, find, kuberay_errors, validate
+from tests.deploy.manifests import (
+    COMPONENTS,
+    DEPLOY,
+    OVERLAYS,
+    Object,
+    build,
+    evaluation,
+    find,
+    kuberay_errors,
+    restricted_errors,
+    validate,
+    with_everything,
+)
 
 JOBS = ("instdisc-train", "instdisc-evaluate")
-KINDS = [
-    *("ConfigMap", "Namespace", "NetworkPolicy", "PersistentVolumeClaim"),
-    *("PodMonitor", "PrometheusRule", "RayJob", "RayJob"),
-]
+KINDS = ["Namespace", "NetworkPolicy", "PersistentVolumeClaim", "RayJob", "ServiceAccount"]
+ADDED = {
+    "gang": ["PodDisruptionBudget", "PodDisruptionBudget", "PriorityClass"],
+    "kueue": [],
+    "monitoring": ["ConfigMap", "NetworkPolicy", "PodMonitor", "PodMonitor", "PrometheusRule"],
+    "s3": [],
+}
 UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 each_job = pytest.mark.parametrize("name", JOBS)
 
 
-def pod_specs(job: Object) -> list[Object]:
-    spec = job["spec"]
-    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
-    return [spec["submitterPodTemplate"], *(group["template"] for group in groups)]
+def templates(job: Object) -> list[Object]:
+    cluster = job["spec"]["rayClusterSpec"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def arguments(job: Object, module: str) -> list[str]:
@@ -45,10 +59,23 @@ def size(text: str) -> int:
 
 @each_overlay
 def test_every_object_is_valid(overlay: str) -> None:
-    assert sorted(each["kind"] for each in build(overlay)) == KINDS
-    for each in build(overlay):
+    for each in (*with_everything(overlay), evaluation(overlay)):
         validate(each)
-        assert each["kind"] == "Namespace" or each["metadata"]["namespace"] == "instdisc"
+        assert each["kind"] in ("Namespace", "PriorityClass") or each["metadata"]["namespace"] == "instdisc"
+
+
+@each_overlay
+def test_without_components_only_the_operator_of_ray_is_needed(overlay: str) -> None:
+    assert sorted(each["kind"] for each in build(overlay)) == KINDS
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@each_overlay
+def test_each_component_can_be_added_alone(overlay: str, component: str) -> None:
+    objects = build(overlay, component)
+    assert sorted(each["kind"] for each in objects) == sorted(KINDS + ADDED[component])
+    for each in objects:
+        validate(each)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +90,7 @@ def test_every_object_is_valid(overlay: str) -> None:
     ],
 )
 def test_unknown_field_is_refused(kind: str, path: list[str], error: type[Exception] | None) -> None:
-    broken = copy.deepcopy(next(each for each in build("kind-cpu") if each["kind"] == kind))
+    broken = copy.deepcopy(next(each for each in with_everything("kind-cpu") if each["kind"] == kind))
     place: Any = broken
     for part in path[:-1]:
         place = place[part]
@@ -96,11 +123,16 @@ def test_what_the_operator_refuses_is_found(change: Object, text: str) -> None:
 @each_job
 @each_overlay
 def test_pods_have_no_rights_they_do_not_need(overlay: str, name: str) -> None:
-    for template in pod_specs(find(overlay, "RayJob", name)):
+    for template in templates(find(overlay, "RayJob", name)):
         spec = template["spec"]
-        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert not list(restricted_errors(template))
         assert spec["securityContext"]["runAsUser"] >= 1000
-        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["serviceAccountName"] == find(overlay, "ServiceAccount")["metadata"]["name"]
+        reaches_the_api = (
+            template["metadata"]["labels"]["app.kubernetes.io/component"] == "train-head"
+            and overlay == "spot"
+        )
+        assert spec["automountServiceAccountToken"] is reaches_the_api
         assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "instdisc"
         for container in spec["containers"]:
             assert container["securityContext"] == {
@@ -109,23 +141,24 @@ def test_pods_have_no_rights_they_do_not_need(overlay: str, name: str) -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
             assert container["image"].startswith("instdisc:0.1.0-")
-            for resource in ("cpu", "memory"):
-                assert resource in container["resources"]["requests"]
-                assert resource in container["resources"]["limits"]
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert {"cpu", "memory", "ephemeral-storage"} <= set(requests)
+            assert {"cpu", "memory"} <= set(limits)
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
             volumes = {volume["name"]: volume for volume in spec["volumes"]}
             assert set(mounts.values()) == set(volumes)
-            assert volumes[mounts["/tmp"]]["emptyDir"] == {}
-            if "/dev/shm" in mounts:
-                shared = volumes[mounts["/dev/shm"]]["emptyDir"]
-                assert shared["medium"] == "Memory"
-                assert 2 * size(shared["sizeLimit"]) <= size(container["resources"]["limits"]["memory"])
+            temporary = volumes[mounts["/tmp"]]["emptyDir"]
+            assert set(temporary) == {"sizeLimit"}  # on disk, and logs come on top
+            assert size(temporary["sizeLimit"]) < size(requests["ephemeral-storage"])
+            shared = volumes[mounts["/dev/shm"]]["emptyDir"]
+            assert shared["medium"] == "Memory"
+            assert 2 * size(shared["sizeLimit"]) <= size(limits["memory"])
 
 
 @each_job
 @each_overlay
 def test_every_node_of_ray_sees_the_claim(overlay: str, name: str) -> None:
-    for template in pod_specs(find(overlay, "RayJob", name))[1:]:
+    for template in templates(find(overlay, "RayJob", name)):
         claims = [
             volume["persistentVolumeClaim"]["claimName"]
             for volume in template["spec"]["volumes"]
@@ -183,7 +216,6 @@ def test_the_evaluation_command_is_understood_and_names_the_run(overlay: str) ->
     evaluate.parse(arguments(job, "instdisc.evaluate"))
     _, config = parse(arguments(find(overlay, "RayJob", "instdisc-train"), "instdisc.train"))
     assert arguments(job, "instdisc.evaluate")[0] == str(config.run_dir)
-    assert job["spec"]["suspend"] is True
 
 
 @each_overlay
@@ -193,17 +225,20 @@ def test_prometheus_finds_and_reaches_the_metrics(overlay: str) -> None:
     assert all(endpoint["honorLabels"] for endpoint in monitor["podMetricsEndpoints"])
     assert "jobLabel" not in monitor  # pods without a worker answer nothing, and must not count as lost
     (selector,) = monitor["selector"]["matchExpressions"]
-    rules = find(overlay, "NetworkPolicy")["spec"]["ingress"]
+    rules = find(overlay, "NetworkPolicy", "instdisc-monitoring")["spec"]["ingress"]
     allowed = [port for rule in rules for port in rule.get("ports", []) if port["port"] == 9500]
     declaring = set()
     for name in JOBS:
-        for template in pod_specs(find(overlay, "RayJob", name)):
+        for template in templates(find(overlay, "RayJob", name)):
             for port in template["spec"]["containers"][0].get("ports", []):
                 if port["name"].startswith("metrics-"):
                     declaring.add(template["metadata"]["labels"][selector["key"]])
                     assert port["name"] in monitored
                     assert any(each["port"] <= port["containerPort"] <= each["endPort"] for each in allowed)
     assert declaring == set(selector["values"])
+    assert any(
+        port["port"] == 8080 for rule in rules for port in rule["ports"]
+    )  # Ray's own, as the operator has it
 
 
 @each_overlay
@@ -218,7 +253,80 @@ def test_names_are_asked_for_wherever_the_cluster_answers(overlay: str) -> None:
 @each_overlay
 def test_rules_and_dashboard_are_those_used_elsewhere(overlay: str) -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
-    assert find(overlay, "PrometheusRule")["spec"] == rules, "run deploy/kubernetes/base/prometheus-rule.sh"
+    assert find(overlay, "PrometheusRule")["spec"] == rules, "run components/monitoring/prometheus-rule.sh"
     config_map = find(overlay, "ConfigMap", "instdisc-dashboard")
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     assert json.loads(config_map["data"]["dashboard.json"]) == dashboard
+
+
+@each_overlay
+def test_the_namespace_enforces_what_the_pods_keep(overlay: str) -> None:
+    labels = find(overlay, "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"hostNetwork": True}, "hostNetwork"),
+        ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volume host"),
+        ({"securityContext": {}}, "root"),
+        ({"securityContext": {"runAsNonRoot": True}}, "seccomp"),
+        ({"containers": [{"name": "bare"}]}, "capabilities"),
+    ],
+)
+def test_what_restricted_refuses_is_found(change: Object, error: str) -> None:
+    template = copy.deepcopy(templates(find("kind-cpu", "RayJob", "instdisc-train"))[0])
+    template["spec"].update(change)
+    assert any(error in each for each in restricted_errors(template))
+
+
+@each_job
+@each_overlay
+def test_no_pod_follows_the_log_on_which_the_job_depends(overlay: str, name: str) -> None:
+    spec = find(overlay, "RayJob", name)["spec"]
+    assert spec["submissionMode"] == "HTTPMode"
+    assert not {"submitterPodTemplate", "submitterConfig", "suspend"} & set(spec)
+
+
+@each_overlay
+def test_a_gang_is_not_taken_apart(overlay: str) -> None:
+    job = find(overlay, "RayJob", "instdisc-train")
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    for template, least in zip(templates(job), (1, group["minReplicas"]), strict=True):
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        budget = find(overlay, "PodDisruptionBudget", f"instdisc-{component}")["spec"]
+        assert budget == {
+            "minAvailable": least,
+            "selector": {"matchLabels": {"app.kubernetes.io/component": component}},
+        }
+        annotations = template["metadata"]["annotations"]
+        assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+        assert (
+            template["spec"]["priorityClassName"]
+            == find(overlay, "PriorityClass", "instdisc-training")["metadata"]["name"]
+        )
+    bare = find_in(build(overlay), "instdisc-train")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    affinity = group["template"]["spec"]["affinity"]
+    assert affinity.items() >= bare["template"]["spec"]["affinity"].items()  # the overlay's own stays
+    terms = affinity["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert len({term["podAffinityTerm"]["topologyKey"] for term in terms}) == len(terms) == 4
+
+
+def find_in(objects: tuple[Object, ...], name: str) -> Object:
+    (found,) = [each for each in objects if each["metadata"]["name"] == name]
+    return found
+
+
+@pytest.mark.parametrize("overlay", [each for each in OVERLAYS if each != "spot"])
+def test_kueue_queues_the_job_and_alone_suspends_it(overlay: str) -> None:
+    job = find_in(build(overlay, "kueue"), "instdisc-train")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "instdisc"
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    assert "enableInTreeAutoscaling" not in job["spec"]["rayClusterSpec"]  # what Kueue refuses
+
+
+@each_overlay
+def test_credentials_reach_every_pod(overlay: str) -> None:
+    for template in templates(find(overlay, "RayJob", "instdisc-train")):
+        assert template["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "instdisc-s3"}}]

@@ -29,6 +29,18 @@ from tests.instdisc.program import (
 )
 
 
+def test_a_folder_with_splits_trains_on_one_and_measures_on_the_other(run: Run, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images" / "train", 24, classes=2)
+    write_pictures(tmp_path / "images" / "Val", 6, classes=2)
+    (tmp_path / "images" / "readme.txt").write_text("about")
+    status, said, out = run(tmp_path / "images", "--training.epochs", "1")
+    assert status == 0, said
+    summary = summary_of(out)
+    assert (summary["num_instances"], summary["knn_protocol"]) == (24, "test-set")
+    assert len(Manifest.load(out / "test_manifest")) == 6
+    assert "training on train and measuring on Val, which hold the same classes" in said
+
+
 def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "train", 45, classes=3)
     test = write_pictures(tmp_path / "test", 12, classes=3)

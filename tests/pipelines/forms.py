@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image, ImageCms, ImageOps
 
 from tests.pipelines.images import encode, photo
@@ -319,4 +320,24 @@ def _others(image: Image.Image) -> dict[str, Form]:
         "pgm of 12 bits": _form(b"P5 %s 4095\n%s" % (size, samples.astype(">u2").tobytes()), grey),
         "pgm of 16 bits": _form(b"P5 %s 65535\n%s" % (size, (samples * 16).astype(">u2").tobytes()), grey),
         "pfm": _form(floats.getvalue(), grey),
+        **_later_forms(image),
+    }
+
+
+def _later_forms(image: Image.Image) -> dict[str, Form]:
+    """JPEG 2000, AVIF and HEIC."""
+    pillow_heif.register_heif_opener()
+    grey, sharp = image.convert("L"), {"quality": 95, "subsampling": "4:4:4"}
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    return {
+        "jpeg 2000": _form(encode(image, "JPEG2000"), image),
+        "grey jpeg 2000": _form(encode(grey, "JPEG2000"), grey),
+        "jpeg 2000 with alpha": _form(encode(_with_alpha(image)[0], "JPEG2000"), image),
+        "grey jpeg 2000 of 16 bits": _form(encode(deep, "JPEG2000"), grey),
+        "jpeg 2000 without a container": _form(encode(image, "JPEG2000", no_jp2=True), image),
+        "avif": _form(encode(image, "AVIF", **sharp), image, lossy=True),
+        "avif turned 6": _form(
+            encode(as_stored(image, 6), "AVIF", **sharp, exif=oriented(6)), image, lossy=True
+        ),
+        "heic": _form(encode(image, "HEIF", quality=95, chroma=444), image, lossy=True),
     }

@@ -277,7 +277,7 @@ def test_training_views_of_another_size(manifest: Manifest, backend: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"views": 0}, "views=0"), ({"views": 2, "training": False}, "views=2")]
+    ("options", "message"), [({"views": 0}, "views is 0"), ({"views": 2, "training": False}, "views is 2")]
 )
 def test_wrong_numbers_of_views(manifest: Manifest, backend: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -285,7 +285,7 @@ def test_wrong_numbers_of_views(manifest: Manifest, backend: str, options: dict,
 
 
 def test_wrong_configurations(backend: str) -> None:
-    for wrong, message in (({"threads": 0}, "threads=0"), ({"prefetch": 0}, "prefetch=0")):
+    for wrong, message in (({"threads": 0}, "threads is 0"), ({"prefetch": 0}, "prefetch is 0")):
         with pytest.raises(ValueError, match=message):
             LoaderConfig(backend=backend, **wrong)
     with pytest.raises(ValueError, match="expected auto, dali or host"):

@@ -132,7 +132,7 @@ def test_errors_say_what_to_set() -> None:
         Order(num_instances=1000, global_batch=256, seed=0, world_size=3)
     with pytest.raises(DataError, match=r"100 images are fewer .* 256: set the global batch to at most 100"):
         Order(num_instances=100, global_batch=256, seed=0)
-    with pytest.raises(ValueError, match="rank=2"):
+    with pytest.raises(ValueError, match="rank is 2"):
         Order(num_instances=100, global_batch=4, seed=0, world_size=2, rank=2)
     with pytest.raises(ValueError, match="no step 25"):
         Order(num_instances=100, global_batch=4, seed=0).rows(0, 25)

@@ -105,7 +105,9 @@ def test_images_listed_today_are_known_again_by_a_manifest_of_an_earlier_release
     assert changed.by_the_rules_of(old).fingerprint != old.fingerprint
 
 
-@pytest.mark.parametrize("name", [name for name in forms() if "turned" in name and "tiff" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in forms() if "turned" in name and name.split()[0] not in ("tiff", "avif")]
+)
 def test_the_answer_is_known_from_some_byte_on(name: str) -> None:
     data = forms()[name].data
     answers = [orientation(data[:length]) for length in range(30, len(data) + 1)]

@@ -86,8 +86,8 @@ def test_snapshots_away_from_their_run_are_enough(
         (np.ones(16), 1, r"shape \(16,\), expected \(Q, 16\)"),
         (np.ones((2, 8)), 1, r"shape \(2, 8\), expected \(Q, 16\)"),
         (np.full((1, 16), np.nan), 1, "NaN or infinity"),
-        (np.ones((1, 16)), 0, "k = 0, expected 1 to 30"),
-        (np.ones((1, 16)), 31, "k = 31, expected 1 to 30"),
+        (np.ones((1, 16)), 0, "k is 0, expected 1 to 30"),
+        (np.ones((1, 16)), 31, "k is 31, expected 1 to 30"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(run: Run, vectors: np.ndarray, k: int, text: str) -> None:

@@ -56,7 +56,7 @@ def test_fine_tuning_learns_colours(evaluation: Evaluation) -> None:
     "wrong", [{"rate": 0.0}, {"weight_decay": -1.0}, {"rate": math.inf}, {"batch_size": 1}]
 )
 def test_fine_tuning_refuses_settings_at_once(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"learning_rate|learning rate|weight_decay|weight decay|batch_size"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         finetune.FinetuneConfig(**wrong)
 
 

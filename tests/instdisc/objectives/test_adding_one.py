@@ -102,5 +102,5 @@ def test_it_is_planned() -> None:
 
 
 def test_settings_are_checked_as_those_of_all_objectives() -> None:
-    with pytest.raises(ValueError, match=r"temperature is 0\.0, it must be at least 0\.005"):
+    with pytest.raises(ValueError, match=r"temperature is 0\.0, expected at least 0\.005; usual"):
         PullConfig(temperature=0.0)

@@ -11,5 +11,5 @@ metadata:
   name: instdisc
 spec:
 HEAD
-  sed -n '/^groups:/,$s/^\(.\)/  \1/p; /^groups:/,$s/^$//p' ../../prometheus/rules.yml
+  sed -n '/^groups:/,$s/^\(.\)/  \1/p; /^groups:/,$s/^$//p' ../../../prometheus/rules.yml
 } > prometheus-rule.yaml
