@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.exchange import Exchange
+from cluster.exchange import Announcement, Exchange
 from cluster.group import Worker
 from cluster.partition import Partition
 from cluster.phases import Phases
@@ -96,7 +96,7 @@ class Trainer:
 
         Args:
             images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
-            instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
+            instance_ids_B: int64 (B,) on the CPU, -1 for an image that could not be decoded; it gets no weight.
             learning_rate: The rate of this step.
             stop: This rank asks all to stop after this step; see `stop_agreed`.
 
@@ -109,8 +109,8 @@ class Trainer:
             NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
                 weights, buffers and bank are as before the step.
 
-        Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
-        call.
+        Collectives: all-gather between the hosts, all-gather, all-to-all, all-reduce of gradients and of the means,
+            all-to-all; every rank must call.
         """
         if len(images_VBCHW) != self.config.objective.views:
             raise ConfigError(
@@ -119,14 +119,15 @@ class Trainer:
             )
         self.phases.begin_step()
         buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
+        announced = self.exchange.announce(instance_ids_B, flag=stop)
+        observed, embedded = self._forward_backward(images_VBCHW, announced)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        asked = observed.values.new_tensor([stop])
-        *totals, stops = self.exchange.sum(torch.cat([observed.values, asked])).tolist()
-        self.stop_agreed = stops > 0
+        self.stop_agreed = announced.flag
+        # The one place where the host waits for the device.
+        *totals, gradient_norm = torch.cat([self.exchange.sum(observed.values), norm.double()[None]]).tolist()
         try:
-            means = observed.means(totals, float(norm))
+            means = observed.means(totals, gradient_norm)
         except NonFiniteError:
             self._load_buffers(buffers_before)
             raise
@@ -143,12 +144,13 @@ class Trainer:
         return means
 
     def _forward_backward(
-        self, images_VBCHW: Tensor, instance_ids_B: Tensor
+        self, images_VBCHW: Tensor, announced: Announcement
     ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
         """Gradients of the mean loss over the global batch, part by part.
 
         Returns:
-            What was observed on this rank, and for every part its embeddings and the instance ids of all ranks.
+            What was observed on this rank, and for every part its embeddings and the instance ids of the images of all
+            ranks, on the CPU.
         """
         training, device = self.config.training, self.worker.device
         self._generator.manual_seed(derive_seed(training.seed, "negatives", self.steps, self.worker.rank))
@@ -157,38 +159,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         observed: list[_Observed] = []
         embedded: list[tuple[Tensor, Tensor]] = []
-        for part, (images_VbCHW, ids_b) in enumerate(
-            zip(
-                images_VBCHW.to(device).chunk(training.accumulation, dim=1),
-                instance_ids_B.to(device).chunk(training.accumulation),
-                strict=True,
-            )
-        ):
-            is_last = part == training.accumulation - 1
+        parts = training.accumulation
+        for part, images_VbCHW in enumerate(images_VBCHW.to(device).chunk(parts, dim=1)):
+            is_last = part == parts - 1
             images_QCHW = images_VbCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            ids_Q = ids_b.repeat(self.config.objective.views)
             with contextlib.nullcontext() if is_last else self._without_all_reduce():
                 with self._autocast():
                     embeddings_QD, norms_Q = self._network(images_QCHW)
                 detached_QD = embeddings_QD.detach()
+                ids_Wb = announced.ids.chunk(parts, dim=1)[part]
                 with self.phases("objective"):
-                    result, ids_G = loss_and_gradient(
-                        self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
+                    result, ids_Q = loss_and_gradient(
+                        self.objective, self.bank, self.exchange, detached_QD, ids_Wb, self._generator
                     )
                 result.sums["embedding_norm"] = norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.config.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
-            embedded.append((detached_QD, ids_G))
+            embedded.append((detached_QD, ids_Wb.flatten()))
         return _Observed.total(observed), embedded
 
-    def _update_bank(self, embeddings_QD: Tensor, instance_ids_G: Tensor) -> None:
+    def _update_bank(self, embeddings_QD: Tensor, batch_ids: Tensor) -> None:
         """Mix every image's embedding, the mean of its views, into its row."""
         views = self.config.objective.views
         embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
-        ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
-        owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
-        self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
+        owned_ids, rows = self.exchange.route(embeddings_BD, batch_ids, self.partition)
+        self.bank.update(owned_ids, rows, momentum=self.config.bank.momentum)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -360,7 +356,12 @@ def _wrap(embedder: Embedder, config: RunConfig, worker: Worker) -> nn.Module:
         on_cpu = worker.device.type == "cpu"
         if on_cpu:
             _spend_ddp_warning()
-        network = DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=on_cpu)
+        network = DistributedDataParallel(
+            network,
+            forward_sync_buffers=False,
+            find_unused_parameters=on_cpu,
+            gradient_as_bucket_view=True,  # gradients are summed where they are, without a copy of all of them
+        )
     return network
 
 
