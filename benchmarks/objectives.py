@@ -92,7 +92,9 @@ class Step:
         """Loss (Q,) and gradient (Q, D)."""
         exchange = Exchange(0, 1)
         queries, ids, generator = self.queries, self.ids, self.generator.manual_seed(3)
-        result, _ = loss_and_gradient(self.objective, self.bank, exchange, queries, ids, generator)
+        result, _ = loss_and_gradient(
+            self.objective, self.bank, exchange, queries, ids.cpu()[None], generator
+        )
         self.objective.update(LEARNING_RATE, len(queries))
         return result.loss_Q, result.gradient_QD
 
@@ -133,7 +135,7 @@ def linear_layer(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
 def gather_then_mm(step: Step, noise: NCE) -> tuple[Tensor, Tensor]:
     """InfoNCE as public code computes it: logits of the positive and the gathered shared rows, then autograd."""
     bank, temperature = step.bank.rows, step.objective.config.temperature
-    sample = BatchQueries(step.queries, step.ids, 1, slice(0, 0))
+    sample = BatchQueries(step.queries, step.ids, 1, slice(0, 0), step.ids.cpu()[None])
     negatives, _ = step.objective.draw(sample, step.bank, step.generator.manual_seed(3))
     queries = step.queries.detach().to(bank.dtype).requires_grad_()
     positives = (queries * bank[step.ids]).sum(dim=1, keepdim=True)

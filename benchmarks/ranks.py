@@ -75,12 +75,12 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     mine = slice(rank * local, (rank + 1) * local)
     own = embeddings[:, mine].flatten(0, 1)
     draws = torch.Generator().manual_seed(rank)
-    result, all_ids = loss_and_gradient(objective, bank, exchange, own, ids[mine].repeat(views), draws)
-    # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound, a stop.
-    exchange.sum(torch.zeros(len(result.sums) + 3 + world_size, dtype=torch.float64))
+    all_ids = exchange.announce(ids[mine], flag=False).ids
+    result, _ = loss_and_gradient(objective, bank, exchange, own, all_ids, draws)
+    # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound.
+    exchange.sum(torch.zeros(len(result.sums) + 2 + world_size, dtype=torch.float64))
     held = bank.rows.numel() * bank.rows.element_size()
-    routed_ids = all_ids.view(world_size, views, -1)[:, 0].flatten()
-    bank.update(*exchange.route(embeddings[:, mine].mean(dim=0), routed_ids, partition), momentum=0.5)
+    bank.update(*exchange.route(embeddings[:, mine].mean(dim=0), all_ids.flatten(), partition), momentum=0.5)
     return {
         "loss": result.loss_Q.view(views, local),
         "gradient": result.gradient_QD.view(views, local, DIM),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,26 @@ class Exchange:
         self.phases = phases or Phases(torch.device("cpu"))
         self.world_size = world_size
         self.sent_bytes = 0
+
+    def announce(self, ids: Tensor, *, flag: bool) -> Announcement:
+        """Begin to tell all ranks the ids of this rank's batch, and whether it raises a flag.
+
+        Both are known to the host, and what follows from them is host's work: they travel between the hosts (by gloo,
+        whatever device the group is for) while the devices compute.
+
+        Args:
+            ids: int64 (B,) on the CPU; B the same on every rank.
+            flag: Anything that concerns all ranks as soon as it does one.
+
+        Collectives: one all-gather on the CPU, which `Announcement` waits for; every rank must call.
+        """
+        mine = torch.cat([ids, torch.tensor([int(flag)])])
+        if self.world_size == 1:
+            return Announcement(mine[None], None)
+        everything = mine.new_empty(self.world_size, len(mine))
+        work = dist.all_gather_into_tensor(everything, mine[None], async_op=True)
+        self.sent_bytes += mine.numel() * mine.element_size() * (self.world_size - 1)
+        return Announcement(everything, work)
 
     @_timed
     def gather(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +131,8 @@ class Exchange:
             partition: Who owns which id.
 
         Returns:
-            The ids that this rank owns, int64 (R,) on the CPU, and their rows (R, D), ordered by the rank that sent
-            them.
+            The ids that this rank owns, int64 (R,), and their rows (R, D), ordered by the rank that sent them, on the
+            device of the rows.
 
         Collectives: one all-to-all with uneven splits; every rank must call.
         """
@@ -120,7 +140,9 @@ class Exchange:
         owners_B = owners_WB[self.rank]
         owned_ids = ids_of_all_ranks[owners_WB.flatten() == self.rank]
         order = torch.argsort(owners_B, stable=True)[(owners_B < 0).sum() :]
-        outgoing = rows[order.to(rows.device)]
+        both = to_device(torch.cat([order, owned_ids]), rows.device)
+        order, owned_ids = both[: len(order)], both[len(order) :]
+        outgoing = rows[order]
         if self.world_size == 1:
             return owned_ids, outgoing
         send_counts = torch.bincount(owners_B[owners_B >= 0], minlength=self.world_size).tolist()
@@ -188,6 +210,36 @@ class Exchange:
             2 * values.numel() * values.element_size() * (self.world_size - 1) // self.world_size
         )
         return reduced
+
+
+class Announcement:
+    """What all ranks announced; see `Exchange.announce`. Whoever asks first waits for the hosts of the other ranks."""
+
+    def __init__(self, everything: Tensor, work: Any) -> None:
+        self._everything, self._work = everything, work
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 (W, B) on the CPU, by rank."""
+        return self._arrived()[:, :-1]
+
+    @property
+    def flag(self) -> bool:
+        """Whether any rank raised its flag."""
+        return bool(self._arrived()[:, -1].any())
+
+    def _arrived(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._everything
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU to a device; a GPU fetches it from pinned memory, and the host does not wait."""
+    if device.type != "cuda":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 # a subclass of it for every kind of trouble, so only the message distinguishes them.
 _TIMED_OUT = re.compile(
     r"timed out waiting \d+ ?ms|application timeout caused pair closure"
-    r"|collective operation timeout|milliseconds before timing out",
+    r"|collective operation timeout|milliseconds before timing out|timed out in blocking wait"
+    r"|NCCL operation timed out|NCCL timeout|client socket has timed out",
     re.IGNORECASE,
 )
 _LOST_PEER = re.compile(
     "connection (closed|reset|refused|was likely closed)|broken pipe|NCCL communicator was aborted"
+    "|NCCL operation failed|NCCL operations have failed"
     f"|ncclRemoteError|ncclSystemError|remote process exited|{_TIMED_OUT.pattern}",
     re.IGNORECASE,
 )
@@ -110,6 +112,22 @@ def raise_root_cause(failures: Mapping[int, Exception], world_size: int, directo
     raise failure.error from cause
 
 
+def failed_start(error: Exception) -> ClusterError:
+    """What to raise where a worker group did not form.
+
+    Args:
+        error: Of Ray Train; its last lines are about the cause.
+
+    Returns:
+        A `WorkerLostError` if the next attempt may succeed; not so where a worker's own set-up raised an error.
+    """
+    failure = getattr(error, "controller_failure", error)
+    cause = getattr(failure, "cause", None)  # what a call of Ray's raised on the other side
+    if isinstance(cause, Exception) and not _says_peer_lost(cause):
+        return ClusterError(f"the workers cannot start: {cause}")
+    return WorkerLostError(f"the worker group did not start: {str(failure).strip().splitlines()[-1]}")
+
+
 def _portable(error: BaseException) -> Exception:
     """Return the exception if it can travel and be raised safely, else a ClusterError that quotes it."""
     if isinstance(error, Exception):
@@ -177,4 +195,7 @@ def _cause_of_death(failure: Exception, directory: Path) -> str:
         return shortened
     cause = " ".join(report.split()).rpartition("The actor is dead because ")[2]
     cause = cause.partition(" Some common causes")[0].rstrip(".")
-    return f"{cause} (where memory ran out: use fewer workers per node or a smaller batch)"
+    return (
+        f"{cause} (where memory ran out: use fewer workers per node or a smaller batch; NCCL ends a process in which a "
+        "collective took longer than --collective-timeout-s)"
+    )

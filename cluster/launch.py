@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from cluster.errors import ClusterError, WorkerLostError
+from cluster.gpus import may_use_gpu, require_gpu
 from cluster.group import JOB_DIRECTORY, Worker
 from cluster.session import ray_session
 from cluster.settings import LaunchConfig
@@ -75,7 +76,7 @@ def launch(
     signals = StopSignals(config.stop_grace_s)
     if config.num_workers == 0:
         with signals:
-            value = _run_here(function, payload, signals)
+            value = _run_here(function, payload, config, signals)
     else:
         with ray_session(), signals:
             from cluster.capacity import live_nodes, settle_workers
@@ -119,8 +120,12 @@ def connected(config: LaunchConfig) -> Iterator[None]:
         yield
 
 
-def _run_here(function: Callable[[Worker, P], R | Stopped], payload: P, signals: StopSignals) -> R | Stopped:
-    cuda = torch.cuda.is_available()
+def _run_here(
+    function: Callable[[Worker, P], R | Stopped], payload: P, config: LaunchConfig, signals: StopSignals
+) -> R | Stopped:
+    if config.gpus_per_worker:
+        require_gpu()
+    cuda = config.gpus_per_worker != 0 and may_use_gpu()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     worker = Worker(0, 1, 0, 1, 0, device, grace_s=signals.grace_s, stop_watch=lambda: signals.reason)
     with signals.passed_on(lambda reason: None):

@@ -26,8 +26,9 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
 from cluster.capacity import wait_for_room, watching_for_room
-from cluster.errors import ClusterError, WorkerLostError
-from cluster.failures import capture, out_of_memory, raise_root_cause
+from cluster.errors import ClusterError
+from cluster.failures import capture, failed_start, out_of_memory, raise_root_cause
+from cluster.gpus import require_gpu
 from cluster.group import JOB_DIRECTORY, Worker
 from cluster.settings import LaunchConfig
 from cluster.stopping import StopBoard, Stopped, StopSignals, StopWatch
@@ -88,7 +89,7 @@ def run_group(
             # By default Ray waits for resources and replaces reclaimed nodes without end.
             failure_config=_train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
-            callbacks=[_SigtermCallback(board)],
+            callbacks=[_SigtermCallback(board), *([_GpuCallback()] if group.gpus else [])],
         ),
     )
     try:
@@ -112,7 +113,7 @@ def run_group(
                 )
                 + "; --gpus-per-worker 0 trains on processors"
             ) from error
-        raise WorkerLostError(f"the worker group did not start: {error}") from error
+        raise failed_start(error) from error
     except RayError as error:
         cause = out_of_memory(str(error), storage / ".ray") or error
         raise ClusterError(f"lost the process that controls the workers: {cause}; run again") from error
@@ -159,6 +160,14 @@ class _BackendCallback(BackendSetupCallback):
 
     def before_execution_group_shutdown(self, execution_group: Any) -> None:
         """Do nothing."""
+
+
+class _GpuCallback(WorkerCallback):
+    """On a worker that was given a GPU: makes sure that it can be used, before NCCL says so in its own words."""
+
+    def after_init_train_context(self) -> None:
+        """Called before the process group is formed."""
+        require_gpu()
 
 
 class _SigtermCallback(WorkerCallback):

@@ -153,7 +153,9 @@ class TopK:
         self._actors: list[Any] = []
         self._session = contextlib.ExitStack()
         if config.num_actors == 0:
-            self._local = Shard(source, 0, self.num_rows, available_threads(), _has_gpu())
+            from cluster.gpus import may_use_gpu  # which imports torch
+
+            self._local = Shard(source, 0, self.num_rows, available_threads(), may_use_gpu())
             self._local.ready()
             self._tell_size()
             return
@@ -303,11 +305,3 @@ def cut(num_rows: int, num_actors: int, block: int = BLOCK_ROWS) -> list[tuple[i
     parts = min(num_actors, blocks)
     bounds = [min(num_rows, blocks * part // parts * block) for part in range(parts + 1)]
     return list(itertools.pairwise(bounds))
-
-
-def _has_gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return bool(torch.cuda.is_available())

@@ -183,7 +183,7 @@ class TorchKernel(TopKKernel):
     def _candidates(self, queries: Floats, count: int) -> tuple[Floats, npt.NDArray[np.int64], Floats]:
         import torch
 
-        queries_cD = torch.from_numpy(queries).to(self._rows.device)
+        queries_cD = torch.tensor(queries, device=self._rows.device)
         wide = min(count + max(64, count // 2), self._num_rows)
         coarse_cW, positions_cW = queries_cD[:, :0], queries_cD[:, :0].long()
         for first in range(0, self._num_rows, self._TILE):
@@ -217,5 +217,5 @@ class TorchKernel(TopKKernel):
 
         positions_R = torch.arange(first, last, device=self._rows.device)
         positions_cR = positions_R.expand(len(queries), -1)
-        scores_cR = self._products(torch.from_numpy(queries).to(self._rows.device), positions_cR)
+        scores_cR = self._products(torch.tensor(queries, device=self._rows.device), positions_cR)
         return scores_cR.cpu().numpy(), positions_cR.cpu().numpy()

@@ -126,8 +126,9 @@ def cost(config: PlanConfig, num_instances: int, world_size: int) -> Cost:
 def sent_bytes(config: PlanConfig, world_size: int) -> int:
     """Bytes that a rank sends per step on average: see `cluster.exchange`.
 
-    Queries with their ids to all owners, gradient and a few numbers per query back, each new embedding to its owner,
-    and the sums that the owners agree on to all. Nothing depends on the number of rows or negatives.
+    The ids of the batch to all hosts, queries with their ids to all owners, gradient and a few numbers per query back,
+    each new embedding to its owner, and the sums that the owners agree on to all. Nothing depends on the number of rows
+    or negatives.
     """
     dim, others = config.embedding_dim, world_size - 1
     local_batch = config.batch_size / world_size
@@ -136,7 +137,8 @@ def sent_bytes(config: PlanConfig, world_size: int) -> int:
     terms = local_queries * (dim + 3) * _FLOAT32_BYTES * others
     rows = local_batch * dim * _FLOAT32_BYTES * others / world_size
     sums = config.batch_size * config.objective.views * sum(config.objective.agreed_bytes) * others
-    return round(queries + terms + rows + sums)
+    announced = (local_batch + 1) * _ID_BYTES * others
+    return round(queries + terms + rows + sums + announced)
 
 
 def report(config: PlanConfig) -> str:

@@ -27,9 +27,10 @@ class Batch(NamedTuple):
 
     Attributes:
         images: float32 (V, B, 3, H, W) on the loader's device, normalised, channels-last in memory: the strides
-            are those of a contiguous (V, B, H, W, 3) tensor.
-        instance_ids: int64 (B,) on the same device; -1 where the image could not be decoded. Its pixels are then
-            0, the mean colour: batches keep their shape, and such rows should get no weight.
+            are those of a contiguous (V, B, H, W, 3) tensor. Who may use them until when, `pipelines.handover` says.
+        instance_ids: int64 (B,) on the CPU, as the host has to know them without waiting for a GPU; -1 where the
+            image could not be decoded. Its pixels are then 0, the mean colour: batches keep their shape, and such
+            rows should get no weight.
     """
 
     images: torch.Tensor
@@ -130,5 +131,5 @@ class LoaderJob:
             self.on_corrupt(row, self.manifest.name(row), failures[row])
         if failures:
             images[:, torch.from_numpy(corrupt)] = 0
-        ids = torch.from_numpy(np.where(corrupt, -1, rows)).to(images.device, non_blocking=True)
+        ids = torch.from_numpy(np.where(corrupt, -1, rows))
         return Batch(images.permute(0, 1, 4, 2, 3), ids)

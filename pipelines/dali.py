@@ -162,7 +162,7 @@ class DaliLoader(Loader):
             try:
                 if self._failure:
                     raise self._failure
-                return _stack(self._pipeline, self._job.device)
+                return collect(self._pipeline, self._job.device)
             except RuntimeError:
                 if not any(self._repair(encoded) for encoded in self._under_way):
                     raise
@@ -201,9 +201,8 @@ class DaliLoader(Loader):
         ]
 
     def _build(self, batch_size: int, depth: int) -> Pipeline:
-        job, device_id = self._job, None
-        if job.device.type == "cuda":
-            device_id = torch.cuda.current_device() if job.device.index is None else job.device.index
+        job = self._job
+        device_id = job.device.index if job.device.type == "cuda" else None
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=job.threads,
@@ -271,13 +270,22 @@ def _feed(pipeline: Pipeline, encoded: _Encoded, indices: npt.NDArray[np.int64],
             pipeline.feed_input(f"{name}{view}", np.ascontiguousarray(values[indices]))
 
 
-def _stack(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
-    """Wait for a pipeline's next outputs; float32 (V, B, H, W, 3), without a copy if there is one view."""
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    views = [from_dlpack(output.as_tensor()) for output in pipeline.outputs(cuda_stream=stream)]
+def collect(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
+    """Wait for a pipeline's next outputs; float32 (V, B, H, W, 3), on the CPU without a copy if there is one view.
+
+    On a GPU DALI uses the memory of an output again as soon as nobody refers to it, in the order of its own stream,
+    which waits for none of torch's: the copy has to be done by then.
+    """
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)  # the loader's own
+        outputs = [from_dlpack(output.as_tensor()) for output in pipeline.outputs(cuda_stream=stream)]
+        images = outputs[0].new_empty(len(outputs), *outputs[0].shape)
+        for copy, output in zip(images, outputs, strict=True):
+            copy.copy_(output)
+        stream.synchronize()
+        return images
+    views = [from_dlpack(output.as_tensor()) for output in pipeline.outputs()]
     if len(views) == 1:
         return views[0][None]
-    if device.type == "cuda":
-        return torch.stack(views)
     # Not torch.stack: on the CPU its threads would wait for each other, and for cores that are busy decoding.
     return torch.from_numpy(np.stack([view.numpy() for view in views]))

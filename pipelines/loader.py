@@ -13,6 +13,7 @@ from pipelines.augment import Augmentation
 from pipelines.batch import Batch, Loader, LoaderJob, OnCorrupt
 from pipelines.contrast import ContrastWatch
 from pipelines.errors import DataError
+from pipelines.handover import Handover, with_index
 from pipelines.host import HostLoader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
@@ -45,14 +46,15 @@ def open_loader(
         training: Random views if true, else the centre of each image.
         views: Views per image, V; 1 in evaluation.
         seed: Key of the random views.
-        device: Where the batches go; DALI also decodes there.
+        device: Where the images go; DALI also decodes there.
         config: How they are produced.
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
             loader, before the batch is returned; a warning is logged by default.
 
     Returns:
         An iterator over `Batch`, to be closed (it is a context manager). In training on the CPU it then warns once
-        of the images it loaded that are nearly constant.
+        of the images it loaded that are nearly constant. On a GPU batches are to be taken in the thread, and on the
+        stream, that will use them: see `pipelines.handover`.
 
     Raises:
         DataError: If DALI is requested and not installed.
@@ -60,6 +62,7 @@ def open_loader(
     """
     if views < 1 or (views > 1 and not training):
         raise ValueError(f"views is {views}, expected at least 1 in training and exactly 1 in evaluation")
+    device = with_index(device)
     job = LoaderJob(
         manifest=manifest,
         requests=requests,
@@ -76,7 +79,7 @@ def open_loader(
     watch = ContrastWatch(manifest, augmentation) if training and device.type == "cpu" else None
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
-        return _OneAhead(HostLoader(job), watch)
+        return _OneAhead(HostLoader(job), Handover(device), watch)
     if not has_dali:
         raise DataError(
             "the DALI loader was requested but DALI is not installed: install the extra with "
@@ -84,15 +87,15 @@ def open_loader(
         )
     from pipelines.dali import DaliLoader  # not at the top: DALI is optional
 
-    return _OneAhead(DaliLoader(job), watch)
+    return _OneAhead(DaliLoader(job), Handover(device), watch)
 
 
 class _OneAhead(Loader):
     """Implements `Loader`: has the next batch put together in a thread while the consumer works on this one."""
 
-    def __init__(self, loader: Loader, watch: ContrastWatch | None) -> None:
-        self._loader, self._watch = loader, watch
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    def __init__(self, loader: Loader, handover: Handover, watch: ContrastWatch | None) -> None:
+        self._loader, self._handover, self._watch = loader, handover, watch
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=handover.enter_thread)
         self._following: Future[Batch | None] | None = self._thread.submit(self._next)
 
     def __next__(self) -> Batch:
@@ -103,7 +106,7 @@ class _OneAhead(Loader):
         if batch is None:
             raise StopIteration
         self._following = self._thread.submit(self._next)
-        return batch
+        return self._handover.give(batch)
 
     def close(self) -> None:
         """Stop the threads and drop the batches under way. The loader yields nothing more."""
@@ -115,9 +118,11 @@ class _OneAhead(Loader):
 
     def _next(self) -> Batch | None:
         batch = next(self._loader, None)
-        if batch and self._watch:
+        if batch is None:
+            return None
+        if self._watch:
             self._watch.look(batch)
-        return batch
+        return self._handover.complete(batch)
 
 
 def _warn(row: int, name: str, reason: str) -> None:

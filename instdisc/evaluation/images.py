@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cluster.gpus import may_use_gpu
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
@@ -32,8 +33,8 @@ ImageFunction = Callable[[Any, Tensor], Tensor]
 
 
 def compute_device() -> torch.device:
-    """The GPU of this process, if it has one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process, if it may use one."""
+    return torch.device("cuda" if may_use_gpu() else "cpu")
 
 
 def embed(network: nn.Module, images: Tensor) -> Tensor:
@@ -92,7 +93,8 @@ class ImageRows:
         ) as loader:
             for batch in loader:
                 rows = self.function(network, batch.images[0]).float()
-                parts.append(rows.masked_fill(batch.instance_ids[:, None] < 0, torch.nan).cpu().numpy())
+                missing = (batch.instance_ids < 0).to(device)
+                parts.append(rows.masked_fill(missing[:, None], torch.nan).cpu().numpy())
         return np.concatenate(parts)
 
     def _warn(self, row: int, name: str, reason: str) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.common.errors import ConfigError
 from instdisc.common.seeding import derive_seed
 
 _BLOCK_ROWS = 4096
@@ -40,60 +36,6 @@ def random_unit_rows(
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = F.normalize(values[low - first : high - first], dim=1)
     return rows
-
-
-def check_memory(
-    num_rows: int, dim: int, dtype: torch.dtype, device: torch.device, sharing: int, copies: int
-) -> None:
-    """Refuse a shard that the device cannot hold or compute with, before anything of its size is made.
-
-    Args:
-        num_rows: S, rows of the shard.
-        dim: D.
-        dtype: Of the rows.
-        device: Where they are kept.
-        sharing: Ranks that share the device's memory.
-        copies: Float32 tables of the same shape that the objective keeps beside the bank.
-
-    Raises:
-        ConfigError: Names what is needed and what is free.
-    """
-    try:
-        probe = torch.ones(1, 1, dtype=dtype, device=device)
-        supported = device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)
-        torch.mm(probe, probe)
-    except RuntimeError:
-        supported = False
-    name = str(dtype).removeprefix("torch.")
-    if not supported:
-        raise ConfigError(f"{device.type} cannot compute with a bank of {name}: use --bank.dtype float32")
-    needed = num_rows * dim * (dtype.itemsize + 4 * copies)
-    if device.type == "cpu":
-        needed *= 2  # a snapshot is written from a copy
-    room = available_bytes(device) // sharing
-    if needed > room:
-        raise ConfigError(
-            f"the {num_rows:,} rows of a rank, {dim} {name} numbers each, need {needed / 1e9:.1f} GB and "
-            f"{room / 1e9:.1f} GB are free: use more workers on other machines (at most "
-            f"{room * num_rows // needed:,} rows fit here), a half-precision --bank.dtype or a smaller "
-            "--backbone.embedding-dim"
-        )
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; of the host, what the machine and the container's limit leave."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    cgroup = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    # Files that were read count as used until the memory is wanted.
-    files = int(statistics["inactive_file"]) + int(statistics["active_file"])
-    return min(free, limit - used + files)
 
 
 class Bank:

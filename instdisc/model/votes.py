@@ -35,8 +35,11 @@ def shard_top_k(
         rows_bD = rows_SD[first : first + block]
         scores_Gb = queries_GD @ rows_bD.to(queries_GD.dtype).T
         if excluded_G is not None:
-            inside = (excluded_G >= first) & (excluded_G < first + len(rows_bD))
-            scores_Gb[inside, excluded_G[inside] - first] = -torch.inf
+            # Not by a mask, whose number of entries a GPU would be waited for.
+            inside_G1 = ((excluded_G >= first) & (excluded_G < first + len(rows_bD)))[:, None]
+            places_G1 = (excluded_G - first).clamp(0, len(rows_bD) - 1)[:, None]
+            kept_G1 = scores_Gb.gather(1, places_G1)
+            scores_Gb.scatter_(1, places_G1, kept_G1.masked_fill(inside_G1, -torch.inf))
         scores, positions = scores_Gb.topk(min(k + _SPARE, len(rows_bD)), dim=1)
         best, best_positions = nearest(
             torch.cat([best, scores], dim=1), torch.cat([best_positions, positions + first], dim=1), k

@@ -26,12 +26,15 @@ class BatchQueries(NamedTuple):
         instance_ids_G: int64 (G,), the positives; -1 for a query without an image.
         views: V, embeddings of each image.
         local: Which of them are this rank's own.
+        batch_ids_WB: Instance ids of the images of all ranks, int64 (W, B), -1 for none; on the CPU whatever the
+            device, so that what follows from them is worked out without waiting for a GPU.
     """
 
     embeddings_GD: Tensor
     instance_ids_G: Tensor
     views: int
     local: slice
+    batch_ids_WB: Tensor
 
 
 class Result(NamedTuple):

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from cluster.exchange import to_device
 from instdisc.common.errors import ConfigError
 from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
@@ -74,20 +75,21 @@ class InfoNCE(Objective):
         if not self.config.shared_negatives:
             shape = (len(ids_G), self.count)
             return torch.randint(rows, shape, generator=generator, device=device), self.due / self.count
-        others = self.num_instances - len(ids_G[ids_G >= 0].unique())  # type: ignore[no-untyped-call]
+        # On the CPU, as sizes follow from what is found.
+        batch_ids = queries.batch_ids_WB[queries.batch_ids_WB >= 0].unique()  # type: ignore[no-untyped-call]
+        others = self.num_instances - len(batch_ids)
         if others == 0:
             raise ConfigError(
                 f"the batch holds all {self.num_instances} images, which leaves no negatives: lower "
                 "--training.batch-size, or draw negatives for each image with --objective.no-shared-negatives"
             )
-        positions_G, owned_G = bank.local(ids_G)
-        taken_T = positions_G[owned_G].unique()  # type: ignore[no-untyped-call]
+        taken_T = batch_ids[(batch_ids >= bank.start) & (batch_ids < bank.stop)] - bank.start
         left = rows - len(taken_T)
         if left == 0:
-            return taken_T[:0], 1.0
+            return to_device(taken_T[:0], device), 1.0
         negatives_K = torch.randint(left, (self.count,), generator=generator, device=device)
         # Number k among the rows that are left comes after so many that are taken.
-        left_before_T = taken_T - torch.arange(len(taken_T), device=device)
+        left_before_T = to_device(taken_T - torch.arange(len(taken_T)), device)
         negatives_K += torch.searchsorted(left_before_T, negatives_K, right=True)
         return negatives_K, self.config.num_negatives * left / others / self.count
 

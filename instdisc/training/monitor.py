@@ -311,7 +311,7 @@ def embed_rows(
             if done == 0:
                 tables.append(torch.empty(num_rows, embeddings.shape[1], device=device))
             tables[number][done : done + len(embeddings)] = embeddings
-        present[done : done + len(batch.instance_ids)] = batch.instance_ids.cpu() >= 0
+        present[done : done + len(batch.instance_ids)] = batch.instance_ids >= 0
         done += len(batch.instance_ids)
     assert done == num_rows, (done, num_rows)
     return tables, present.to(device)

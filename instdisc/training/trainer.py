@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.exchange import Exchange
+from cluster.exchange import Announcement, Exchange
 from cluster.group import Worker
 from cluster.partition import Partition
 from cluster.phases import Phases
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
-from instdisc.model.backbone import build_embedder
-from instdisc.model.bank import Bank, check_memory, random_unit_rows
+from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.model.bank import Bank, random_unit_rows
 from instdisc.objectives.base import Result, build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
+from instdisc.training.memory import BankShard, check_memory, network_bytes
 from instdisc.training.optim import build_optimizer, freeze_backbone, set_rate
 
 
@@ -71,22 +72,22 @@ class Trainer:
             embedder.backbone.load_state_dict(load_file(weights), strict=False)
         embedder = embedder.to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
-        # Not a method of this object: a cycle would keep the process group's threads until the interpreter exits.
-        self._norms: list[Tensor] = []
-        self.embedder.backbone.register_forward_hook(functools.partial(_note_norms, self._norms))
-        self._network = _wrap(self.embedder, config, worker)
+        self._autocast_dtype = training_dtype(config, worker.device)
+        if self._autocast_dtype == torch.float32:
+            # What was asked for: by default convolutions on GPUs round to TF32, 10 bits of precision.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = config.objective, getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim
-        sharing = worker.local_world_size if worker.device.type == "cpu" else 1
-        check_memory(stop - start, dim, dtype, worker.device, sharing, objective.tables_beside_bank)
+        shard = BankShard(num_rows=stop - start, dim=dim, dtype=dtype, copies=objective.tables_beside_bank)
+        check_memory(shard, worker, self._bytes_beside_bank())
+        self._network = _wrap(self.embedder, config, worker)
         self.exchange.barrier()  # no rank may take memory that another has yet to count
         rows = random_unit_rows(start, stop, dim, seed=seed, dtype=dtype, device=worker.device)
         self.bank = Bank(rows, start)
         self.objective = build_objective(objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.backbone)
         self._generator = torch.Generator(worker.device)
-        self._autocast_dtype = training_dtype(config, worker.device)
         self._buffers = {
             name: buffer
             for name, buffer in self.embedder.backbone.named_buffers()
@@ -120,7 +121,7 @@ class Trainer:
 
         Args:
             images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
-            instance_ids_B: int64 (B,), -1 for an image that could not be decoded; it gets no weight.
+            instance_ids_B: int64 (B,) on the CPU, -1 for an image that could not be decoded; it gets no weight.
             learning_rate: The rate of this step.
             frozen: Train the head alone.
             stop: This rank asks all to stop after this step; see `stop_agreed`.
@@ -134,8 +135,8 @@ class Trainer:
             NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
                 weights, buffers and bank are as before the step.
 
-        Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must
-        call.
+        Collectives: all-gather between the hosts, all-gather, all-to-all, all-reduce of gradients and of the means,
+            all-to-all; every rank must call.
         """
         if len(images_VBCHW) != self.config.objective.views:
             raise ConfigError(
@@ -144,16 +145,17 @@ class Trainer:
             )
         self.phases.begin_step()
         buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        observed, embedded = self._forward_backward(images_VBCHW, instance_ids_B)
+        announced = self.exchange.announce(instance_ids_B, flag=stop)
+        observed, embedded = self._forward_backward(images_VBCHW, announced)
         if frozen:
             freeze_backbone(self.optimizer)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        asked = observed.values.new_tensor([stop])
-        *totals, stops = self.exchange.sum(torch.cat([observed.values, asked])).tolist()
-        self.stop_agreed = stops > 0
+        self.stop_agreed = announced.flag
+        # The one place where the host waits for the device.
+        *totals, gradient_norm = torch.cat([self.exchange.sum(observed.values), norm.double()[None]]).tolist()
         try:
-            means = observed.means(totals, float(norm))
+            means = observed.means(totals, gradient_norm)
         except NonFiniteError:
             self._load_buffers(buffers_before)
             raise
@@ -169,12 +171,13 @@ class Trainer:
         return means
 
     def _forward_backward(
-        self, images_VBCHW: Tensor, instance_ids_B: Tensor
+        self, images_VBCHW: Tensor, announced: Announcement
     ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
         """Gradients of the mean loss over the global batch, part by part.
 
         Returns:
-            What was observed on this rank, and for every part its embeddings and the instance ids of all ranks.
+            What was observed on this rank, and for every part its embeddings and the instance ids of the images of all
+            ranks, on the CPU.
         """
         training, device = self.config.training, self.worker.device
         self._generator.manual_seed(derive_seed(training.seed, "negatives", self.steps, self.worker.rank))
@@ -183,38 +186,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         observed: list[_Observed] = []
         embedded: list[tuple[Tensor, Tensor]] = []
-        for part, (images_VbCHW, ids_b) in enumerate(
-            zip(
-                images_VBCHW.to(device).chunk(training.accumulation, dim=1),
-                instance_ids_B.to(device).chunk(training.accumulation),
-                strict=True,
-            )
-        ):
-            is_last = part == training.accumulation - 1
+        parts = training.accumulation
+        for part, images_VbCHW in enumerate(images_VBCHW.to(device).chunk(parts, dim=1)):
+            is_last = part == parts - 1
             images_QCHW = images_VbCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            ids_Q = ids_b.repeat(self.config.objective.views)
             with contextlib.nullcontext() if is_last else self._without_all_reduce():
                 with self._autocast():
-                    embeddings_QD = self._network(images_QCHW)
+                    embeddings_QD, norms_Q = self._network(images_QCHW)
                 detached_QD = embeddings_QD.detach()
+                ids_Wb = announced.ids.chunk(parts, dim=1)[part]
                 with self.phases("objective"):
-                    result, ids_G = loss_and_gradient(
-                        self.objective, self.bank, self.exchange, detached_QD, ids_Q, self._generator
+                    result, ids_Q = loss_and_gradient(
+                        self.objective, self.bank, self.exchange, detached_QD, ids_Wb, self._generator
                     )
-                result.sums["embedding_norm"] = self._norms[0].double() @ (ids_Q >= 0).double()
+                result.sums["embedding_norm"] = norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.config.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
             observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
-            embedded.append((detached_QD, ids_G))
+            embedded.append((detached_QD, ids_Wb.flatten()))
         return _Observed.total(observed), embedded
 
-    def _update_bank(self, embeddings_QD: Tensor, instance_ids_G: Tensor) -> None:
+    def _update_bank(self, embeddings_QD: Tensor, batch_ids: Tensor) -> None:
         """Mix every image's embedding, the mean of its views, into its row."""
         views = self.config.objective.views
         embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
-        ids_WVB = instance_ids_G.view(self.worker.world_size, views, -1)
-        owned_ids, rows = self.exchange.route(embeddings_BD, ids_WVB[:, 0].flatten().cpu(), self.partition)
-        self.bank.update(owned_ids.to(rows.device), rows, momentum=self.config.bank.momentum)
+        owned_ids, rows = self.exchange.route(embeddings_BD, batch_ids, self.partition)
+        self.bank.update(owned_ids, rows, momentum=self.config.bank.momentum)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -264,6 +261,17 @@ class Trainer:
         for name, buffer in self._buffers.items():
             buffer.copy_(values[name])
 
+    def _bytes_beside_bank(self) -> int:
+        """What else a GPU has to hold; see `network_bytes`."""
+        if self.worker.device.type != "cuda":
+            return 0
+        config = self.config
+        side = config.augmentation.training_size or config.augmentation.image_size
+        at_a_time = config.objective.views * self.local_batch // config.training.accumulation
+        # The one in training, the next one and those that the decoder works on.
+        batches = (2 + config.loader.prefetch) * config.training.accumulation
+        return network_bytes(self.embedder, (at_a_time, 3, side, side), self._autocast_dtype, batches)
+
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self._autocast_dtype
         return torch.autocast(self.worker.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -274,9 +282,16 @@ class Trainer:
         return contextlib.nullcontext()
 
 
-def _note_norms(norms: list[Tensor], backbone: nn.Module, inputs: Any, outputs: Tensor) -> None:
-    """Keep in `norms` the lengths (Q,) of the embeddings before they are made unit."""
-    norms[:] = [outputs.detach().float().norm(dim=1)]
+class _TrainedNetwork(nn.Module):
+    """The network as it is trained: images to embeddings (Q, D) and the lengths (Q,) that they had before."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.embedder.backbone(images).float()
+        return F.normalize(outputs, dim=1), outputs.detach().norm(dim=1)
 
 
 class _Observed(NamedTuple):
@@ -338,10 +353,10 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
+def _wrap(embedder: Embedder, config: RunConfig, worker: Worker) -> nn.Module:
     """Add what training needs around the network; parameters and buffers stay the embedder's own."""
     training = config.training
-    network = embedder
+    network: nn.Module = _TrainedNetwork(embedder)
     if training.sync_batch_norm and worker.world_size > 1:
         if worker.device.type != "cuda":
             raise ConfigError("training.sync_batch_norm needs GPUs: turn it off for workers on CPUs")
@@ -354,7 +369,12 @@ def _wrap(embedder: nn.Module, config: RunConfig, worker: Worker) -> nn.Module:
         on_cpu = worker.device.type == "cpu"
         if on_cpu:
             _spend_ddp_warning()
-        network = DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=on_cpu)
+        network = DistributedDataParallel(
+            network,
+            forward_sync_buffers=False,
+            find_unused_parameters=on_cpu,
+            gradient_as_bucket_view=True,  # gradients are summed where they are, without a copy of all of them
+        )
     return network
 
 

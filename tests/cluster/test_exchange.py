@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.exchange import Exchange
 from cluster.partition import Partition
@@ -79,6 +83,42 @@ def test_rows_reach_the_owner_of_their_id(world_size: int, ids: list[list[int]])
         moved = [id_ for id_ in expected if id_ not in ids[rank]]
         sent += len(moved) * DIM * 2
     assert sum(result[2] for result in results) == sent
+
+
+@pytest.fixture
+def one_of_64() -> Iterator[Exchange]:
+    """Rank 3 of 64 on PyTorch's backend for tests, which sends nothing but checks shapes and splits."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
+    yield Exchange(3, 64)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("receives", [True, False])
+@pytest.mark.parametrize("sends", [True, False])
+def test_ranks_that_send_or_receive_nothing(one_of_64: Exchange, sends: bool, receives: bool) -> None:
+    partition = Partition(64 * 1024, 64)
+    ids = torch.arange(256) + (partition.start(3) - 4 if receives else partition.stop(3))
+    if not sends:
+        ids[12:16] = -1  # those of rank 3, none of whose images could be decoded
+    owned, rows = one_of_64.route(torch.ones(4, DIM), ids, partition)
+    assert len(owned) == len(rows) == receives * (252 - 4 * (not sends))
+    announced = one_of_64.announce(ids[12:16], flag=False)
+    assert announced.ids.shape == (64, 4)
+
+
+def announce(rank: int, world_size: int, raised: int | None) -> tuple[list[list[int]], bool, int]:
+    exchange = Exchange(rank, world_size)
+    announced = exchange.announce(torch.tensor([10 * rank, -1]), flag=rank == raised)
+    return announced.ids.tolist(), announced.flag, exchange.sent_bytes
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("raised", [None, 0])
+def test_ids_and_a_flag_reach_every_host(world_size: int, raised: int | None) -> None:
+    for ids, flag, sent in run_ranks(world_size, announce, raised):
+        assert ids == [[10 * rank, -1] for rank in range(world_size)]
+        assert flag == (raised is not None)
+        assert sent == (world_size - 1) * 3 * 8
 
 
 def reduce(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,3 +1,4 @@
+import mmap
 import os
 import pickle
 import signal
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkerLostError
-from cluster.failures import WorkerFailure, capture, out_of_memory, raise_root_cause
+from cluster.failures import WorkerFailure, capture, failed_start, out_of_memory, raise_root_cause
 from tests.processes import run_ranks
 from tests.ray_cluster import wait_until
 
@@ -95,6 +96,56 @@ WATCHDOG = RuntimeError(
     "NumelOut=1, Timeout(ms)=10000) ran for 10003 milliseconds before timing out."
 )
 PAIR = RuntimeError("Application timeout caused pair closure")  # gloo's for all collectives after a timeout
+
+# What the backends of NCCL of PyTorch say, found in its library.
+NCCL_TIMEOUTS = [
+    "NCCL operation timed out",
+    "Watchdog caught collective operation timeout: ",
+    "timed out in blocking wait.",
+    "milliseconds before timing out.",
+    "NCCL timeout in: ",
+]
+NCCL_LOSSES = [
+    "NCCL operation failed",
+    "NCCL communicator was aborted on rank ",
+    "Some NCCL operations have failed or timed out. ",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+]
+
+
+@pytest.mark.parametrize("message", [*NCCL_TIMEOUTS, *NCCL_LOSSES])
+def test_what_nccl_says_of_a_lost_peer_is_known(message: str, tmp_path: Path) -> None:
+    failure = caught(RuntimeError(message))
+    assert failure.lost_peer
+    said = "--collective-timeout-s" if message in NCCL_TIMEOUTS else "lost another worker"
+    with pytest.raises(WorkerLostError, match=said):
+        raise_root_cause({0: failure}, 2, tmp_path)
+
+
+def test_pytorch_still_says_so() -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+        for message in [*NCCL_TIMEOUTS, *NCCL_LOSSES]:
+            assert contents.find(message.encode()) >= 0, message
+
+
+class OtherSideError(RuntimeError):
+    """What Ray Train raises where forming the group raised `cause` in a worker."""
+
+    def __init__(self, cause: Exception | None) -> None:
+        super().__init__("Training failed due to controller error:\na page of text\nthe last line\n")
+        self.controller_failure = self
+        self.cause = cause
+
+
+def test_a_start_that_no_second_attempt_would_mend_is_not_repeated() -> None:
+    own = failed_start(OtherSideError(RuntimeError("nccl2 requires at least one CUDA device")))
+    assert type(own) is ClusterError
+    assert str(own) == "the workers cannot start: nccl2 requires at least one CUDA device"
+    for cause in (None, PEER, RuntimeError("The client socket has timed out after 600000ms")):
+        lost = failed_start(OtherSideError(cause))
+        assert type(lost) is WorkerLostError
+        assert str(lost) == "the worker group did not start: the last line"
 
 
 @pytest.mark.parametrize("error", [WATCHDOG, PAIR])

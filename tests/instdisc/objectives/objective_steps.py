@@ -75,7 +75,7 @@ def step(
         bank,
         exchange,
         embeddings[:, mine].flatten(0, 1),
-        ids[mine].repeat(config.views),
+        ids.view(world_size, -1),
         torch.Generator().manual_seed(100 + rank),
     )
     return Step(result, objective, bank)

@@ -98,6 +98,22 @@ def test_any_number_of_parts(
     assert_exact(in_parts, queries, rows, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("operator", "between"),
+    [
+        ("_scaled_dot_product_flash_attention", []),
+        ("_scaled_dot_product_efficient_attention", ["attn_bias", "compute_log_sumexp"]),
+    ],
+)
+def test_the_kernels_for_gpus_are_called_as_they_are_declared(operator: str, between: list[str]) -> None:
+    schema = getattr(torch.ops.aten, operator).default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[: 3 + len(between)] == ["query", "key", "value", *between]
+    assert "scale" in {argument.name for argument in schema.arguments if argument.kwarg_only}
+    assert schema.returns[0].name in ("output", "out")
+    assert schema.returns[1].name in ("logsumexp", "log_sumexp")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dim", [3, 64, 128])

@@ -19,7 +19,7 @@ from tests.processes import run_ranks
 def drawn_by(rank: int, config: InfoNCEConfig, bank: Bank, num_instances: int, dim: int) -> tuple:
     """The negatives of a rank as instance ids, one row per query, and the weight of each draw."""
     (embeddings,), ids = batch("random", num_instances, dim)
-    queries = BatchQueries(embeddings, ids, 1, slice(0, 0))
+    queries = BatchQueries(embeddings, ids, 1, slice(0, 0), ids)
     objective = InfoNCE(config, num_instances, bank)
     negatives, weight = objective.draw(queries, bank, torch.Generator().manual_seed(100 + rank))
     start, stop, rows, total = bank.start, bank.stop, len(bank.rows), num_instances
@@ -95,7 +95,7 @@ def test_shared_negatives_cover_the_rows_outside_of_the_batch_evenly() -> None:
     config = InfoNCEConfig(num_negatives=60_000)
     bank = Bank(rows_like("random", 20, 8)[5:15], 5)
     ids = torch.tensor([5, 14, 9, -1, 9, 3, 10])
-    queries = BatchQueries(torch.zeros(len(ids), 8), ids, 1, slice(0, 0))
+    queries = BatchQueries(torch.zeros(len(ids), 8), ids, 1, slice(0, 0), ids)
     negatives, _ = InfoNCE(config, 20, bank).draw(queries, bank, torch.Generator().manual_seed(0))
     counts = torch.bincount(negatives, minlength=10)
     assert (counts == 0).tolist() == [position + 5 in ids.tolist() for position in range(10)]

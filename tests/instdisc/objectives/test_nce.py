@@ -42,11 +42,12 @@ def step(rank: int, world_size: int, num_instances: int, config: NCEConfig, dtyp
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
     embeddings, ids = unit(12, 1)[mine], all_ids(num_instances)[mine]
     generator = torch.Generator().manual_seed(100 + rank)
-    result, all_rank_ids = loss_and_gradient(objective, bank, exchange, embeddings, ids, generator)
+    all_rank_ids = exchange.announce(ids, flag=False).ids
+    result, _ = loss_and_gradient(objective, bank, exchange, embeddings, all_rank_ids, generator)
     negatives, weight = objective.draw(12, bank, generator.manual_seed(100 + rank))
     sums = exchange.sum(torch.stack([*result.sums.values(), (ids >= 0).sum().double()]))
     objective.observe(dict(zip(result.sums, (sums[:-1] / sums[-1]).tolist(), strict=True)))
-    owned_ids, rows = exchange.route(embeddings, all_rank_ids, partition)
+    owned_ids, rows = exchange.route(embeddings, all_rank_ids.flatten(), partition)
     bank.update(owned_ids, rows, momentum=0.5)
     return {
         "loss": result.loss_Q,
@@ -131,7 +132,7 @@ def test_gradient_is_the_derivative_of_the_loss() -> None:
 
     def at(queries: torch.Tensor) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        result, _ = loss_and_gradient(objective, bank, Exchange(0, 1), queries.float(), ids, generator)
+        result, _ = loss_and_gradient(objective, bank, Exchange(0, 1), queries.float(), ids[None], generator)
         return float(result.loss_Q[0]), result.gradient_QD[0]
 
     delta = 1e-2
@@ -219,7 +220,7 @@ def test_the_smallest_temperature_overflows_nowhere(dim: int) -> None:
     for queries in (bank.rows[:4], -bank.rows[:4]):
         ids = torch.arange(4)
         result, _ = loss_and_gradient(
-            objective, bank, Exchange(0, 1), queries, ids, torch.Generator().manual_seed(1)
+            objective, bank, Exchange(0, 1), queries, ids[None], torch.Generator().manual_seed(1)
         )
         objective.observe({name: float(value) / 4 for name, value in result.sums.items()})
         assert math.isfinite(objective.log_partition)

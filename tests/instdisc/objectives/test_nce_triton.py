@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,18 +72,32 @@ def test_interpreted(
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("dtype", "dim"), [("fp32", 128), ("bf16", 33)])
-def test_compiles_for_gpus_of_several_generations(capability: int, dtype: str, dim: int) -> None:
+def test_compiles_for_gpus_of_several_generations(
+    tmp_path: Path, capability: int, dtype: str, dim: int
+) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from instdisc.objectives.nce_triton import _kernel
+    from instdisc.objectives.nce_triton import _BLOCK_NUMBERS, _kernel
 
     types = [f"*{dtype}", "*i64", f"*{dtype}", "*fp32", "i32", "i32", "fp32", "fp32", *3 * ["constexpr"]]
-    constants = {"dim": dim, "block_dim": triton.next_power_of_2(dim), "block": 32}
-    source = ASTSource(_kernel, dict(zip(_kernel.arg_names, types, strict=True)), constants)
+    block_dim = triton.next_power_of_2(dim)
+    constants = {"dim": dim, "block_dim": block_dim, "block": _BLOCK_NUMBERS // block_dim}
+    aligned = {(pointer,): [["tt.divisibility", 16]] for pointer in range(4)}  # as PyTorch's memory is
+    source = ASTSource(_kernel, dict(zip(_kernel.arg_names, types, strict=True)), constants, aligned)
     target = GPUTarget("cuda", capability, warp_size=32)
-    assert triton.compile(source, target, {"enable_fp_fusion": True}).asm["cubin"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(triton.compile(source, target, {"enable_fp_fusion": True}).asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run(
+        [cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    if dim == 128:
+        assert registers <= 168  # of 65,536: three programs of four warps on a multiprocessor
+        assert stack == 0  # nothing is spilled to memory
+    assert stack <= 128  # bytes; rows that are no whole vectors need more addresses than there are registers
 
 
 def test_without_triton_pytorch_serves(

@@ -60,7 +60,7 @@ def assert_formulas(world_size: int, config: ParametricSoftmaxConfig, kind: str,
 def test_one_rank_computes_the_formulas(
     monkeypatch: pytest.MonkeyPatch, block: int, temperature: float, kind: str, num_instances: int
 ) -> None:
-    monkeypatch.setattr("instdisc.objectives.parametric._BLOCK_ROWS", block)
+    monkeypatch.setattr("instdisc.objectives.parametric._BLOCK_ROWS", {"cpu": block})
     config = ParametricSoftmaxConfig(temperature=temperature, momentum=0.8, weight_decay=0.1)
     assert_formulas(1, config, kind, num_instances)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cluster.group import Worker
 from instdisc.common.errors import ConfigError
-from instdisc.model.bank import Bank, check_memory
+from instdisc.model.bank import Bank
 from instdisc.objectives.nce import NCE
 from instdisc.settings.objectives import (
     InfoNCEConfig,
@@ -16,6 +17,7 @@ from instdisc.settings.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
+from instdisc.training.memory import BankShard, check_memory
 from tests.instdisc.objectives.objective_steps import KINDS, step
 
 HALF = [torch.float16, torch.bfloat16]
@@ -65,4 +67,7 @@ def test_a_device_without_the_dtype_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         ConfigError, match=r"cpu cannot compute with a bank of float16: use --bank\.dtype float32"
     ):
-        check_memory(10, 8, torch.float16, torch.device("cpu"), sharing=1, copies=0)
+        check_memory(
+            BankShard(num_rows=10, dim=8, dtype=torch.float16, copies=0),
+            Worker(0, 1, 0, 1, 0, torch.device("cpu")),
+        )
