@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import ray.train.torch
-import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -40,8 +39,6 @@ R = TypeVar("R")
 
 _train: Any = ray.train  # annotated as the first version of Ray Train, which this one replaces on import
 _ABORT_S = 15.0
-# What PyTorch says when NCCL finds no device, or is not there: before any function of ours runs in the worker.
-_NO_CUDA = ("requires at least one CUDA device", "no GPUs found", "have NCCL built in")
 
 
 def run_group(
@@ -102,17 +99,6 @@ def run_group(
     except _train.WorkerGroupError as error:
         raise_root_cause(error.worker_failures, group.num_workers, storage / ".ray")
     except _train.TrainingFailedError as error:
-        if any(words in str(error) for words in _NO_CUDA):
-            raise ClusterError(
-                "a worker has a GPU, as Ray counts them, but PyTorch cannot use it: "
-                + (
-                    f"its CUDA {torch.version.cuda} needs an NVIDIA driver that knows it (580 or newer for CUDA 13; "
-                    "nvidia-smi on the node shows the driver's)"
-                    if torch.version.cuda
-                    else f"PyTorch {torch.__version__} has no CUDA"
-                )
-                + "; --gpus-per-worker 0 trains on processors"
-            ) from error
         raise failed_start(error) from error
     except RayError as error:
         cause = out_of_memory(str(error), storage / ".ray") or error

@@ -222,7 +222,7 @@ def test_gpu_that_pytorch_cannot_use_is_told_once(tmp_path: Path, monkeypatch: p
     with ray_head(num_cpus=2, num_gpus=1) as cluster:
         for name, value in (cluster.environment | {"RAY_ADDRESS": cluster.address}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ClusterError, match=r"PyTorch cannot use it: .*driver") as raised:
+        with pytest.raises(ClusterError, match=r"PyTorch sees none .*driver") as raised:
             launch(describe_worker, 1.0, config, name="none", storage=tmp_path)
     assert not isinstance(raised.value, WorkerLostError)  # which would be tried again
 
