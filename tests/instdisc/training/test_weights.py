@@ -232,7 +232,7 @@ def test_the_bank_begins_with_the_embeddings_of_the_start(
         loader=LoaderConfig(backend="host"),
     )
     with Evaluation(evaluation) as opened:
-        expected = torch.from_numpy(opened.bank.read(0, IMAGES))
+        expected = torch.from_numpy(opened.compute(opened.source.train))
     alone, together = (
         torch.cat(run_ranks(world_size, begun, trained, out.path, objective)) for world_size in (1, 2)
     )
