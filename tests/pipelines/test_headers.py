@@ -126,9 +126,7 @@ def test_heic_without_its_package_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         kinds, "_heic_formats", kinds._heic_formats.__wrapped__
     )  # it remembers that it was there
-    with pytest.raises(
-        HeaderError, match=r"HEIC needs an extra: pip install 'instdisc\[heic\]'"
-    ):
+    with pytest.raises(HeaderError, match=r"HEIC needs an extra: pip install 'instdisc\[heic\]'"):
         size_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
 
 
