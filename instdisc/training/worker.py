@@ -165,8 +165,7 @@ class TrainingRun:
                 f"step {self.trainer.steps + 1}: {error}; the state before this step is in {self.url}. Lower "
                 "--optimizer.learning-rate or lengthen --optimizer.warmup-epochs, and start over with --overwrite"
             ) from None
-        if reason is not None and is_deliberate(reason) and self.worker.is_rank_zero:
-            self.metrics.set(stopping=1)
+        self._tell_stopping(reason)
         if self.trainer.steps:
             self._save_now()
         if reason is None:
@@ -174,7 +173,13 @@ class TrainingRun:
                 return self._summarise(self._measure(self.config.training.epochs))
             except MeasurementStopped as stopped:
                 reason = str(stopped)
+                self._tell_stopping(reason)
         return Stopped(reason, f"step {self.trainer.steps} of {self.total_steps}")
+
+    def _tell_stopping(self, reason: str | None) -> None:
+        """Tell Prometheus of a deliberate stop, so that nobody is alerted when the run vanishes."""
+        if reason is not None and is_deliberate(reason) and self.worker.is_rank_zero:
+            self.metrics.set(stopping=1)
 
     def _warn_if_stops_are_short(self) -> None:
         """Warn if the newest snapshot took so long that a stop may end before the state is saved."""
