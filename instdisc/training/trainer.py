@@ -75,7 +75,8 @@ class Trainer:
         self._autocast_dtype = training_dtype(config, worker.device)
         if self._autocast_dtype == torch.float32:
             # What was asked for: by default convolutions on GPUs round to TF32, 10 bits of precision.
-            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+            # (By the old flag: the newer one makes `torch.export` and `torch.compile` raise as they read this one.)
+            torch.backends.cudnn.allow_tf32 = False
         start, stop = self.partition.start(worker.rank), self.partition.stop(worker.rank)
         objective, dtype = config.objective, getattr(torch, config.bank.dtype)
         dim = config.backbone.embedding_dim

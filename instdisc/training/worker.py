@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.errors import SnapshotError, SnapshotWriteError
 from cluster.group import Worker
 from cluster.metrics import Endpoint, Metrics, exported
@@ -18,22 +16,15 @@ from cluster.snapshot_writer import SnapshotReport
 from cluster.snapshots import take_over
 from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import ConfigError, NonFiniteError
-from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import (
-    RAW_PIXELS,
-    KnnMonitor,
-    Measured,
-    MeasurementStopped,
-    journal_entry,
-    raw_pixels,
-)
+from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped, raw_pixels
 from instdisc.training.optim import learning_rate
+from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
-from instdisc.training.trainer import Trainer, training_dtype
+from instdisc.training.trainer import Trainer
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
@@ -116,7 +107,7 @@ class TrainingRun:
         self.total_steps = config.training.epochs * self.order.steps_per_epoch
         self.url = config.snapshots.url or str(run.snapshots)
         self.corrupt: set[Path] = set()
-        self._sent_bytes = 0
+        self.records = Records(self.trainer, run, metrics, self.total_steps)
         self._warned_of_slow_snapshots = False
         rows = self.trainer.bank.rows
         metrics.set(
@@ -170,7 +161,8 @@ class TrainingRun:
             self._save_now()
         if reason is None:
             try:
-                return self._summarise(self._measure(self.config.training.epochs))
+                measured = self._measure(self.config.training.epochs)
+                return self.records.summary(self.recipe, self.monitor, measured, self.clock, self.means)
             except MeasurementStopped as stopped:
                 reason = str(stopped)
                 self._tell_stopping(reason)
@@ -188,7 +180,7 @@ class TrainingRun:
         if self._warned_of_slow_snapshots or not seconds or 2 * seconds <= grace_s:
             return
         self._warned_of_slow_snapshots = True
-        self._say(
+        self.records.say(
             f"a snapshot takes {seconds:.0f} s and a stop up to twice that, but the workers are killed {grace_s:.0f} s "
             f"after it: raise --stop-grace-s, else up to {self.config.snapshots.every_steps} steps are lost"
         )
@@ -201,7 +193,7 @@ class TrainingRun:
                 "with: start over with --overwrite"
             )
         if self.config.init.embeds_bank:
-            self._say("embedding all images with the network at its start, to fill the bank")
+            self.records.say("embedding all images with the network at its start, to fill the bank")
             self.trainer.fill_bank(*self.monitor.embed_bank())
 
     def _announce(self, *, resumed: bool) -> None:
@@ -213,18 +205,17 @@ class TrainingRun:
                 if resumed
                 else "starting from the beginning: no snapshot"
             )
-            self._say(f"{start}, {self.worker.world_size} worker(s)")
+            self.records.say(f"{start}, {self.worker.world_size} worker(s)")
         if not self.monitor.possible:
-            self._say("the training images have no labels: kNN accuracy is skipped")
+            self.records.say("the training images have no labels: kNN accuracy is skipped")
         else:
-            self._say(self.monitor.describe())
+            self.records.say(self.monitor.describe())
         if self.config.knn.baselines and self.monitor.possible and not resumed:
-            self._say("measuring the baselines: raw pixels and the untrained network")
+            self.records.say("measuring the baselines: raw pixels and the untrained network")
             values = self.monitor.measure(
                 {RAW_PIXELS: raw_pixels, "untrained": self.trainer.embed}
             ).accuracies
-            if self.worker.is_rank_zero and not self.run.baselines():
-                append_line(self.run.journal, {"kind": "baselines", **journal_entry(values)})
+            self.records.baselines(values)
         self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
 
     def _train(self) -> str | None:
@@ -256,9 +247,9 @@ class TrainingRun:
                     stop=reason is not None,
                 )
                 seconds, done = self.clock.tick(training.batch_size), self.trainer.steps
-                self._record(seconds, rate)
+                self.records.step(seconds, self.clock.waited, rate, self.means)
                 if done % training.log_every == 0 or done in (1, self.total_steps):
-                    self._log(rate)
+                    self.records.log(rate, self.means, *self.clock.lap())
                 self._report(self.snapshots.poll())
                 if self.trainer.stop_agreed and done < self.total_steps:
                     return reason or "another rank"
@@ -322,112 +313,8 @@ class TrainingRun:
             return None
         with self.trainer.with_averaged_buffers():
             measured = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
-        accuracies = measured.accuracies
-        recomputed, bank = accuracies["recomputed"], accuracies["bank"]
-        if recomputed is not None and bank is not None:
-            self.metrics.set(
-                knn_accuracy_ratio=recomputed.top1,
-                knn_balanced_accuracy_ratio=recomputed.balanced,
-                bank_knn_accuracy_ratio=bank.top1,
-                knn_k=recomputed.k,
-            )
-        if self.worker.is_rank_zero and not self.run.has_accuracy(epoch):
-            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
-            append_line(self.run.journal, {**entry, "readout": measured.readout})
+        self.records.measurement(epoch, measured)
         return measured
-
-    def _record(self, seconds: float, rate: float) -> None:
-        """Record the metrics of a step."""
-        metrics, means, exchange = self.metrics, self.means, self.trainer.exchange
-        metrics.observe("step_seconds", seconds)
-        metrics.observe("data_wait_seconds", self.clock.waited)
-        for phases in self.trainer.phases.finish_step():
-            for name, spent in phases.items():
-                metrics.observe(f"{name}_seconds", spent)
-        metrics.add("images_total", self.trainer.local_batch)
-        metrics.add("exchange_bytes_total", exchange.sent_bytes - self._sent_bytes)
-        self._sent_bytes = exchange.sent_bytes
-        metrics.set(
-            epoch=self.trainer.steps / self.order.steps_per_epoch,
-            learning_rate=rate,
-            loss=means.get("loss"),
-            gradient_norm=means.get("gradient_norm"),
-            positive_similarity=means.get("positive_similarity"),
-            negative_similarity=means.get("negative_similarity"),
-            embedding_norm=means.get("embedding_norm"),
-            **self.trainer.objective.gauges(),
-        )
-
-    def _log(self, rate: float) -> None:
-        images_per_second, waited = self.clock.lap()
-        if not self.worker.is_rank_zero or not self.means:
-            return
-        append_line(
-            self.run.journal,
-            {
-                "kind": "train",
-                "step": self.trainer.steps,
-                "total_steps": self.total_steps,
-                "epoch": self.trainer.steps / self.order.steps_per_epoch,
-                "learning_rate": rate,
-                "images_per_second": images_per_second,
-                "loader_wait_fraction": waited,
-                **self.means,
-                **self.trainer.objective.state_dict(),
-            },
-        )
-
-    def _summarise(self, measured: Measured | None) -> dict[str, Any]:
-        exchange = self.trainer.exchange
-        waited = exchange.sum(torch.tensor(self.clock.wait_fraction, device=self.worker.device))
-        training = self.config.training
-        baselines = self.run.baselines() if self.worker.is_rank_zero else {}
-        accuracies = {} if measured is None else measured.accuracies
-        recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
-        whitened = accuracies.get("recomputed_whitened")
-        readout = None if measured is None else measured.readout
-        read = whitened if readout == "whitened" else recomputed
-        summary = {
-            "recipe": self.recipe,
-            "knn_top1": recomputed and recomputed.top1,
-            "knn_top1_bank": bank and bank.top1,
-            "knn_top1_raw_pixels": baselines.get("raw_pixels"),
-            "knn_top1_untrained": baselines.get("untrained"),
-            "knn_top1_whitened": whitened and whitened.top1,
-            "knn_top1_raw_pixels_whitened": baselines.get("raw_pixels_whitened"),
-            "knn_top1_untrained_whitened": baselines.get("untrained_whitened"),
-            "readout": readout,
-            "knn_top1_readout": read and read.top1,
-            "knn_balanced": recomputed and recomputed.balanced,
-            "knn_balanced_bank": bank and bank.balanced,
-            "knn_balanced_raw_pixels": baselines.get("balanced_raw_pixels"),
-            "knn_balanced_untrained": baselines.get("balanced_untrained"),
-            "knn_protocol": self.monitor.protocol,
-            "knn_k": recomputed and recomputed.k,
-            "knn_k_bank": bank and bank.k,
-            **self.monitor.counts(recomputed),
-            "loss": self.means.get("loss"),
-            "init_weights": self.config.init.weights,
-            "epochs": training.epochs,
-            "steps": self.trainer.steps,
-            "num_instances": len(self.manifest),
-            "world_size": self.worker.world_size,
-            "device": self.worker.device.type,
-            "precision": str(training_dtype(self.config, self.worker.device)).removeprefix("torch."),
-            "seed": training.seed,
-            "train_seconds": self.clock.train_seconds,
-            "images_per_second": self.clock.images_per_second,
-            "loader_wait_fraction": float(waited) / self.worker.world_size,
-            "corrupt_images": self.run.count_corrupt_images(),
-        }
-        if self.worker.is_rank_zero:
-            write_json(self.run.summary, summary)
-        return summary
-
-    def _say(self, message: str) -> None:
-        """Tell the user, through the metrics file that the progress bar follows."""
-        if self.worker.is_rank_zero:
-            append_line(self.run.journal, {"kind": "status", "message": message})
 
     def _on_corrupt(self, manifest: Manifest, row: int, name: str, reason: str) -> None:
         path = manifest.root / name

@@ -293,6 +293,13 @@ def test_batches_that_cannot_be_shared_are_refused(world_size: int, accumulation
         make_trainer(0, world_size, accumulation=accumulation)
 
 
+def test_float32_means_float32_and_leaves_torch_able_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has an old and a new flag for TF32; where they are mixed, `torch.export` and `torch.compile` raise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    make_trainer(0, 1)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_more_workers_than_rows_are_refused() -> None:
     worker = Worker(0, 64, 0, 64, 0, torch.device("cpu"))
     config = RunConfig(data=DataConfig(path="unused"), training=TrainingConfig(batch_size=64))

@@ -30,7 +30,11 @@ from tests.ray_cluster import free_port, wait_until
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """A prepared run of 10 steps."""
-    images = write_pictures(tmp_path / "images", 40)
+    return prepare(tmp_path, classes=0)
+
+
+def prepare(tmp_path: Path, classes: int) -> Job:
+    images = write_pictures(tmp_path / "images", 40, classes)
     options = [
         *SMALL,
         "--data.path",
@@ -81,8 +85,11 @@ def test_a_run_whose_snapshots_take_longer_than_a_stop_may_says_so_at_its_start(
     assert "else up to 1000 steps are lost" in first
 
 
-def test_prometheus_sees_that_a_run_was_stopped_on_purpose(job: Job) -> None:
+@pytest.mark.parametrize("when", ["in a step", "in the last measurement"])
+def test_prometheus_sees_that_a_run_was_stopped_on_purpose(tmp_path: Path, when: str) -> None:
     """It is scraped after the stop, whose snapshot is committed by then."""
+    in_step = when == "in a step"
+    job = prepare(tmp_path, classes=0 if in_step else 2)  # without labels there is no measurement
     run = job[2]
     seen: list[tuple[float, int | None]] = []
     ended = threading.Event()
@@ -92,7 +99,9 @@ def test_prometheus_sees_that_a_run_was_stopped_on_purpose(job: Job) -> None:
             with suppress(OSError, StopIteration, SnapshotError):
                 seen.append((exported(job, "stopping"), newest_step(run.snapshots)))
 
-    def stop_once_scraped_twice() -> str:
+    def stop_once_scraped_twice() -> str | None:
+        if not in_step and newest_step(run.snapshots) != 10:
+            return None
         wait_until(lambda: len(seen) > 2, timeout_s=60)
         return "SIGTERM"
 
@@ -106,7 +115,8 @@ def test_prometheus_sees_that_a_run_was_stopped_on_purpose(job: Job) -> None:
     assert isinstance(stopped, Stopped)
     assert seen[0][0] == 0
     assert seen[-1] == (1, newest_step(run.snapshots))
-    assert stopped.progress.startswith(f"step {seen[-1][1]} of")
+    assert stopped.progress == f"step {seen[-1][1]} of 10"
+    assert (seen[-1][1] == 10) != in_step
 
 
 def test_what_a_killed_run_has_lost_is_said(job: Job) -> None:

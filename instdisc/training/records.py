@@ -1,0 +1,173 @@
+"""What a run tells of itself while it trains: lines of its journal, Prometheus' metrics and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cluster.metrics import Metrics
+from instdisc.common.files import append_line, write_json
+from instdisc.model.votes import Accuracy
+from instdisc.runs.run_directory import RunDirectory
+from instdisc.training.clock import Clock
+from instdisc.training.monitor import KnnMonitor, Measured, journal_entry
+from instdisc.training.trainer import Trainer, training_dtype
+
+
+class Records:
+    """One rank's records. The files of the run directory are written by rank 0 alone.
+
+    Args:
+        trainer: Gives the ranks, the number of steps done, the objective and the bytes sent.
+        run: Where the journal and the summary lie.
+        metrics: This rank's.
+        total_steps: Of the whole run.
+    """
+
+    def __init__(self, trainer: Trainer, run: RunDirectory, metrics: Metrics, total_steps: int) -> None:
+        self._trainer, self._run, self._metrics = trainer, run, metrics
+        self._total_steps = total_steps
+        self._sent_bytes = 0
+
+    def say(self, message: str) -> None:
+        """Tell the user, through the journal that the progress bar follows."""
+        self._append({"kind": "status", "message": message})
+
+    def step(self, seconds: float, waited: float, rate: float, means: Mapping[str, float]) -> None:
+        """Record the metrics of a step that took `seconds`, of which it `waited` for images."""
+        metrics, trainer = self._metrics, self._trainer
+        metrics.observe("step_seconds", seconds)
+        metrics.observe("data_wait_seconds", waited)
+        for phases in trainer.phases.finish_step():
+            for name, spent in phases.items():
+                metrics.observe(f"{name}_seconds", spent)
+        metrics.add("images_total", trainer.local_batch)
+        sent = trainer.exchange.sent_bytes
+        metrics.add("exchange_bytes_total", sent - self._sent_bytes)
+        self._sent_bytes = sent
+        metrics.set(
+            epoch=self._epoch(),
+            learning_rate=rate,
+            loss=means.get("loss"),
+            gradient_norm=means.get("gradient_norm"),
+            positive_similarity=means.get("positive_similarity"),
+            negative_similarity=means.get("negative_similarity"),
+            embedding_norm=means.get("embedding_norm"),
+            **trainer.objective.gauges(),
+        )
+
+    def log(self, rate: float, means: Mapping[str, float], images_per_second: float, waited: float) -> None:
+        """Add a line about the steps since the last one; `waited` is the fraction spent waiting for images."""
+        if means:
+            self._append(
+                {
+                    "kind": "train",
+                    "step": self._trainer.steps,
+                    "total_steps": self._total_steps,
+                    "epoch": self._epoch(),
+                    "learning_rate": rate,
+                    "images_per_second": images_per_second,
+                    "loader_wait_fraction": waited,
+                    **means,
+                    **self._trainer.objective.state_dict(),
+                }
+            )
+
+    def baselines(self, accuracies: Mapping[str, Accuracy | None]) -> None:
+        """Add the line of the baselines, unless a start of this run has done so."""
+        if self._trainer.worker.is_rank_zero and not self._run.baselines():
+            self._append({"kind": "baselines", **journal_entry(accuracies)})
+
+    def measurement(self, epoch: int, measured: Measured) -> None:
+        """Record what was measured after `epoch`, unless a start of this run has done so."""
+        accuracies = measured.accuracies
+        recomputed, bank = accuracies["recomputed"], accuracies["bank"]
+        if recomputed is not None and bank is not None:
+            self._metrics.set(
+                knn_accuracy_ratio=recomputed.top1,
+                knn_balanced_accuracy_ratio=recomputed.balanced,
+                bank_knn_accuracy_ratio=bank.top1,
+                knn_k=recomputed.k,
+            )
+        if self._trainer.worker.is_rank_zero and not self._run.has_accuracy(epoch):
+            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
+            self._append({**entry, "readout": measured.readout})
+
+    def summary(
+        self,
+        recipe: str,
+        monitor: KnnMonitor,
+        measured: Measured | None,
+        clock: Clock,
+        means: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The summary of a finished run, which rank 0 also writes.
+
+        Args:
+            recipe: Its name.
+            monitor: That measured.
+            measured: After the last step; None if nothing could be.
+            clock: That timed the steps.
+            means: Of the last step.
+
+        Collectives: an all-reduce; every rank must call.
+        """
+        worker, config = self._trainer.worker, self._trainer.config
+        waited = self._trainer.exchange.sum(torch.tensor(clock.wait_fraction, device=worker.device))
+        summary = {
+            "recipe": recipe,
+            **self._accuracies(measured),
+            "knn_protocol": monitor.protocol,
+            **monitor.counts(None if measured is None else measured.accuracies["recomputed"]),
+            "loss": means.get("loss"),
+            "init_weights": config.init.weights,
+            "epochs": config.training.epochs,
+            "steps": self._trainer.steps,
+            "num_instances": self._trainer.partition.num_rows,
+            "world_size": worker.world_size,
+            "device": worker.device.type,
+            "precision": str(training_dtype(config, worker.device)).removeprefix("torch."),
+            "seed": config.training.seed,
+            "train_seconds": clock.train_seconds,
+            "images_per_second": clock.images_per_second,
+            "loader_wait_fraction": float(waited) / worker.world_size,
+            "corrupt_images": self._run.count_corrupt_images(),
+        }
+        if worker.is_rank_zero:
+            write_json(self._run.summary, summary)
+        return summary
+
+    def _accuracies(self, measured: Measured | None) -> dict[str, Any]:
+        """KNN accuracies of the pixels, the start and the end of the run; None where none was measured."""
+        baselines = self._run.baselines() if self._trainer.worker.is_rank_zero else {}
+        accuracies = {} if measured is None else measured.accuracies
+        recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
+        whitened = accuracies.get("recomputed_whitened")
+        readout = None if measured is None else measured.readout
+        read = whitened if readout == "whitened" else recomputed
+        return {
+            "knn_top1": recomputed and recomputed.top1,
+            "knn_top1_bank": bank and bank.top1,
+            "knn_top1_raw_pixels": baselines.get("raw_pixels"),
+            "knn_top1_untrained": baselines.get("untrained"),
+            "knn_top1_whitened": whitened and whitened.top1,
+            "knn_top1_raw_pixels_whitened": baselines.get("raw_pixels_whitened"),
+            "knn_top1_untrained_whitened": baselines.get("untrained_whitened"),
+            "readout": readout,
+            "knn_top1_readout": read and read.top1,
+            "knn_balanced": recomputed and recomputed.balanced,
+            "knn_balanced_bank": bank and bank.balanced,
+            "knn_balanced_raw_pixels": baselines.get("balanced_raw_pixels"),
+            "knn_balanced_untrained": baselines.get("balanced_untrained"),
+            "knn_k": recomputed and recomputed.k,
+            "knn_k_bank": bank and bank.k,
+        }
+
+    def _epoch(self) -> float:
+        return self._trainer.steps * self._trainer.config.training.epochs / self._total_steps
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._trainer.worker.is_rank_zero:
+            append_line(self._run.journal, line)
