@@ -17,7 +17,7 @@ import torch
 
 from cluster.actors import connect, share_out
 from cluster.metrics import Endpoint, Metrics, exported
-from cluster.snapshots import SnapshotRows
+from cluster.tables import TableRows
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import write_json
@@ -194,7 +194,7 @@ class Evaluation:
         num_rows = self.source.snapshot.num_rows
         if k > num_rows:
             raise ConfigError(f"k is {k}, but a query has only {num_rows} rows to compare with: lower --k")
-        bank: RowSource = SnapshotRows(self.source.snapshot, "embeddings")
+        bank: RowSource = TableRows(self.source.snapshot, "embeddings")
         if among is not None:
             bank = self.source.rows(among)
         if readout == "whitened":
@@ -255,7 +255,7 @@ class Evaluation:
 
     @property
     def _snapshot_identity(self) -> dict[str, Any]:
-        return {"step": self.source.snapshot.step, "attempt": self.source.snapshot.document["attempt"]}
+        return dict(self.source.snapshot.identity)
 
 
 def _whitened(
