@@ -46,7 +46,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "search": lambda arguments: tyro.cli(search.SearchConfig, args=arguments),
     "inspect": inspect.parse,
     "export": lambda arguments: tyro.cli(export.ExportConfig, args=arguments),
-    "plan": lambda arguments: tyro.cli(plan.PlanConfig, args=arguments),
+    "plan": plan.parse,
 }
 PLACEHOLDERS = {"RECIPE": "sample"}  # all others stand for a path, which a parser takes as it is
 
