@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cluster.collection import Collection, is_collection, open_collection
 from cluster.snapshots import open_snapshot
 from cluster.tables import TableRows, Tables
+from cluster.topk import RowSource
 from instdisc.common.errors import ConfigError
 from instdisc.index.images import manifest_of
 from instdisc.index.model import ATTRIBUTE
@@ -69,6 +71,24 @@ class ChosenRows:
             parts.append(self.bank.read(first, int(rows[count - 1]) + 1)[rows[:count] - first])
             rows = rows[count:]
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class WhitenedRows:
+    """Whitened rows of a source, as a source; picklable."""
+
+    source: RowSource
+    whitening: Whitening
+
+    @property
+    def num_rows(self) -> int:
+        """As many as there are."""
+        return self.source.num_rows
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start … stop - 1."""
+        rows = self.source.read(start, stop).astype(np.float32, copy=False)
+        return np.asarray(self.whitening(torch.from_numpy(rows)).numpy())
 
 
 class Source:
