@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.images import compute_device
+from instdisc.evaluation.images import ImageFunction, compute_device, embed
 from instdisc.model import label_free
 from instdisc.settings.evaluation import StatisticsConfig
 from pipelines.loader import open_loader
@@ -44,7 +44,7 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         raise ConfigError(
             f"only {len(embeddings)} of {len(rows)} training images can be decoded: restore them"
         )
-    first, second = _two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
+    first, second = two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
     pairs = {"two views of an image": matched_pairs(first, second, bins=config.bins)}
     if (labels >= 0).any():
         same, different = class_pairs(embeddings, labels, bins=config.bins)
@@ -74,8 +74,10 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of two random views of each training image, float32 (R, D) each."""
+def two_views(
+    evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int, function: ImageFunction = embed
+) -> tuple[Tensor, Tensor]:
+    """What a function makes of two random views of each training image that can be decoded, float32 (R, F) each."""
     device = compute_device()
     network = copy.deepcopy(evaluation.source.network).to(device).eval()
     parts = []
@@ -90,7 +92,7 @@ def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int
         config=evaluation.config.loader,
     ) as loader:
         for batch in loader:
-            both = network(batch.images.flatten(0, 1)).unflatten(0, (2, -1))
+            both = torch.stack([function(network, images) for images in batch.images])
             parts.append(both[:, batch.instance_ids >= 0].cpu())
     first, second = torch.cat(parts, dim=1)
     return first, second

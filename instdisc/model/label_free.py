@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+MOST_IMAGES = 2048
+_RAW_SIDE = 32
 _BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the processor's cache
 
 
@@ -27,6 +32,26 @@ class LabelFree(NamedTuple):
     """Share of second views that have it among the ten nearest."""
     images: int
     """N, images of the sample; recall is easier among fewer."""
+
+
+def sampled(num_images: int) -> npt.NDArray[np.int64]:
+    """The images that are looked at, always the same: all, or 2,048 drawn of more; ascending, int64."""
+    if num_images <= MOST_IMAGES:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(0).choice(num_images, MOST_IMAGES, replace=False))
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """The baseline that learns nothing: unit vectors of the pixels, at most 32×32 of them.
+
+    Args:
+        images: float (B, 3, H, W), normalised.
+
+    Returns:
+        float32 (B, 3·side²).
+    """
+    side = min(_RAW_SIDE, images.shape[-1])
+    return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
 
 
 @torch.no_grad()

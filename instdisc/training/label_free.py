@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.model.label_free import LabelFree, describe, nearest_others
+from instdisc.model.label_free import LabelFree, describe, nearest_others, sampled
 from instdisc.training.monitor import Embed, MeasurementStopped, raise_where_stopped, until_stopped
 from instdisc.training.trainer import Trainer
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 
-MOST_IMAGES = 2048
 TRAINED, START = "trained", "start"
 """Names of functions: the network now, and before the first step."""
 
@@ -39,10 +37,7 @@ class LabelFreeMonitor:
     ) -> None:
         self._trainer, self._train = trainer, train
         self._on_corrupt = functools.partial(on_corrupt, train)
-        rows = np.arange(len(train))
-        if len(train) > MOST_IMAGES:
-            rows = np.sort(np.random.default_rng(0).choice(len(train), MOST_IMAGES, replace=False))
-        self._rows = rows
+        self._rows = sampled(len(train))
         self._nearest: Tensor | None = None
         self.neighbors_changed: float | None = None
         """Share of the images whose nearest other one is not that of the measurement before; of the trained network."""

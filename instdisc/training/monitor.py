@@ -27,7 +27,7 @@ from pipelines.manifest import Manifest
 from pipelines.order import Request
 
 _QUERIES_AT_A_TIME = 256  # per rank
-_RAW_SIDE, _COARSE_SIDE = 32, 16
+_COARSE_SIDE = 16
 _MOST_CHOOSING = 1000  # training images by which the read-out is chosen
 RAW_PIXELS = "raw_pixels"
 """Name of the baseline."""
@@ -35,19 +35,6 @@ RAW_PIXELS = "raw_pixels"
 logger = logging.getLogger(__name__)
 
 Embed = Callable[[Tensor], Tensor]
-
-
-def raw_pixels(images: Tensor) -> Tensor:
-    """The baseline that learns nothing: unit vectors of the pixels, at most 32×32 of them.
-
-    Args:
-        images: float (B, 3, H, W), normalised.
-
-    Returns:
-        float32 (B, 3·side²).
-    """
-    side = min(_RAW_SIDE, images.shape[-1])
-    return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
 
 
 class MeasurementStopped(Exception):  # noqa: N818 - not an error: the stop was requested

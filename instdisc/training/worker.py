@@ -17,11 +17,12 @@ from cluster.snapshots import take_over
 from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.metrics import TRAINING
+from instdisc.model.label_free import raw_pixels
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
 from instdisc.training.label_free import START, TRAINED, LabelFreeMonitor
-from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped, raw_pixels
+from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped
 from instdisc.training.optim import learning_rate
 from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
