@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from instdisc.common.errors import ConfigError
 from instdisc.evaluation.images import embed
 from instdisc.evaluation.statistics import two_views
-from instdisc.model.label_free import LabelFree, describe, raw_pixels, sampled
+from instdisc.model.label_free import LabelFree, describe, raw_pixels, sampled, usual_views
 from instdisc.settings.evaluation import LabelFreeConfig
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def run(evaluation: Evaluation, config: LabelFreeConfig) -> dict[str, Any]:
         ConfigError: Fewer than two images can be decoded.
     """
     source = evaluation.source
-    rows = sampled(len(source.train))
+    rows, views = sampled(len(source.train)), usual_views(source.augmentation)
     seed = config.seed
     if seed is None:
         seed = source.run.stored_config()[1].training.seed if source.has_run else 0
     found: dict[str, LabelFree] = {}
     for name, function in (("raw_pixels", _pixels), ("trained", embed)):
-        first, second = two_views(evaluation, rows, seed=seed, function=function)
+        first, second = two_views(evaluation, rows, views, seed=seed, function=function)
         if len(first) < 2:
             raise ConfigError(
                 f"only {len(first)} of {len(rows)} training images can be decoded: restore them"

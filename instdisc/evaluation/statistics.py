@@ -16,6 +16,7 @@ from instdisc.common.errors import ConfigError
 from instdisc.evaluation.images import ImageFunction, compute_device, embed
 from instdisc.model import label_free
 from instdisc.settings.evaluation import StatisticsConfig
+from pipelines.augment import Augmentation
 from pipelines.loader import open_loader
 from pipelines.order import Request
 
@@ -44,7 +45,9 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         raise ConfigError(
             f"only {len(embeddings)} of {len(rows)} training images can be decoded: restore them"
         )
-    first, second = two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
+    first, second = two_views(
+        evaluation, rows[decoded.numpy()], augmentation=evaluation.source.augmentation, seed=config.seed
+    )
     pairs = {"two views of an image": matched_pairs(first, second, bins=config.bins)}
     if (labels >= 0).any():
         same, different = class_pairs(embeddings, labels, bins=config.bins)
@@ -75,7 +78,12 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def two_views(
-    evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int, function: ImageFunction = embed
+    evaluation: Evaluation,
+    rows: npt.NDArray[np.int64],
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    function: ImageFunction = embed,
 ) -> tuple[Tensor, Tensor]:
     """What a function makes of two random views of each training image that can be decoded, float32 (R, F) each."""
     device = compute_device()
@@ -84,7 +92,7 @@ def two_views(
     with open_loader(
         evaluation.source.train,
         (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
-        augmentation=evaluation.source.augmentation,
+        augmentation=augmentation,
         training=True,
         views=2,
         seed=seed,

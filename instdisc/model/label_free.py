@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.augment import Augmentation
+
 MOST_IMAGES = 2048
 _RAW_SIDE = 32
 _BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the processor's cache
@@ -39,6 +41,16 @@ def sampled(num_images: int) -> npt.NDArray[np.int64]:
     if num_images <= MOST_IMAGES:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(0).choice(num_images, MOST_IMAGES, replace=False))
+
+
+def usual_views(augmentation: Augmentation) -> Augmentation:
+    """How images are varied to be measured: as is usual, whatever a run does, so that its numbers compare with others'.
+
+    Args:
+        augmentation: Of the run, for size and normalisation.
+    """
+    names = ("image_size", "training_size", "mean", "std")
+    return Augmentation(**{name: getattr(augmentation, name) for name in names})
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ def describe(first_ND: Tensor, second_ND: Tensor) -> LabelFree:
 def instance_recall(first_ND: Tensor, second_ND: Tensor, k: int) -> float:
     """Share of second views that have the first view of their own image among the k most similar first views.
 
-    It is what the objectives train, on images as training varies them. Where other first views are exactly as similar
+    It is what the objectives train. Where other first views are exactly as similar
     as the own one, the expectation over their order counts, so that equal embeddings give k / N.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instdisc.model.label_free import LabelFree, describe, nearest_others, sampled
+from instdisc.model.label_free import LabelFree, describe, nearest_others, sampled, usual_views
 from instdisc.training.monitor import Embed, MeasurementStopped, raise_where_stopped, until_stopped
 from instdisc.training.trainer import Trainer
 from pipelines.loader import open_loader
@@ -21,7 +21,7 @@ TRAINED, START = "trained", "start"
 
 
 class LabelFreeMonitor:
-    """Measures embeddings of two views, as training varies them, of up to 2,048 training images.
+    """Measures embeddings of two views, varied as is usual whatever training does, of up to 2,048 training images.
 
     Images and views are the same at every measurement and for any number of ranks. Rank r of W embeds every W-th of the
     images from the r-th on; all ranks compute the numbers from the embeddings of all.
@@ -76,7 +76,7 @@ class LabelFreeMonitor:
         own = self._rows[worker.rank :: worker.world_size]
         most = -(-len(self._rows) // worker.world_size)
         # A rank without images still has to know how long the vectors are.
-        augmentation = trainer.config.augmentation
+        augmentation = usual_views(trainer.config.augmentation)
         size = augmentation.training_size or augmentation.image_size
         blank = torch.zeros(1, 3, size, size, device=worker.device)
         tables = {
