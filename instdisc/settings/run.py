@@ -117,7 +117,7 @@ class SnapshotConfig(Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Ranged):
     """Everything that a run depends on."""
 
     data: DataConfig
@@ -144,6 +144,7 @@ class RunConfig:
         Raises:
             ValueError: With what to change.
         """
+        super().__post_init__()
         training, workers = self.training, self.launch.num_workers
         # Otherwise the number of workers is known only when they have been found.
         if workers is not None and self.launch.min_workers is None:

@@ -32,6 +32,8 @@ class Records:
         self._trainer, self._run, self._metrics = trainer, run, metrics
         self._total_steps = total_steps
         self._sent_bytes = 0
+        self.train_seconds = 0.0
+        """Of all steps so far; noted with every measurement."""
 
     def say(self, message: str) -> None:
         """Tell the user, through the journal that the progress bar follows."""
@@ -40,6 +42,7 @@ class Records:
     def step(self, seconds: float, waited: float, rate: float, means: Mapping[str, float]) -> None:
         """Record the metrics of a step that took `seconds`, of which it `waited` for images."""
         metrics, trainer = self._metrics, self._trainer
+        self.train_seconds += seconds
         metrics.observe("step_seconds", seconds)
         metrics.observe("data_wait_seconds", waited)
         for phases in trainer.phases.finish_step():
@@ -69,6 +72,7 @@ class Records:
                     "step": self._trainer.steps,
                     "total_steps": self._total_steps,
                     "epoch": self._epoch(),
+                    "train_seconds": self.train_seconds,
                     "learning_rate": rate,
                     "images_per_second": images_per_second,
                     "loader_wait_fraction": waited,
@@ -97,7 +101,7 @@ class Records:
         for name, each in numbers.items():
             if each is not None and (epoch, name) not in known:
                 changed = {"neighbors_changed": neighbors_changed} if name == TRAINED else {}
-                self._append({"kind": "label_free", "epoch": epoch, "of": name, **each._asdict(), **changed})
+                self._append({**self._measured("label_free", epoch), "of": name, **each._asdict(), **changed})
 
     def measurement(self, epoch: int, measured: Measured) -> None:
         """Record what was measured after `epoch`, unless a start of this run has done so."""
@@ -111,7 +115,7 @@ class Records:
                 knn_k=recomputed.k,
             )
         if self._trainer.worker.is_rank_zero and not self._run.has_accuracy(epoch):
-            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
+            entry = {**self._measured("knn", epoch), **journal_entry(accuracies, "knn_top1_")}
             self._append({**entry, "readout": measured.readout})
 
     def summary(
@@ -198,6 +202,9 @@ class Records:
             },
             "label_free_images": newest.get(TRAINED, {}).get("images"),
         }
+
+    def _measured(self, kind: str, epoch: int) -> dict[str, Any]:
+        return {"kind": kind, "epoch": epoch, "train_seconds": self.train_seconds}
 
     def _epoch(self) -> float:
         return self._trainer.steps * self._trainer.config.training.epochs / self._total_steps

@@ -143,6 +143,7 @@ class TrainingRun:
         if progress is None:
             self._begin()
         self.clock = Clock(progress.train_seconds if progress else 0.0)
+        self.records.train_seconds = self.clock.train_seconds
         self.means = progress.means if progress else {}
         if self.worker.is_rank_zero:
             self.metrics.set(snapshot_timestamp_seconds=self.snapshots.committed_time)
