@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from pipelines.errors import DataError
 from pipelines.kinds import EXTENSIONS, KINDS
 from pipelines.manifest import Rejected
+from pipelines.places import Place
 
 Labels = Literal["auto", "folders", "none"]
 MAX_CLASSES = 1_000_000
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 class Scan(NamedTuple):
     """All images found, in the order of their instance ids."""
 
-    root: Path
+    root: Place
     sources: list[str]
     rows: list[Row]
     class_names: tuple[str, ...]
@@ -63,6 +63,10 @@ class LeftAside:
     def add_folder(self, reason: str) -> None:
         """Count a folder that was not looked into."""
         self._counts[_FOLDERS, reason] += 1
+
+    def update(self, other: LeftAside) -> None:
+        """Count what another counted."""
+        self._counts.update(other._counts)
 
     def __bool__(self) -> bool:
         return bool(self._counts)
