@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from pipelines.places import Place, Url
-from pipelines.remote import Range, facts, read_ranges
+from pipelines.remote import Span, facts, read_ranges
 
 # What is farther away than this is asked for instead of read over; a round trip is worth about as much.
 _NEAR = 64 << 10
@@ -82,10 +82,10 @@ class _Remote(Content):
 
     def part(self, position: int, count: int) -> bytes:
         held = self._prepared.get(position, b"")
-        return held[:count] if len(held) >= count else _bytes(Range(self._url, position, position + count))
+        return held[:count] if len(held) >= count else _bytes(Span(self._url, position, position + count))
 
     def prepare(self, parts: Iterable[tuple[int, int]]) -> None:
-        ranges = [Range(self._url, position, position + count) for position, count in parts]
+        ranges = [Span(self._url, position, position + count) for position, count in parts]
         found = zip(ranges, read_ranges(ranges), strict=True)
         self._prepared = {wanted.start: data for wanted, data in found if isinstance(data, bytes)}
 
@@ -121,7 +121,7 @@ class _Walk(io.RawIOBase):
             is_near = 0 <= self._position - end <= _NEAR
             self._ahead = min(2 * self._ahead, _MOST) if is_near else _LEAST
             stop = min(self._position + max(self._ahead, count), self._size)
-            self._start, self._held = self._position, _bytes(Range(self._url, self._position, stop))
+            self._start, self._held = self._position, _bytes(Span(self._url, self._position, stop))
         start = self._position - self._start
         data = self._held[start : start + count]
         buffer[: len(data)] = data
@@ -133,13 +133,13 @@ def read_whole(place: Place) -> bytes | None:
     """A small file, None where there is none."""
     if isinstance(place, Url):
         try:
-            return _bytes(Range(place, 0, facts(place).size))
+            return _bytes(Span(place, 0, facts(place).size))
         except FileNotFoundError:
             return None
     return place.read_bytes() if place.is_file() else None
 
 
-def _bytes(wanted: Range) -> bytes:
+def _bytes(wanted: Span) -> bytes:
     (found,) = read_ranges([wanted])
     if isinstance(found, OSError):
         raise found

@@ -20,7 +20,7 @@ from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
 from pipelines.places import Place, Url
-from pipelines.remote import Range, read_ranges
+from pipelines.remote import Span, read_ranges
 
 _OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
 # These may be about one file alone. All others (too many open files, a failing disk) strike any image next.
@@ -63,11 +63,11 @@ class ImageReader:
         """
         manifest = self._manifest
         found: list[bytes | OSError | CorruptImage] = [b""] * len(rows)
-        far: dict[int, Range] = {}
+        far: dict[int, Span] = {}
         for index, row in enumerate(rows):
             source, offset, size = manifest.source(row), int(manifest.offsets[row]), int(manifest.sizes[row])
             if isinstance(source, Url):
-                far[index] = Range(source, offset, offset + size)
+                far[index] = Span(source, offset, offset + size)
             else:
                 found[index] = self._read_near(source, offset, size)
         if far:

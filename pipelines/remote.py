@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class Range(NamedTuple):
+class Span(NamedTuple):
     """Bytes `start` … `stop` - 1 of a file."""
 
     url: Url
@@ -54,7 +54,7 @@ class StorageError(DataError):
     """The storage stayed away, however often it was tried."""
 
 
-def read_ranges(ranges: Sequence[Range]) -> list[bytes | OSError]:
+def read_ranges(ranges: Sequence[Span]) -> list[bytes | OSError]:
     """Read ranges, any number of them at once; those that lie close together are one request.
 
     Returns:
@@ -110,9 +110,9 @@ def list_tars(url: Url) -> list[Url]:
     return [Url(name) for name in sorted(names) if is_pattern or name.lower().endswith(".tar")]
 
 
-def _merged(ranges: Sequence[Range]) -> tuple[list[Range], list[int]]:
+def _merged(ranges: Sequence[Span]) -> tuple[list[Span], list[int]]:
     """Ranges that cover the given ones, and the number of the one that covers each."""
-    merged: list[Range] = []
+    merged: list[Span] = []
     parts = [0] * len(ranges)
     for index in sorted(range(len(ranges)), key=ranges.__getitem__):
         wanted, last = ranges[index], merged[-1] if merged else None
@@ -129,7 +129,7 @@ def _merged(ranges: Sequence[Range]) -> tuple[list[Range], list[int]]:
     return merged, parts
 
 
-def _read(ranges: Sequence[Range]) -> list[bytes | OSError]:
+def _read(ranges: Sequence[Span]) -> list[bytes | OSError]:
     """As `read_ranges`, without merging."""
     results: dict[int, bytes | OSError] = {}
     tries = _Tries()
@@ -151,7 +151,7 @@ class _MayPass(NamedTuple):
     error: Exception
 
 
-def _judge(wanted: Range, found: Any) -> bytes | OSError | _MayPass:
+def _judge(wanted: Span, found: Any) -> bytes | OSError | _MayPass:
     if isinstance(found, bytes | bytearray | memoryview):
         if len(found) > wanted.stop - wanted.start:
             raise DataError(
@@ -171,7 +171,7 @@ def _judge(wanted: Range, found: Any) -> bytes | OSError | _MayPass:
     return _MayPass(found)
 
 
-def _ask(ranges: Sequence[Range]) -> list[Any]:
+def _ask(ranges: Sequence[Span]) -> list[Any]:
     """Every range once: its bytes or the exception."""
     system = _system(ranges[0].url)
     paths = [system._strip_protocol(str(each.url)) for each in ranges]

@@ -18,7 +18,7 @@ from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.places import Url, place, without_secrets
 from pipelines.reader import ImageReader
-from pipelines.remote import Range, StorageError, facts, read_ranges
+from pipelines.remote import Span, StorageError, facts, read_ranges
 from tests.pipelines.images import BACKENDS, encode, fail, in_order, load, photo, same
 from tests.pipelines.stored import write_tar
 from tests.range_server import RangeServer, range_server
@@ -119,7 +119,7 @@ def test_ranges_that_lie_close_together_are_one_request(server: RangeServer) -> 
     content = bytes(range(256)) * 1024
     server.files = {"/a": content, "/b": content}
     a, b = Url(f"{server.url}/a"), Url(f"{server.url}/b")
-    wanted = [Range(a, 5000, 6000), Range(b, 0, 10), Range(a, 0, 5000), Range(a, 200_000, 200_100)]
+    wanted = [Span(a, 5000, 6000), Span(b, 0, 10), Span(a, 0, 5000), Span(a, 200_000, 200_100)]
     assert read_ranges(wanted) == [content[each.start : each.stop] for each in wanted]
     assert len(server.requests) == 3
     assert read_ranges([]) == []
@@ -128,12 +128,12 @@ def test_ranges_that_lie_close_together_are_one_request(server: RangeServer) -> 
 def test_a_request_that_fails_is_made_again(server: RangeServer) -> None:
     server.files = {"/a": bytes(1000)}
     server.failures = 4
-    assert read_ranges([Range(Url(f"{server.url}/a"), 0, 10)]) == [bytes(10)]
+    assert read_ranges([Span(Url(f"{server.url}/a"), 0, 10)]) == [bytes(10)]
     server.failures = 1000
     with pytest.raises(
         StorageError, match=r"cannot read http://.*/a: tried 6 times in .*503.*resumes from the newest"
     ):
-        read_ranges([Range(Url(f"{server.url}/a"), 0, 10)])
+        read_ranges([Span(Url(f"{server.url}/a"), 0, 10)])
     with pytest.raises(StorageError, match="tried 6 times"):
         facts(Url(f"{server.url}/a"))
 
