@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from tqdm import tqdm
-
 from pipelines.errors import DataError
+from pipelines.scan import Bar
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
@@ -30,7 +29,7 @@ class Member(NamedTuple):
     """Whether these bytes are its content; not so for links, devices and sparse files."""
 
 
-def archives(path: Path, bar: tqdm[None]) -> Iterator[dict[str, Member]]:
+def archives(path: Path, bar: Bar) -> Iterator[dict[str, Member]]:
     """Yield the members by name, as they are stored, of each of the archives that a file holds one after the other.
 
     Usually it is one; `cat` joins several. What follows an end mark and is no tar is named in a warning.
@@ -65,7 +64,7 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
             raise DataError(f"{path} is compressed with {program}, expected a plain tar; uncompress it first")
 
 
-def _members(path: Path, file: IO[bytes], position: int, bar: tqdm[None]) -> tuple[dict[str, Member], int]:
+def _members(path: Path, file: IO[bytes], position: int, bar: Bar) -> tuple[dict[str, Member], int]:
     """The members from a position up to an end mark, and where that is."""
     size = path.stat().st_size
     members: dict[str, Member] = {}

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from pipelines.errors import DataError
 from pipelines.headers import HeaderError, checksum, image_size
 from pipelines.manifest import Rejected
 from pipelines.scan import (
+    Bar,
     Labels,
     LeftAside,
     Row,
@@ -98,7 +97,7 @@ class _Tar:
     def __init__(self, path: Path, source: int, scan: Scan, labels: TarLabels) -> None:
         self._path, self._source, self._scan, self._labels = path, source, scan, labels
 
-    def scan(self, bar: tqdm[None]) -> list[str]:
+    def scan(self, bar: Bar) -> list[str]:
         """The label of each image appended, empty for none."""
         parts = list(archives(self._path, bar))
         texts: list[str] = []
