@@ -30,7 +30,8 @@ from cluster.actors import available_threads, connect
 from cluster.partition import Partition
 from cluster.settings import ActorsConfig
 from cluster.snapshot_writer import SnapshotWriter
-from cluster.snapshots import Snapshot, SnapshotRows, open_snapshot
+from cluster.snapshots import Snapshot, open_snapshot
+from cluster.tables import TableRows
 from cluster.topk import TopK
 
 DIM, K, REPEATS = 128, 200, 5
@@ -55,7 +56,7 @@ class Row:
     ids_identical: bool
 
 
-class NotedRows(SnapshotRows):
+class NotedRows(TableRows):
     """Rows of a snapshot; notes who reads them in a folder."""
 
     def __init__(self, snapshot: Snapshot, notes: Path) -> None:

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 P = TypeVar("P")
 R = TypeVar("R")
 
-# Ray reads these from the environment only, most of them when it is imported. What the user has set wins.
-
 
 def launch(
     function: Callable[[Worker, P], R | Stopped],

@@ -127,7 +127,7 @@ class Lease:
         if alive is False:
             return
         logger.warning(
-            "%s: waiting up to %g s to see whether a run there is alive (%s)",
+            "%s: waiting up to %g s to see whether who holds it is alive (%s)",
             self._storage.url,
             LAPSE_S,
             there,
@@ -155,7 +155,7 @@ class Lease:
             except Exception as error:  # every file system that fsspec opens has errors of its own
                 if not warned:
                     logger.warning(
-                        "%s/%s cannot be renewed (%s): from %g s on another run may start there",
+                        "%s/%s cannot be renewed (%s): from %g s on another process may start there",
                         *(self._storage.url, self._name, error, LAPSE_S),
                     )
                 warned = True

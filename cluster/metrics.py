@@ -273,7 +273,8 @@ def _node_address() -> str:
     ray = sys.modules.get("ray")  # imported by now if this process belongs to a cluster
     if ray is None or not ray.is_initialized():
         return "127.0.0.1"
-    return str(ray.util.get_node_ip_address())
+    node = ray.get_runtime_context().get_node_id()
+    return next(str(known["NodeManagerAddress"]) for known in ray.nodes() if known["NodeID"] == node)
 
 
 class _Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,8 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # The resources have just been granted: where they are not, a node was lost since.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # A cluster of our own sends no statistics of its use to Ray's makers.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 _CONNECT_S = 10.0
 
@@ -40,6 +43,11 @@ def ray_session() -> Iterator[None]:
     # Silence Ray's notice about token authentication: it is noise for a cluster that we started.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS", "auto")
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS is {address!r}, where jobs are submitted: run `ray job submit --address {address} "
+            "--working-dir . -- COMMAND`, or, on a machine of the cluster, set RAY_ADDRESS to the HOST:6379 of its head"
+        )
     try:
         if address not in ("", "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -47,9 +55,16 @@ def ray_session() -> Iterator[None]:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(include_dashboard=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
+        if "AF_UNIX path length" in str(error):
+            directory = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            raise ClusterError(
+                f"cannot start Ray: {directory}, the directory for temporary files, has too long a name "
+                "for the sockets that Ray keeps in it; set RAY_TMPDIR to one with a short name, such as /tmp"
+            ) from error
         raise ClusterError(
-            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`) "
-            "and whether it needs RAY_AUTH_MODE=token, or run without Ray: --num-workers 0 (evaluation: --num-actors 0)"
+            f"cannot reach Ray (RAY_ADDRESS is {address!r}): {error}; check that the cluster runs (`ray status`), and, "
+            "if it has a token, that RAY_AUTH_MODE=token is exported here and ~/.ray/auth_token is the cluster's; or "
+            "run without Ray: --num-workers 0 (evaluation: --num-actors 0)"
         ) from error
     try:
         with sigterm_as_interrupt():

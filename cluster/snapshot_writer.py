@@ -181,9 +181,7 @@ class SnapshotWriter:
     def _copy(self, name: str, rows: Rows) -> tuple[NDArray[Any], str]:
         """Return rows as they are stored, in memory of their own, and the name of their dtype."""
         if not isinstance(rows, Tensor):
-            if not isinstance(rows, np.ndarray) or rows.dtype.kind in "OTU":
-                return np.array(rows, dtype=np.dtypes.StringDType()), "string"
-            return rows.copy(), str(rows.dtype)
+            return stored(rows)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != rows.shape or buffer.dtype != rows.dtype:
             buffer = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
@@ -224,23 +222,15 @@ class SnapshotWriter:
         folder.write(self._part(self._rank), json.dumps({"tables": specs, "pieces": pieces}).encode())
 
     def _write_tables(self, save: _Save, folder: Storage, pieces: dict[str, tuple[int, int]]) -> None:
-        tables = folder.below(TABLES)
-        store = _RecordingStore(tables.zarr_store(read_only=False), pieces, self._rank == 0)
-        zarr.create_group(store, zarr_format=3)
-        start, stop = self._partition.start(self._rank), self._partition.stop(self._rank)
-        for name, (rows, dtype) in save.tables.items():
-            array = zarr.create_array(
-                store,
-                name=name,
-                shape=(self._partition.num_rows, *rows.shape[1:]),
-                chunks=(self._partition.block, *rows.shape[1:]),
-                dtype="string" if dtype == "string" else rows.dtype,
-                compressors=[Crc32cCodec()],
-                chunk_key_encoding={"name": "default", "separator": "."},  # no folder per chunk
-                attributes={"dtype": dtype},
-                config={"write_empty_chunks": True},  # else a chunk of zeros would look like a missing one
-            )
-            array[start:stop] = rows
+        write_tables(
+            folder,
+            save.tables,
+            pieces,
+            num_rows=self._partition.num_rows,
+            block=self._partition.block,
+            start=self._partition.start(self._rank),
+            writes_metadata=self._rank == 0,
+        )
 
     def _commit(self, save: _Save, folder: Storage) -> int:
         """Wait for all parts, commit, remove what is old; returns the bytes of all ranks."""
@@ -324,6 +314,51 @@ class SnapshotWriter:
     @staticmethod
     def _part(rank: int) -> str:
         return f"parts/rank-{rank}.json"
+
+
+def write_tables(
+    folder: Storage,
+    tables: Mapping[str, tuple[NDArray[Any], str]],
+    pieces: dict[str, tuple[int, int]],
+    *,
+    num_rows: int,
+    block: int,
+    start: int = 0,
+    writes_metadata: bool = True,
+) -> None:
+    """Write rows of tables as Zarr arrays into `tables.zarr` of a folder; they are durable once `pieces` are synced.
+
+    Args:
+        folder: Where; new.
+        tables: Rows as they are stored, and the name of their dtype, by name of the table.
+        pieces: Gets the size and crc32c of every piece written, by name.
+        num_rows: Of each table.
+        block: Rows of a chunk.
+        start: The row that the first one given is; a multiple of `block`.
+        writes_metadata: Whether to write what is the same for all who write rows of these tables.
+    """
+    store = _RecordingStore(folder.below(TABLES).zarr_store(read_only=False), pieces, writes_metadata)
+    zarr.create_group(store, zarr_format=3)
+    for name, (rows, dtype) in tables.items():
+        array = zarr.create_array(
+            store,
+            name=name,
+            shape=(num_rows, *rows.shape[1:]),
+            chunks=(block, *rows.shape[1:]),
+            dtype="string" if dtype == "string" else rows.dtype,
+            compressors=[Crc32cCodec()],
+            chunk_key_encoding={"name": "default", "separator": "."},  # no folder per chunk
+            attributes={"dtype": dtype},
+            config={"write_empty_chunks": True},  # else a chunk of zeros would look like a missing one
+        )
+        array[start : start + len(rows)] = rows
+
+
+def stored(rows: NDArray[Any] | Sequence[str]) -> tuple[NDArray[Any], str]:
+    """Return a copy of rows as they are stored, and the name of their dtype."""
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind in "OTU":
+        return np.array(rows, dtype=np.dtypes.StringDType()), "string"
+    return rows.copy(), str(rows.dtype)
 
 
 class _RecordingStore(WrapperStore[Store]):

@@ -111,6 +111,11 @@ class Snapshot:
         return int(self.document["step"])
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from all others of its directory."""
+        return {"step": self.step, "attempt": self.document["attempt"]}
+
+    @property
     def time(self) -> float:
         """Unix time at which it was committed."""
         return float(self.document["time"])
@@ -226,22 +231,6 @@ class Snapshot:
         return pieces
 
 
-class SnapshotRows:
-    """One table of a snapshot as a source of rows for `cluster.topk`; picklable."""
-
-    def __init__(self, snapshot: Snapshot, table: str) -> None:
-        self._snapshot, self._table = snapshot, table
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the table."""
-        return self._snapshot.num_rows
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start … stop - 1; raises SnapshotError where a piece is missing or damaged."""
-        return self._snapshot.read(self._table, start, stop)
-
-
 def snapshot_steps(url: str | Path) -> list[int]:
     """The steps of the committed snapshots of a directory of snapshots, in ascending order.
 
@@ -286,7 +275,7 @@ def take_over(url: str | Path, owner: str) -> None:
 
 
 @contextmanager
-def reachable(url: str | Path) -> Iterator[None]:
+def reachable(url: str | Path, trouble: str = "cannot be read") -> Iterator[None]:
     """Turn what a file system raises into one error."""
     try:
         yield
@@ -294,7 +283,7 @@ def reachable(url: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # every file system that fsspec opens has errors of its own
         raise SnapshotError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check that it can be reached and the "
+            f"{url}: {trouble} ({type(error).__name__}: {error}); check that it can be reached and the "
             "credentials for it"
         ) from error
 
@@ -339,7 +328,8 @@ def _open(storage: Storage, check_sizes: bool) -> Snapshot:
         raise SnapshotError(
             f"{storage.url}: no {COMMIT}, so this snapshot was never finished; use an earlier one"
         ) from None
-    snapshot = Snapshot(storage.url, _parse(content, f"{storage.url}/{COMMIT}"))
+    remedy = "restore it, or use an earlier snapshot by naming its folder"
+    snapshot = Snapshot(storage.url, parse_sealed(content, f"{storage.url}/{COMMIT}", remedy))
     if not check_sizes:
         return snapshot
     sizes = storage.below(snapshot.document["attempt"]).sizes()
@@ -350,23 +340,28 @@ def _open(storage: Storage, check_sizes: bool) -> Snapshot:
     return snapshot
 
 
-def _parse(content: bytes, name: str) -> dict[str, Any]:
+def parse_sealed(content: bytes, name: str, remedy: str) -> dict[str, Any]:
+    """The document that `seal` made content of.
+
+    Args:
+        content: Of the file.
+        name: Of the file, for messages.
+        remedy: What to do if it is damaged.
+
+    Raises:
+        SnapshotError: It is damaged, or a later version wrote it.
+    """
     try:
         document = json.loads(content)
         version = int(document["schema_version"])
     except (ValueError, KeyError, TypeError):
-        raise SnapshotError(
-            f"{name}: damaged or truncated ({len(content)} bytes); restore it, or use an earlier snapshot by "
-            "naming its folder"
-        ) from None
+        raise SnapshotError(f"{name}: damaged or truncated ({len(content)} bytes); {remedy}") from None
     if version > SCHEMA_VERSION:
         raise SnapshotError(
             f"{name}: schema version {version}, this program reads up to {SCHEMA_VERSION}; update the program"
         )
     if document.get("crc32c") != _document_checksum(document):
-        raise SnapshotError(
-            f"{name}: its checksum differs; restore it, or use an earlier snapshot by naming its folder"
-        )
+        raise SnapshotError(f"{name}: its checksum differs; {remedy}")
     assert isinstance(document, dict)
     return document
 

@@ -36,17 +36,17 @@ __version__ = _version()
 
 
 def open_run(source: str | Path) -> Run:
-    """Open the newest snapshot of a run, or a snapshot by itself, to read and search it in this process.
+    """Open the newest snapshot of a run, a snapshot by itself, or an index, to read and search it in this process.
 
     Args:
-        source: A run directory, a directory of snapshots or one snapshot; the latter two may be fsspec URLs, such as
-            `s3://bucket/run`.
+        source: A run directory, a directory of snapshots, one snapshot or an index; all but the first may be fsspec
+            URLs, such as `s3://bucket/run`.
 
     Returns:
         The run; see `instdisc.evaluation.open_run.Run`.
 
     Raises:
-        ClusterError: There is no snapshot, or it cannot be read. Its subclass `SnapshotError` says which.
+        ClusterError: There is neither, or it cannot be read. Its subclass `SnapshotError` says which.
 
     Example:
         ```python

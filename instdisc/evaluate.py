@@ -1,4 +1,4 @@
-"""Evaluate a run: `python -m instdisc.evaluate RUN_OR_SNAPSHOT [--protocols knn,linear] [--queries.path IMAGES] …`."""
+"""Evaluate a run: `python -m instdisc.evaluate RUN_OR_INDEX [--protocols knn,linear] [--queries.path IMAGES] …`."""
 
 from __future__ import annotations
 

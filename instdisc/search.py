@@ -1,4 +1,4 @@
-"""Find the nearest images of any image: `python -m instdisc.search RUN_OR_SNAPSHOT IMAGE…`."""
+"""Find the nearest images of any image: `python -m instdisc.search RUN_OR_INDEX IMAGE…`."""
 
 from __future__ import annotations
 

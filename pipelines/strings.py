@@ -14,6 +14,8 @@ _ERRORS = "surrogateescape"
 # Controls, marks that reorder what a terminal shows, bytes that are no UTF-8, and the backslash that escapes them.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_ESCAPED = re.compile(r"\\(?:([nrt\\])|x([0-9a-f]{2})|u([0-9a-f]{4}))")
+
 
 def printable(name: str) -> str:
     r"""Escape a file name for screens, JSON and tables: one line of UTF-8 text, different for different bytes.
@@ -28,6 +30,19 @@ def _escape(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` keeps it
         return f"\\x{code - 0xDC00:02x}"
     return match[0].encode("unicode_escape").decode() if code < 0x80 else f"\\u{code:04x}"
+
+
+def unprinted(text: str) -> str:
+    """The file name that `printable` made `text` of."""
+    return _ESCAPED.sub(_unescape, text)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    kind, digits = match[1], match[2] or match[3]
+    if kind:
+        return {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[kind]
+    code = int(digits, 16)
+    return chr(code + 0xDC00 if len(digits) == 2 and code >= 0x80 else code)
 
 
 @dataclass(frozen=True, eq=False)

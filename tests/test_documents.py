@@ -15,7 +15,7 @@ import pytest
 import tyro
 import yaml
 
-from instdisc import evaluate, export, inspect, plan, search, train
+from instdisc import embed, evaluate, export, inspect, plan, search, train
 from instdisc.settings.recipes import RECIPES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,7 @@ DOCUMENTS = sorted(
 )
 PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.main,
+    "embed": embed.main,
     "evaluate": evaluate.main,
     "search": search.main,
     "inspect": inspect.main,
@@ -40,11 +41,12 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
 }
 PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.parse,
+    "embed": embed.parse,
     "evaluate": evaluate.parse,
     "search": lambda arguments: tyro.cli(search.SearchConfig, args=arguments),
     "inspect": inspect.parse,
     "export": lambda arguments: tyro.cli(export.ExportConfig, args=arguments),
-    "plan": lambda arguments: tyro.cli(plan.PlanConfig, args=arguments),
+    "plan": plan.parse,
 }
 PLACEHOLDERS = {"RECIPE": "sample"}  # all others stand for a path, which a parser takes as it is
 

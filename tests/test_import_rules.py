@@ -171,7 +171,7 @@ def test_training_imports_nothing_of_evaluation() -> None:
 
 def test_the_programs_stand_apart() -> None:
     files = {path.name for path in (ROOT / "instdisc").glob("*.py")}
-    programs = {"train.py", "evaluate.py", "search.py", "export.py", "inspect.py", "plan.py"}
+    programs = {"embed.py", "train.py", "evaluate.py", "search.py", "export.py", "inspect.py", "plan.py"}
     assert files == {"__init__.py"} | programs
 
 
@@ -179,7 +179,13 @@ HEAVY = ("torch", "torchvision", "ray", "zarr", "faiss", "nvidia")
 
 
 @pytest.mark.parametrize(
-    "module", ["instdisc.settings.recipes", "instdisc.settings.schema", "instdisc.settings.evaluation"]
+    "module",
+    [
+        "instdisc.settings.recipes",
+        "instdisc.settings.schema",
+        "instdisc.settings.evaluation",
+        "instdisc.settings.embed",
+    ],
 )
 def test_settings_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"

@@ -9,6 +9,8 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -134,8 +136,21 @@ def run(
         logger.debug("", exc_info=True)
         if _output_is_closed():
             return 1
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_deleted_directory(error) or error}", file=sys.stderr)
         return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def _deleted_directory(error: BaseException) -> str | None:
+    """What to say of an error that comes from a working directory that is gone, which names no file itself."""
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return None
+    with suppress(FileNotFoundError):
+        Path.cwd()
+        return None
+    return (
+        "the directory in which this program runs was deleted. If it is a submitted job's: Ray's nodes on one machine "
+        "delete each other's copies of it; start each with a --temp-dir of its own"
+    )
 
 
 def _output_is_closed() -> bool:

@@ -17,16 +17,17 @@ import torch
 
 from cluster.actors import connect, share_out
 from cluster.metrics import Endpoint, Metrics, exported
-from cluster.snapshots import SnapshotRows
+from cluster.tables import TableRows
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
-from instdisc.evaluation.source import ArrayRows, Source
+from instdisc.evaluation.source import ArrayRows, Source, WhitenedRows
 from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
+from instdisc.model.whitening import Whitening
 from instdisc.settings.evaluation import EvaluationConfig, Readout
 from pipelines.manifest import Manifest
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """A run or a snapshot, its queries and its bank; a context manager that serves its metrics.
+    """A run, a snapshot or an index, its queries and its bank; a context manager that serves its metrics.
 
     Errors that a user can fix are raised where they occur: `ConfigError`, `DataError`, `ClusterError`.
 
@@ -70,7 +71,7 @@ class Evaluation:
         """This job's metrics for Prometheus, under the name of the run."""
         name = (
             self.source.run.path.name
-            if self.source.has_run
+            if self.source.has_run and self.source.index is None
             else self.config.source.rstrip("/").rpartition("/")[2]
         )
         return Metrics(EVALUATION, run=name, rank=0)
@@ -82,7 +83,7 @@ class Evaluation:
         if path is None:
             base = (
                 self.source.run.path / "evaluation"
-                if self.source.has_run
+                if self.source.has_run and self.source.index is None
                 else Path("evaluation", self.metrics.run)
             )
             step = f"step-{self.source.snapshot.step:09d}"
@@ -105,7 +106,7 @@ class Evaluation:
         config = self.config.queries
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
-        if config.path is None and not (self.source.has_run and self.source.run.test_manifest.exists()):
+        if config.path is None and self.source.test_images is None:
             return leave_one_out(self.source, self.compute, self.config.max_rows)
         return open_queries(self.source, self.compute, config)
 
@@ -122,9 +123,21 @@ class Evaluation:
             "compared with %s%d labelled rows, %s",
             f"{len(voters)} drawn from the " if len(voters) < labelled else "",
             labelled,
-            "recomputed" if self.config.recompute else "as stored",
+            self.rows_are,
         )
         return voters
+
+    @property
+    def rows_are(self) -> str:
+        """What the queries are compared with, in a word or two."""
+        if self.config.recompute:
+            return "recomputed"
+        return "stored" if self.source.index is None else "indexed"
+
+    @property
+    def can_whiten(self) -> bool:
+        """Whether the rows that are compared with are embeddings of one network, which whitening is for."""
+        return self.config.recompute or self.source.index is not None
 
     def neighbors(
         self, k: int, readout: Readout = "plain"
@@ -135,7 +148,8 @@ class Evaluation:
 
         Args:
             k: How many.
-            readout: `whitened` is for recomputed rows, from which the whitening is fitted.
+            readout: `whitened` is for recomputed rows, from which the whitening is fitted, and for those of an index,
+                which holds one.
 
         Returns:
             Scores float32 (Q, at most k), largest first, and positions among `voters`, int64; minus infinity and -1
@@ -145,8 +159,10 @@ class Evaluation:
         searched = voters.searched(k)
         if readout not in self._voters_found or self._voters_found[readout][0].shape[1] < searched:
             rows, embeddings = self._voting_rows, queries.embeddings
-            if readout == "whitened":
+            if readout == "whitened" and self.config.recompute:
                 rows, embeddings = _whitened(self._recomputed.rows, embeddings)
+            elif readout == "whitened":
+                rows, embeddings = _whitened_by(self._whitening, rows, embeddings)
             with TopK(rows, self.config.actors, self.metrics) as top_k:
                 self._voters_found[readout] = top_k.search(embeddings, searched)
         scores, found = (torch.from_numpy(each[:, :searched]) for each in self._voters_found[readout])
@@ -155,6 +171,12 @@ class Evaluation:
             asking = torch.from_numpy(np.searchsorted(voters.rows, queries.rows))
         scores, found = voters.voting(scores, found, asking, k)
         return scores.numpy(), found.numpy()
+
+    @cached_property
+    def _whitening(self) -> Whitening:
+        found = self.source.whitening
+        assert found is not None  # nothing else is asked for
+        return found
 
     @property
     def _voting_rows(self) -> RowSource:
@@ -194,10 +216,12 @@ class Evaluation:
         num_rows = self.source.snapshot.num_rows
         if k > num_rows:
             raise ConfigError(f"k is {k}, but a query has only {num_rows} rows to compare with: lower --k")
-        bank: RowSource = SnapshotRows(self.source.snapshot, "embeddings")
+        bank: RowSource = TableRows(self.source.snapshot, "embeddings")
         if among is not None:
             bank = self.source.rows(among)
-        if readout == "whitened":
+        if readout == "whitened" and self.source.index is not None:
+            bank, queries = _whitened_by(self._whitening, bank, queries)
+        elif readout == "whitened":
             whitened, queries = _whitened(self._all_recomputed, queries)
             bank = whitened if among is None else ArrayRows(whitened.rows[among])
         with TopK(bank, self.config.actors, self.metrics) as top_k:
@@ -255,7 +279,7 @@ class Evaluation:
 
     @property
     def _snapshot_identity(self) -> dict[str, Any]:
-        return {"step": self.source.snapshot.step, "attempt": self.source.snapshot.document["attempt"]}
+        return dict(self.source.snapshot.identity)
 
 
 def _whitened(
@@ -265,6 +289,12 @@ def _whitened(
     table = torch.from_numpy(rows)
     whiten = whitening.fit(table[table[:, 0].isfinite()])
     return ArrayRows(whiten(table).numpy()), whiten(torch.from_numpy(queries)).numpy()
+
+
+def _whitened_by(
+    whiten: Whitening, rows: RowSource, queries: npt.NDArray[np.float32]
+) -> tuple[WhitenedRows, npt.NDArray[np.float32]]:
+    return WhitenedRows(rows, whiten), whiten(torch.from_numpy(queries)).numpy()
 
 
 ProtocolFunction = Callable[[Evaluation, Any], dict[str, Any]]

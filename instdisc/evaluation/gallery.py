@@ -12,12 +12,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipelines.decode import CorruptImage
+from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.reader import ImageReader
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
+GONE = "not where it was"
+"""Why there is no picture of an image that moved or was deleted."""
 _LOSSLESS_SIDE = 64  # smaller pictures are PNGs, in which JPEG's blocks do not show
 
 
@@ -59,19 +62,21 @@ class Thumbnails:
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
-    def image(self, row: int) -> Image.Image | None:
-        """The picture of a row, None if it cannot be decoded."""
+    def image(self, row: int) -> Image.Image | str:
+        """The picture of a row, or in a few words why there is none."""
         try:
             image = self._reader.decode(row)
-        except CorruptImage:
-            return None
+        except CorruptImage as error:
+            return GONE if str(error).startswith("cannot be read") else "cannot be decoded"
+        except DataError:  # the folder has gone, or its disk fails
+            return GONE
         image.thumbnail((self._side, self._side))
         return image
 
     def uri(self, row: int) -> str:
-        """The picture of a row as a `data:` URI, empty if it cannot be decoded."""
+        """The picture of a row as a `data:` URI, empty if there is none."""
         image = self.image(row)
-        if image is None:
+        if isinstance(image, str):
             return ""
         kind = "PNG" if max(image.size) <= _LOSSLESS_SIDE else "JPEG"
         buffer = io.BytesIO()

@@ -26,7 +26,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
     k = voters.neighbors(config.k or evaluation.source.own_k)
     found = knn_accuracy(evaluation, k, config.temperature)
     whitened = None
-    if evaluation.config.recompute:
+    if evaluation.can_whiten:
         whitened = knn_accuracy(evaluation, k, config.temperature, "whitened")
     accuracies = {1: knn_accuracy(evaluation, 1, config.temperature), k: found}
     if found.without_neighbor:
@@ -39,7 +39,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         "queries": len(queries),
         "query_kind": queries.kind,
         "rows": len(voters),
-        "bank": "recomputed" if evaluation.config.recompute else "stored",
+        "bank": evaluation.rows_are,
         "k": k,
         "temperature": config.temperature,
         "unknown_classes": queries.unknown,

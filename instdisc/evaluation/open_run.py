@@ -1,4 +1,4 @@
-"""A trained run as a Python object: its embeddings, its network, and the search among its images."""
+"""A trained run, or an index, as a Python object: its embeddings, its network, and the search among its images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.settings import ActorsConfig
-from cluster.snapshots import Snapshot, SnapshotRows
+from cluster.tables import TableRows, Tables
 from cluster.topk import TopK
 from instdisc.evaluation.images import ImageRows, check_decoded, embed, open_images
 from instdisc.evaluation.source import Source
@@ -20,11 +20,11 @@ from pipelines.settings import LoaderConfig
 
 
 class Run:
-    """One snapshot of a run, read-only: N training images with a unit embedding of D numbers each.
+    """One snapshot of a run, or one state of an index, read-only: N images with a unit embedding of D numbers each.
 
-    The snapshot is the newest one when the run is opened; snapshots written later are not seen. All arrays are in
-    the order of the rows, and row i is the same image in every array. What is read is compared with its checksum.
-    No collectives, and no Ray.
+    The snapshot is the newest one when the run is opened; snapshots written later, and later changes of the index, are
+    not seen. All arrays are in the order of the rows, and row i is the same image in every array. What is read is
+    compared with its checksum. No collectives, and no Ray.
 
     Args:
         source: See `instdisc.open_run`.
@@ -42,8 +42,8 @@ class Run:
 
     def __init__(self, source: str | Path) -> None:
         self._source = Source(str(source))
-        self.snapshot: Snapshot = self._source.snapshot
-        """The snapshot itself, with its step, labels and other tables."""
+        self.snapshot: Tables = self._source.snapshot
+        """The snapshot or index itself, with its step, labels and other tables."""
 
     def __len__(self) -> int:
         return self.snapshot.num_rows
@@ -55,7 +55,8 @@ class Run:
         """Read the memory bank.
 
         Returns:
-            float32 (N, D), unit rows, each a running mean of its image's embeddings while training.
+            float32 (N, D), unit rows: of a run each a running mean of its image's embeddings while training, of an
+            index the embedding that the network gives.
 
         Raises:
             SnapshotError: A piece is missing or damaged.
@@ -63,7 +64,7 @@ class Run:
         return self.snapshot.read("embeddings").astype(np.float32, copy=False)
 
     def keys(self) -> npt.NDArray[np.object_]:
-        """Read the names of the training images.
+        """Read the names of the images.
 
         Returns:
             (N,), objects of type str: the path below the image folder, or the member of a tar file.
@@ -152,4 +153,4 @@ class Run:
 
     @cached_property
     def _top_k(self) -> TopK:
-        return TopK(SnapshotRows(self.snapshot, "embeddings"), ActorsConfig(num_actors=0))
+        return TopK(TableRows(self.snapshot, "embeddings"), ActorsConfig(num_actors=0))

@@ -16,6 +16,7 @@ from instdisc.settings.evaluation import PageConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
+    from instdisc.evaluation.source import Source
 
 _RESULTS = ("knn", "linear", "finetune", "unseen", "statistics")
 _KNN_CURVES = {"knn_top1_recomputed": "recomputed embeddings", "knn_top1_bank": "memory bank"}
@@ -59,10 +60,11 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     Without labels there is no gallery.
 
     Raises:
-        ConfigError: Only a snapshot is at hand, which has neither images nor curves.
+        ConfigError: Only a snapshot is at hand, which has neither images nor curves; an index has images.
     """
     results, source = _read_results(evaluation), evaluation.source
-    metrics, summary = read_lines(source.run.journal), source.run.read_summary() or {}
+    run = source.run if source.index is None else None
+    metrics, summary = (read_lines(run.journal), run.read_summary() or {}) if run else ([], {})
     galleries: list[tuple[str, Sequence[Example]]] = []
     if (source.train.labels >= 0).any() and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
@@ -73,25 +75,35 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
             temperature=config.temperature,
         )
         galleries = [("Nearest rows of the best queries", best), ("Nearest rows of the worst queries", worst)]
-    settings = source.run.settings()
     html = render(
         Page(
-            title=source.run.path.name,
-            subtitle=f"recipe {settings['recipe']}: {settings['backbone']['name']}, {len(source.train):,} training "
-            f"images of {len(source.class_names) or 'no'} classes, {settings['training']['epochs']} epochs, step "
-            f"{source.snapshot.step:,}",
-            tiles=tiles(results, settings["backbone"]["embedding_dim"]),
+            title=run.path.name if run else source.snapshot.url.rpartition("/")[2],
+            subtitle=_subtitle(source),
+            tiles=tiles(results, source.embedding_dim),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
             tables=[*training_table(summary), *tables(results)],
             galleries=galleries,
-            footer=f"Snapshot of step {source.snapshot.step:,}; the figures are also in the .json files beside "
-            "this page.",
+            footer=f"{'Snapshot' if run else 'Index'} of step {source.snapshot.step:,}; the figures are also in the "
+            ".json files beside this page.",
         )
     )
     path = evaluation.output / "index.html"
     write_text(path, html)
     pictures = sum(1 + len(example.neighbors) for _, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
+
+
+def _subtitle(source: Source) -> str:
+    """What was trained or embedded, and how."""
+    classes, step = len(source.class_names) or "no", f"step {source.snapshot.step:,}"
+    images = f"{source.snapshot.num_rows:,}"
+    if source.index is not None:
+        return f"index of {images} images of {classes} classes, embedded by {source.backbone.name}, {step}"
+    settings = source.run.settings()
+    return (
+        f"recipe {settings['recipe']}: {settings['backbone']['name']}, {images} training images of {classes} classes, "
+        f"{settings['training']['epochs']} epochs, {step}"
+    )
 
 
 def render(page: Page) -> str:

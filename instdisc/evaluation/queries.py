@@ -73,7 +73,7 @@ class LabelledQueries:
 
 
 def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQueries:
-    """Up to 10,000 labelled rows, spread evenly; recomputed where the run is available, otherwise as stored.
+    """Up to 10,000 labelled rows, spread evenly; recomputed where that can be done and tells anything new.
 
     Args:
         source: The bank.
@@ -82,7 +82,7 @@ def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQu
     """
     voters = choose_voters(source.bank_labels, leave_one_out=True, max_rows=max_rows)
     rows = voters.rows[voters.spread()]
-    if source.has_run:
+    if source.has_run and source.index is None:
         embeddings = compute(source.train, rows=rows)
         rows = _decoded(embeddings, rows, source.train)
         embeddings = embeddings[np.isfinite(embeddings[:, 0])]
@@ -93,7 +93,7 @@ def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQu
         embeddings=embeddings,
         labels=source.bank_labels[rows],
         rows=rows,
-        manifest=source.train if source.has_run else None,
+        manifest=source.train if source.has_images else None,
         unknown={},
     )
 
@@ -113,7 +113,8 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
     if config.path is not None:
         manifest = open_labelled(config.path, config, "--queries.path", upright=source.turns_images)
     else:
-        manifest = Manifest.load(source.run.test_manifest)
+        assert source.test_images is not None  # its caller looked
+        manifest = Manifest.load(source.test_images)
         if source.run.settings()["data"].get("classes") is not None:
             manifest = manifest.of_classes(source.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)

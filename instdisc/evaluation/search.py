@@ -1,8 +1,8 @@
-"""Embed images, find their nearest rows in the bank, and draw them."""
+"""Embed images, find their nearest rows in the bank or index, and draw them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.evaluation.context import Evaluation
-from instdisc.evaluation.gallery import Thumbnails
+from instdisc.evaluation.gallery import GONE, Thumbnails
 from instdisc.evaluation.images import check_decoded, embed, open_images
+from instdisc.evaluation.source import Source
 from instdisc.model.voters import choose_voters
 from instdisc.model.votes import weighted_votes
 from instdisc.settings.evaluation import EvaluationConfig, KnnConfig, Readout, SearchConfig
@@ -54,7 +55,8 @@ def search(config: SearchConfig) -> str:
         embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
         check_decoded(embeddings, manifest)
         scores, rows = evaluation.search(embeddings, config.k, config.readout)
-        labels = {row: _label(evaluation, row) for row in np.unique(rows).tolist()}
+        once = np.unique(rows)
+        labels = _labels(evaluation, once)
         found = [
             [
                 Neighbor(row, float(score), *labels[row])
@@ -63,26 +65,43 @@ def search(config: SearchConfig) -> str:
             for query in range(len(manifest))
         ]
         classes = _classes(evaluation, embeddings, config.readout)
-        train = evaluation.source.train if evaluation.source.has_run else None
+        pictures = _pictures(evaluation.source, once) if evaluation.source.has_images else None
     lines = []
     for query, neighbors in enumerate(found):
         lines += [manifest.name(query), *_table(neighbors), *classes[query : query + 1], ""]
-    if train is None:
+    if pictures is None:
         return "\n".join([*lines, "not drawn: a snapshot has no images; give its run directory to see them"])
+    gone = [labels[row][1] for row, picture in pictures.items() if picture == GONE]
+    if gone:
+        remedy = (
+            f"python -m instdisc.embed --output {config.source} --data.root PLACE says where they are now"
+        )
+        lines += [
+            f"{len(gone)} of these images are not where they were, e.g. {gone[0]}"
+            + (f": {remedy}" if evaluation.source.index is not None else ""),
+            "",
+        ]
     output = config.output.expanduser()
-    draw(manifest, train, found).save(output, "PNG")
+    draw(manifest, pictures, found).save(output, "PNG")
     return "\n".join([*lines, f"drawn in {output}"])
 
 
-def _label(evaluation: Evaluation, row: int) -> tuple[str, str]:
-    """Name of the row's class, `-` for none, and of its image."""
-    if evaluation.source.has_run:
-        label, name = int(evaluation.source.train.labels[row]), evaluation.source.train.name(row)
+def _pictures(source: Source, rows: npt.NDArray[np.int64]) -> dict[int, Image.Image | str]:
+    """The image of each row, or why there is none."""
+    with Thumbnails(source.images(rows), _SIDE) as stored:
+        return {row: stored.image(place) for place, row in enumerate(rows.tolist())}
+
+
+def _labels(evaluation: Evaluation, rows: npt.NDArray[np.int64]) -> dict[int, tuple[str, str]]:
+    """Name of each row's class, `-` for none, and of its image."""
+    source = evaluation.source
+    if source.has_run and source.index is None:
+        labels = source.train.labels[rows].tolist()
+        names = [source.train.name(row) for row in rows.tolist()]
     else:
-        label, name = (
-            evaluation.source.snapshot.read(table, row, row + 1)[0] for table in ("labels", "keys")
-        )
-    return evaluation.source.class_names[label] if label >= 0 else "-", name
+        labels, names = (source.read_rows(table, rows).tolist() for table in ("labels", "keys"))
+    classes = [source.class_names[label] if label >= 0 else "-" for label in labels]
+    return dict(zip(rows.tolist(), zip(classes, names, strict=True), strict=True))
 
 
 def _classes(evaluation: Evaluation, embeddings: npt.NDArray[np.float32], readout: Readout) -> list[str]:
@@ -111,30 +130,38 @@ def _table(neighbors: Sequence[Neighbor]) -> list[str]:
     ]
 
 
-def draw(queries: Manifest, train: Manifest, found: Sequence[Sequence[Neighbor]]) -> Image.Image:
-    """A line for every query: the image, and to its right its nearest rows with similarity and class."""
+def draw(
+    queries: Manifest, pictures: Mapping[int, Image.Image | str], found: Sequence[Sequence[Neighbor]]
+) -> Image.Image:
+    """A line for every query: the image, and to its right its nearest rows with similarity and class.
+
+    Args:
+        queries: The images that were searched for.
+        pictures: Of the rows found, or why there is none.
+        found: The nearest rows of each query.
+    """
     columns = 1 + max(len(neighbors) for neighbors in found)
     width, height = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
     sheet = Image.new("RGB", (columns * width + 2 * _GAP, len(found) * height + _GAP), "white")
-    with Thumbnails(queries, _SIDE) as asked, Thumbnails(train, _SIDE) as stored:
+    with Thumbnails(queries, _SIDE) as asked:
         for number, neighbors in enumerate(found):
             top = _GAP + number * height
             _place(sheet, asked.image(number), (_GAP, top), ["query"])
             for column, each in enumerate(neighbors, 1):
                 place = (2 * _GAP + column * width, top)
-                _place(sheet, stored.image(each.row), place, [f"{each.similarity:.3f}", each.label])
+                _place(sheet, pictures[each.row], place, [f"{each.similarity:.3f}", each.label])
     return sheet
 
 
 def _place(
-    sheet: Image.Image, image: Image.Image | None, place: tuple[int, int], caption: Sequence[str]
+    sheet: Image.Image, image: Image.Image | str, place: tuple[int, int], caption: Sequence[str]
 ) -> None:
-    """Draw one image in the middle of its square, enlarged if it is small, with lines of text below it."""
+    """Draw one image in the middle of its square, enlarged if it is small, or why there is none, with text below."""
     left, top = place
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    if image is None:
+    if isinstance(image, str):
         pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="grey")
-        caption = ["cannot be decoded", *caption[1:]]
+        pen.text((left + 4, top + _SIDE // 2), image, fill="grey", font=font)
     else:
         sheet.paste(ImageOps.pad(image, (_SIDE, _SIDE), color="white"), place)
     for number, text in enumerate(caption):

@@ -95,8 +95,8 @@ def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
             "--unseen.path",
             upright=evaluation.source.turns_images,
         )
-    elif evaluation.source.run.test_manifest.exists():
-        manifest = Manifest.load(evaluation.source.run.test_manifest)
+    elif evaluation.source.test_images is not None:
+        manifest = Manifest.load(evaluation.source.test_images)
     else:
         raise ConfigError("the run has no test images to retrieve among: name some with --unseen.path")
     if not manifest.has_labels:

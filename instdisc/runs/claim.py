@@ -1,4 +1,4 @@
-"""Who may write to a run directory, and to a directory of snapshots: one run at a time."""
+"""Who may write to a run directory, a directory of snapshots or an index: one process at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instdisc.runs.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-_LOCK, _LEASE, _SNAPSHOTS_LEASE = ".lock", ".lease", "LEASE"
+_LOCK, _LEASE, _STORE_LEASE = ".lock", ".lease", "LEASE"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `flock` says on file systems that cannot lock."""
 _UNTIL_KILLED_S = 1.0
@@ -63,7 +63,19 @@ def claim_snapshots(url: str | None) -> Iterator[None]:
     if url is None:
         yield
         return
-    with _leased(Storage.at(url), _SNAPSHOTS_LEASE, settle=True):
+    with _leased(Storage.at(url), _STORE_LEASE, settle=True):
+        yield
+
+
+@contextmanager
+def claim_index(url: str) -> Iterator[None]:
+    """Hold an index, which is made if need be, against other processes that would change it.
+
+    Raises:
+        ConfigError: Another process holds it, or took it while this one was suspended.
+        SnapshotError: It cannot be read or written to.
+    """
+    with _leased(Storage.at(url), _STORE_LEASE, settle=True, who="process", remedy="another --output"):
         yield
 
 
@@ -87,13 +99,15 @@ def _lock(file: IO[str]) -> bool | None:
 
 
 @contextmanager
-def _leased(storage: Storage, name: str, *, settle: bool) -> Iterator[None]:
+def _leased(
+    storage: Storage, name: str, *, settle: bool, who: str = "run", remedy: str = "another --run-dir"
+) -> Iterator[None]:
     """Hold a lease for the block; a process that has lost it is interrupted."""
     ended, taken_by = threading.Event(), list[Holder]()
 
     def lost(holder: Holder) -> None:
         taken_by.append(holder)
-        logger.error("another run has taken %s (%s): stopping this one", storage.url, holder)
+        logger.error("another %s has taken %s (%s): stopping this one", who, storage.url, holder)
         # The first asks the workers to save, which is not theirs to do any more; the second kills them.
         os.kill(os.getpid(), signal.SIGTERM)
         if not ended.wait(_UNTIL_KILLED_S):
@@ -104,14 +118,14 @@ def _leased(storage: Storage, name: str, *, settle: bool) -> Iterator[None]:
         with reachable(storage.url):
             lease.acquire(settle=settle)
     except LeaseHeldError as error:
-        raise _held(storage.url, str(error)) from error
+        raise _held(storage.url, str(error), who, remedy) from error
     try:
         yield
     except KeyboardInterrupt:
         if taken_by:
             raise ConfigError(
-                f"another run has taken {storage.url} ({taken_by[0]}), as this one was suspended or could not write "
-                "there: one of the two must have another --run-dir"
+                f"another {who} has taken {storage.url} ({taken_by[0]}), as this one was suspended or could not write "
+                f"there: one of the two must have {remedy}"
             ) from None
         raise
     finally:
@@ -119,8 +133,8 @@ def _leased(storage: Storage, name: str, *, settle: bool) -> Iterator[None]:
         lease.release()
 
 
-def _held(place: str, holder: str | None) -> ConfigError:
-    who = f" ({holder})" if holder else ""
+def _held(place: str, holder: str | None, who: str = "run", remedy: str = "another --run-dir") -> ConfigError:
+    holds = f" ({holder})" if holder else ""
     return ConfigError(
-        f"another run is writing to {place}{who}: wait for its end, stop it, or choose another --run-dir"
+        f"another {who} is writing to {place}{holds}: wait for its end, stop it, or choose {remedy}"
     )

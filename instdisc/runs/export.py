@@ -1,4 +1,4 @@
-"""Write a trained network in the format of another program."""
+"""Write a trained network in the format of another program; `instdisc/index/export.py` writes vectors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from cluster.collection import is_collection, open_collection
+from cluster.snapshots import COMMIT, open_snapshot, snapshot_steps
+from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import written_whole
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder
@@ -29,8 +32,7 @@ def export(config: ExportConfig) -> str:
         ConfigError: No trained network is there, or it cannot be had in this format.
         OSError: The file cannot be written.
     """
-    run = RunDirectory(config.run.expanduser())
-    snapshot = run.open_snapshot()
+    snapshot, folder = open_exported(config.source)
     network, (backbone, augmentation) = load_network(snapshot), network_settings(snapshot)
     facts = {
         "backbone": backbone.name,
@@ -41,11 +43,30 @@ def export(config: ExportConfig) -> str:
     }
     suffix = _SUFFIXES[config.format]
     file = f"{backbone.name.replace(':', '-')}{suffix}"
-    path = (config.output or run.path / "export" / file).expanduser()
+    path = (config.output or folder / "export" / file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         usage = _EXPORTERS[config.format](network, facts, partial)
     return f"{path}\n\n{usage.replace('FILE', repr(str(path)))}"
+
+
+def open_exported(source: str) -> tuple[Tables, Path]:
+    """What is exported, and the folder that holds it; the current one where a snapshot or an index is named.
+
+    Args:
+        source: A run directory, a directory of snapshots, one snapshot or an index.
+
+    Raises:
+        ConfigError: There is none.
+        SnapshotError: It cannot be read.
+    """
+    place = source if "://" in source else Path(source).expanduser().absolute()
+    if is_collection(place):
+        return open_collection(place), Path()
+    if isinstance(place, str) or snapshot_steps(place) or (place / COMMIT).exists():
+        return open_snapshot(place), Path()
+    run = RunDirectory(place)
+    return run.open_snapshot(), run.path
 
 
 def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
+from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import append_line, read_lines, write_json, write_text
 from instdisc.common.values import differences
@@ -326,7 +327,7 @@ class RunDirectory:
         return len({row["name"] for row in read_lines(self.corrupt_images)})
 
 
-def network_settings(snapshot: Snapshot) -> tuple[BackboneConfig, Augmentation]:
+def network_settings(snapshot: Tables) -> tuple[BackboneConfig, Augmentation]:
     """The settings that a network was built and its images prepared with.
 
     Raises:
@@ -344,7 +345,7 @@ def network_settings(snapshot: Snapshot) -> tuple[BackboneConfig, Augmentation]:
     )
 
 
-def load_network(snapshot: Snapshot) -> Embedder:
+def load_network(snapshot: Tables) -> Embedder:
     """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
 
     Raises:

@@ -41,11 +41,12 @@ class QueryConfig:
 class EvaluationConfig(Ranged):
     """What is evaluated, on what, and where."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
-    """A run directory, a folder of snapshots or one snapshot, local or at a URL."""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_INDEX")]
+    """A run directory, a folder of snapshots, one snapshot or an index, local or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
     recompute: bool = False
-    """Compare with recomputed embeddings of the training images instead of those stored while training."""
+    """Compare with recomputed embeddings of the training images instead of those stored while training. An index holds
+    what this would compute."""
     max_rows: Annotated[int, Range(at_least=0)] = 200_000
     """Of more labelled training images than this, a sample of so many, always the same, is recomputed and compared
     with, as while training; the stored rows are used whole. 0: all."""
@@ -53,7 +54,8 @@ class EvaluationConfig(Ranged):
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: Path | None = None
-    """Where the results go; RUN/evaluation/step-… by default, evaluation/NAME/step-… for a snapshot by itself."""
+    """Where the results go; RUN/evaluation/step-… by default, evaluation/NAME/step-… for a snapshot by itself or an
+    index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +192,8 @@ class EvaluateConfig:
 class SearchConfig(Ranged):
     """What is searched for, and where."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_SNAPSHOT")]
-    """A run directory or a snapshot, local or at a URL."""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_INDEX")]
+    """A run directory, a snapshot or an index, local or at a URL."""
     images: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
@@ -200,8 +202,8 @@ class SearchConfig(Ranged):
     k: Count = 10
     """Nearest rows for each image."""
     readout: Readout = "plain"
-    """`whitened` embeds all training images anew and compares them in a space whose directions all count alike;
-    `readout` in the run's summary.json names the better one."""
+    """`whitened` compares in a space whose directions all count alike; for that all training images are embedded anew,
+    unless there is an index. `readout` in the run's summary.json names the better one."""
     output: Path = Path("search.png")
     """The drawing: a line for each image, with its nearest rows to the right."""
     num_actors: Annotated[int, Range(at_least=0)] = 0

@@ -235,6 +235,23 @@ def test_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.
         launch(describe_worker, 1.0, TWO, name="test", storage=tmp_path)
 
 
+@pytest.mark.ray
+def test_address_of_jobs_is_not_that_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match=r"`ray job submit --address http://127.0.0.1:8265 .*HOST:6379"):
+        launch(describe_worker, 1.0, TWO, name="test", storage=tmp_path)
+
+
+@pytest.mark.ray
+def test_too_long_a_name_for_rays_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / ("x" * 90)
+    directory.mkdir()
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_TMPDIR", str(directory))
+    with pytest.raises(ClusterError, match=f"{directory}, the directory for temporary files.*RAY_TMPDIR"):
+        launch(describe_worker, 1.0, TWO, name="test", storage=tmp_path)
+
+
 def test_submitted_job_runs_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
     job = ray_cluster.submit("python", "-m", "tests.cluster.test_launch", str(tmp_path))
     assert job.returncode == 0, job.stdout

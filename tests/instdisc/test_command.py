@@ -117,6 +117,17 @@ def test_help_begins_with_the_usual_options(capsys: pytest.CaptureFixture[str]) 
     assert [option for option in usual if f"{option} " not in rest and f"{option}," not in rest] == []
 
 
+def test_a_working_directory_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ray's nodes on one machine do with each other's copies of a job's."""
+    (tmp_path / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "job")
+    (tmp_path / "job").rmdir()
+    assert command.run(lambda arguments: print(Path.cwd()), []) == 1
+    assert "was deleted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", WITH_SOURCE)
 def test_a_source_that_is_not_there(
     name: str,

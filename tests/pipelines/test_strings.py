@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.strings import StringTable, printable
+from pipelines.strings import StringTable, printable, unprinted
 
 
 @given(st.lists(st.text()))
@@ -62,3 +62,9 @@ def test_names_are_printed_on_one_line_and_stay_different() -> None:
     assert texts[:4] == ["caf\\xe9", "caf\\\\xe9", "a\\nb", "a\\\\nb"]
     assert texts[4:] == ["é\\u0085\\u202e", "\u00a0", "\\x85", "a b"]
     assert all(len(text.encode().splitlines()) == 1 for text in texts)
+
+
+@given(st.binary())
+def test_a_printed_name_is_read_back(name: bytes) -> None:
+    decoded = os.fsdecode(name)
+    assert unprinted(printable(decoded)) == decoded

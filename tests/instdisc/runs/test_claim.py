@@ -80,7 +80,7 @@ def test_a_run_whose_node_died_holds_nothing_for_long(
     monkeypatch.setattr(lease, "LAPSE_S", 1.5)
     write_lease_of_another_node(run)
     with claim(run):
-        assert "waiting up to 1.5 s to see whether a run there is alive (process" in caplog.text
+        assert "waiting up to 1.5 s to see whether who holds it is alive (process" in caplog.text
         assert "on node7, since" in caplog.text
 
 
