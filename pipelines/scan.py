@@ -135,7 +135,7 @@ def numbered_classes(labels: Iterable[int], where: object) -> tuple[str, ...]:
 class Bar(Protocol):
     """Progress, shown or not."""
 
-    def update(self, n: int = 1) -> object:
+    def update(self, n: int = 1) -> None:
         """Count `n` more as done."""
 
 
