@@ -293,8 +293,9 @@ def side_of(setting: Setting) -> int:
     return 32 if setting.small else 224
 
 
-def imagenet_trainer(setting: Setting, batch: int) -> Trainer:
-    rows = 500 if setting.small else 1_281_167
+def imagenet_trainer(setting: Setting, batch: int, images: int = 0) -> Trainer:
+    """A trainer with the rows of ImageNet, or more if there are more images."""
+    rows = max(images, 500 if setting.small else 1_281_167)
     network = "resnet8" if setting.small else "resnet50"
     return trainer_of(setting.device, NCEConfig(), rows, batch=batch, network=network, side=side_of(setting))
 
@@ -360,7 +361,7 @@ def images(setting: Setting) -> Iterator[Row]:
             if setting.data is None
             else build_manifest(setting.data / "train", show_progress=False)
         )
-        trainer = imagenet_trainer(setting, batch)
+        trainer = imagenet_trainer(setting, batch, len(manifest))
         order = Order(num_instances=len(manifest), global_batch=batch, seed=0)
         waited, done, begun = 0.0, 0, 0.0
         with open_loader(

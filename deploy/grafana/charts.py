@@ -122,6 +122,14 @@ ROWS = {
             "percentunit",
             kind="xychart",
         ),
+        Chart(
+            "Instance recall by epoch",
+            [EPOCH, (of_run("instance_recall_ratio")[0], "recall at 1")],
+            "percentunit",
+            "Sampled images that another view of them finds among the others: needs no labels.",
+            kind="xychart",
+        ),
+        Chart("Effective rank", [of_run("effective_rank")], text="Of the embeddings of sampled images."),
         Chart("Images per second", [rate_of_run("images_total")]),
         Chart("Step time", quantiles("step_seconds"), "s"),
         Chart(

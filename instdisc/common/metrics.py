@@ -48,6 +48,12 @@ TRAINING = MetricTable(
             "Of the run: mean over the classes of the accuracy of knn_accuracy_ratio.",
         ),
         Metric("knn_k", "gauge", "Of the run: neighbors that vote in knn_accuracy_ratio."),
+        Metric(
+            "instance_recall_ratio",
+            "gauge",
+            "Of the run: share of sampled images that another view of them finds among the others; no labels needed.",
+        ),
+        Metric("effective_rank", "gauge", "Of the run: effective rank of the embeddings of sampled images."),
         Metric("bank_rows", "gauge", "Rows of the bank that this rank owns."),
         Metric("bank_bytes", "gauge", "Memory of those rows."),
         Metric(

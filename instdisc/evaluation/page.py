@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
     from instdisc.evaluation.source import Source
 
-_RESULTS = ("knn", "linear", "finetune", "unseen", "statistics")
+_RESULTS = ("knn", "linear", "finetune", "unseen", "statistics", "label-free")
 _KNN_CURVES = {"knn_top1_recomputed": "recomputed embeddings", "knn_top1_bank": "memory bank"}
 _BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrained network"}
 
@@ -169,6 +169,16 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, 
         names = [each.name for each in series]
         svg = line_chart("kNN accuracy", series, *axes)
         charts.append(Chart("kNN accuracy while training", names, svg, "Dashed: what needs no training."))
+    recalls = [line for line in metrics if line.get("kind") == "label_free" and line["of"] != "raw_pixels"]
+    if len(recalls) > 1:
+        epochs, values = zip(*((line["epoch"], line["instance_recall_1"]) for line in recalls), strict=True)
+        svg = line_chart(
+            "Instance recall",
+            [Series("recall at 1", epochs, values, marks=True)],
+            *_axes(epochs, values, "recall", percent=True),
+        )
+        note = f"Of {recalls[-1]['images']:,} images, how many another view finds among all; needs no labels."
+        charts.append(Chart("Instance recall while training", ["recall at 1"], svg, note))
     return charts
 
 
@@ -202,6 +212,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         "linear": _linear_table,
         "finetune": _finetune_table,
         "unseen": _unseen_table,
+        "label-free": _label_free_table,
     }
     return [maker(results[name]) for name, maker in makers.items() if name in results]
 
@@ -216,6 +227,23 @@ def _knn_table(knn: Mapping[str, Any]) -> Table:
         rows.append((f"k = {knn['k']}, whitened", *cells))
     note = f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} labelled rows, {knn['bank']} bank."
     return Table("Weighted kNN", ("", "top-1", "mean over classes", "top-5"), rows, note)
+
+
+def _label_free_table(found: Mapping[str, Any]) -> Table:
+    starts = ("raw_pixels", "start", "trained")
+    rows = []
+    for name, of in found["label_free"].items():
+        texts = ("–" if of[start] is None else _label_free_number(name, of[start]) for start in starts)
+        rows.append((name.replace("_", " "), *texts))
+    note = (
+        f"{found['images']:,} training images. Recall: how many of them another view finds among the first views of "
+        "all."
+    )
+    return Table("Without labels", ("", "pixels", "start", "trained"), rows, note)
+
+
+def _label_free_number(name: str, value: float) -> str:
+    return _percent(value) if name.startswith("instance_recall") else f"{value:.2f}"
 
 
 def training_table(summary: Mapping[str, Any]) -> list[Table]:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation import finetune, knn, linear, page, statistics, unseen
+from instdisc.evaluation import finetune, knn, label_free, linear, page, statistics, unseen
 from instdisc.evaluation.context import Evaluation, ProtocolFunction
 from instdisc.settings.evaluation import EvaluateConfig
 from pipelines.errors import DataError
@@ -19,10 +19,11 @@ PROTOCOLS: dict[str, ProtocolFunction] = {
     "finetune": finetune.run,
     "unseen": unseen.run,
     "statistics": statistics.run,
+    "label-free": label_free.run,
     "page": page.run,
 }
-"""One for each of `instdisc.settings.evaluation.PROTOCOL_NAMES`. The field of the same name of `EvaluateConfig` holds
-the settings of each."""
+"""One for each of `instdisc.settings.evaluation.PROTOCOL_NAMES`. The field of `EvaluateConfig` of the same name, with _
+for -, holds the settings of each."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -45,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> None:
         failed: list[str] = []
         for name in config.chosen_protocols():
             try:
-                result = PROTOCOLS[name](evaluation, getattr(config, name))
+                result = PROTOCOLS[name](evaluation, getattr(config, name.replace("-", "_")))
             except (ConfigError, DataError) as error:
                 failed.append(f"{name}: {error}")
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.images import compute_device
+from instdisc.evaluation.images import ImageFunction, compute_device, embed
+from instdisc.model import label_free
 from instdisc.settings.evaluation import StatisticsConfig
+from pipelines.augment import Augmentation
 from pipelines.loader import open_loader
 from pipelines.order import Request
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
 _BATCH = 128
-_BLOCK_ENTRIES = 1 << 20  # similarities held at a time: they stay in the processor's cache
 
 
 def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
@@ -44,7 +45,9 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         raise ConfigError(
             f"only {len(embeddings)} of {len(rows)} training images can be decoded: restore them"
         )
-    first, second = _two_views(evaluation, rows[decoded.numpy()], seed=config.seed)
+    first, second = two_views(
+        evaluation, rows[decoded.numpy()], augmentation=evaluation.source.augmentation, seed=config.seed
+    )
     pairs = {"two views of an image": matched_pairs(first, second, bins=config.bins)}
     if (labels >= 0).any():
         same, different = class_pairs(embeddings, labels, bins=config.bins)
@@ -52,9 +55,9 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
     else:
         pairs["different images"] = all_pairs(embeddings, bins=config.bins)
     values = {
-        "alignment": alignment(first, second),
-        "uniformity": uniformity(embeddings),
-        "effective_rank": effective_rank(embeddings),
+        "alignment": label_free.alignment(first, second),
+        "uniformity": label_free.uniformity(embeddings),
+        "effective_rank": label_free.effective_rank(embeddings),
     }
     return {
         # As text, since numbers below 1 are printed as shares.
@@ -74,15 +77,22 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of two random views of each training image, float32 (R, D) each."""
+def two_views(
+    evaluation: Evaluation,
+    rows: npt.NDArray[np.int64],
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    function: ImageFunction = embed,
+) -> tuple[Tensor, Tensor]:
+    """What a function makes of two random views of each training image that can be decoded, float32 (R, F) each."""
     device = compute_device()
     network = copy.deepcopy(evaluation.source.network).to(device).eval()
     parts = []
     with open_loader(
         evaluation.source.train,
         (Request(0, rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)),
-        augmentation=evaluation.source.augmentation,
+        augmentation=augmentation,
         training=True,
         views=2,
         seed=seed,
@@ -90,7 +100,7 @@ def _two_views(evaluation: Evaluation, rows: npt.NDArray[np.int64], *, seed: int
         config=evaluation.config.loader,
     ) as loader:
         for batch in loader:
-            both = network(batch.images.flatten(0, 1)).unflatten(0, (2, -1))
+            both = torch.stack([function(network, images) for images in batch.images])
             parts.append(both[:, batch.instance_ids >= 0].cpu())
     first, second = torch.cat(parts, dim=1)
     return first, second
@@ -134,8 +144,8 @@ def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> 
     labelled_N = labels_N >= 0
 
     def of(same: bool) -> Pairs:
-        pairs = _pairs(embeddings_ND[labelled_N], labels_N[labelled_N])
-        return _summarize((cosines[agree == same] for cosines, agree in pairs), bins)
+        found = label_free.pairs(embeddings_ND[labelled_N], labels_N[labelled_N])
+        return _summarize((cosines[agree == same] for cosines, agree in found), bins)
 
     return of(True), of(False)
 
@@ -147,47 +157,7 @@ def all_pairs(embeddings_ND: Tensor, *, bins: int = 100) -> Pairs:
         embeddings_ND: Unit vectors (N, D).
         bins: Intervals of the histogram.
     """
-    return _summarize((cosines for cosines, _ in _pairs(embeddings_ND)), bins)
-
-
-def alignment(first_ND: Tensor, second_ND: Tensor) -> float:
-    """Mean squared distance of positive pairs, 0 (best) to 4 (Wang and Isola 2020, with α = 2).
-
-    Args:
-        first_ND: Unit vectors (N, D).
-        second_ND: Unit vectors (N, D); row i is the positive of row i of the first.
-    """
-    return float((first_ND.double() - second_ND.double()).square().sum(dim=1).mean())
-
-
-def uniformity(embeddings_ND: Tensor, *, scale: float = 2.0) -> float:
-    """Logarithm of the mean Gaussian potential of all pairs of different rows (Wang and Isola 2020).
-
-    Args:
-        embeddings_ND: Unit vectors (N, D), N at least 2.
-        scale: t of the potential `exp(-t·‖x - y‖²)`.
-
-    Returns:
-        0 if all rows are the same, down to about `-2·scale` if they are spread over the sphere.
-    """
-    total, count = 0.0, 0
-    for cosines, _ in _pairs(embeddings_ND):
-        total += float(torch.exp(2 * scale * (cosines - 1)).sum(dtype=torch.float64))
-        count += len(cosines)
-    return math.log(total / count)
-
-
-def effective_rank(embeddings_ND: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007), 1 to min(N, D).
-
-    Args:
-        embeddings_ND: (N, D), not all zero.
-    """
-    # The eigenvalues of the Gram matrix are the squares; in float64 they are exact enough, and D×D is small.
-    gram_DD = embeddings_ND.double().T @ embeddings_ND.double()
-    singular_D = torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt()
-    share_D = singular_D / singular_D.sum()
-    return float(torch.exp(-torch.special.xlogy(share_D, share_D).sum()))
+    return _summarize((cosines for cosines, _ in label_free.pairs(embeddings_ND)), bins)
 
 
 def _summarize(blocks: Iterable[Tensor], bins: int) -> Pairs:
@@ -197,19 +167,3 @@ def _summarize(blocks: Iterable[Tensor], bins: int) -> Pairs:
         counts += torch.histc(cosines, bins, -1, 1).long().cpu()
         total += float(cosines.sum(dtype=torch.float64))
     return Pairs(counts, total / int(counts.sum()) if counts.any() else math.nan)
-
-
-def _pairs(embeddings_ND: Tensor, labels_N: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs of different rows, in blocks.
-
-    Yields:
-        The similarities of P pairs, float32 (P,), and whether their labels agree, bool (P,).
-    """
-    rows_ND = embeddings_ND.float()
-    labels_N = torch.zeros(len(rows_ND)) if labels_N is None else labels_N
-    block = max(1, _BLOCK_ENTRIES // max(1, len(rows_ND)))
-    for first in range(0, len(rows_ND), block):
-        cosines = rows_ND[first : first + block] @ rows_ND[first:].T
-        upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
-        agree = labels_N[first : first + block, None] == labels_N[first:]
-        yield cosines[upper], agree[upper]

@@ -251,6 +251,10 @@ class RunDirectory:
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
 
+    def label_free(self) -> list[dict[str, Any]]:
+        """Lines of the metrics file with numbers without labels, in their order."""
+        return [row for row in read_lines(self.journal) if row["kind"] == "label_free"]
+
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
         return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
@@ -370,4 +374,4 @@ def _step_of(line: str, steps_per_epoch: int) -> float:
         return math.inf
     if row["kind"] == "train":
         return float(row["step"])
-    return float(row["epoch"] * steps_per_epoch) if row["kind"] == "knn" else 0.0
+    return float(row["epoch"] * steps_per_epoch) if row["kind"] in ("knn", "label_free") else 0.0

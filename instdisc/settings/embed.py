@@ -32,7 +32,7 @@ class IndexedDataConfig:
 class EmbedConfig(Ranged):
     """What is embedded, and into which index; or what is done to an index."""
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RUN")] = None
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
     """Whose network: a run directory, a directory of snapshots or one snapshot, local or at a URL. May be left out
     where there is an index, which holds its network."""
     output: Annotated[str, tyro.conf.arg(metavar="INDEX")]

@@ -16,7 +16,7 @@ from pipelines.settings import LoaderConfig
 Readout = Literal["plain", "whitened"]
 """How embeddings are compared: as they are, or whitened by the mean and covariance of the training images."""
 
-PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "page")
+PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "label-free", "page")
 """Run in this order, whatever the order they are asked for in: the page shows what the others found."""
 
 
@@ -143,6 +143,14 @@ class StatisticsConfig(Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelFreeConfig:
+    """Numbers without labels."""
+
+    seed: int | None = None
+    """Seed of the random views. By default the run's own, with which the numbers are those of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PageConfig(Ranged):
     """The page, made of the results of all protocols that lie in the output directory."""
 
@@ -168,6 +176,7 @@ class EvaluateConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     unseen: UnseenConfig = field(default_factory=UnseenConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    label_free: LabelFreeConfig = field(default_factory=LabelFreeConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
     def __post_init__(self) -> None:

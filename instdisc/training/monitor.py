@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.exchange import Exchange
+from cluster.group import Worker
 from instdisc.common.classes import labels_among
 from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
@@ -26,7 +27,7 @@ from pipelines.manifest import Manifest
 from pipelines.order import Request
 
 _QUERIES_AT_A_TIME = 256  # per rank
-_RAW_SIDE, _COARSE_SIDE = 32, 16
+_COARSE_SIDE = 16
 _MOST_CHOOSING = 1000  # training images by which the read-out is chosen
 RAW_PIXELS = "raw_pixels"
 """Name of the baseline."""
@@ -34,19 +35,6 @@ RAW_PIXELS = "raw_pixels"
 logger = logging.getLogger(__name__)
 
 Embed = Callable[[Tensor], Tensor]
-
-
-def raw_pixels(images: Tensor) -> Tensor:
-    """The baseline that learns nothing: unit vectors of the pixels, at most 32×32 of them.
-
-    Args:
-        images: float (B, 3, H, W), normalised.
-
-    Returns:
-        float32 (B, 3·side²).
-    """
-    side = min(_RAW_SIDE, images.shape[-1])
-    return F.normalize(F.adaptive_avg_pool2d(images.float(), side).flatten(1), dim=1)
 
 
 class MeasurementStopped(Exception):  # noqa: N818 - not an error: the stop was requested
@@ -163,9 +151,7 @@ class KnnMonitor:
             queries, decoded = self._embed(self._queries, self._query_rows, list(functions.values()))
         except MeasurementStopped as stopped:
             reason = str(stopped)
-        asked = torch.tensor(float(reason is not None), device=trainer.worker.device)
-        if trainer.exchange.sum(asked) > 0:  # each rank notices it at another batch, or not yet
-            raise MeasurementStopped(reason or trainer.worker.stop_requested() or "another rank")
+        raise_where_stopped(trainer, reason)
         if not len(self._query_rows):  # more ranks than queries
             queries = [table[:0] for table in tables]
         device = trainer.worker.device
@@ -268,13 +254,27 @@ class KnnMonitor:
             config=trainer.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, manifest),
         ) as loader:
-            return embed_rows(self._until_stopped(loader), len(rows), functions, trainer.worker.device)
+            return embed_rows(
+                until_stopped(trainer.worker, loader), len(rows), functions, trainer.worker.device
+            )
 
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if reason := self._trainer.worker.stop_requested():
-                raise MeasurementStopped(reason)
-            yield batch
+
+def until_stopped(worker: Worker, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a measurement; raises `MeasurementStopped` once this rank is asked to stop."""
+    for batch in batches:
+        if reason := worker.stop_requested():
+            raise MeasurementStopped(reason)
+        yield batch
+
+
+def raise_where_stopped(trainer: Trainer, reason: str | None) -> None:
+    """Raise `MeasurementStopped` on all ranks if one was stopped: each notices it at another batch, or not yet.
+
+    Collectives: one all-reduce; every rank must call.
+    """
+    asked = torch.tensor(float(reason is not None), device=trainer.worker.device)
+    if trainer.exchange.sum(asked) > 0:
+        raise MeasurementStopped(reason or trainer.worker.stop_requested() or "another rank")
 
 
 def journal_entry(accuracies: Mapping[str, Accuracy | None], prefix: str = "") -> dict[str, float | None]:

@@ -85,6 +85,13 @@ class ProgressBar:
                 _accuracy(row, name.removeprefix("knn_top1_")) for name in row if name.startswith("knn_top1")
             )
             tqdm.write(f"epoch {row['epoch']:.0f}: kNN top-1 {accuracy}", file=sys.stderr)
+        elif row["kind"] == "label_free":
+            of = f"epoch {row['epoch']:.0f}" if row["epoch"] else row["of"].replace("_", " ")
+            tqdm.write(
+                f"{of}: {100 * row['instance_recall_1']:.1f}% of {row['images']:,} images found by another view of "
+                f"them, effective rank {row['effective_rank']:.1f}",
+                file=sys.stderr,
+            )
         elif row["kind"] == "train":
             self._advance(row)
 

@@ -10,10 +10,12 @@ import torch
 from cluster.metrics import Metrics
 from instdisc.common.files import append_line, write_json
 from instdisc.common.metrics import TRAINING
+from instdisc.model.label_free import LabelFree
 from instdisc.model.votes import Accuracy
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import KnnMonitor, Measured, journal_entry
+from instdisc.training.label_free import START, TRAINED
+from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, journal_entry
 from instdisc.training.observed import StepReport
 from instdisc.training.trainer import Trainer, training_dtype
 
@@ -88,6 +90,23 @@ class Records:
         if self._trainer.worker.is_rank_zero and not self._run.baselines():
             self._append({"kind": "baselines", **journal_entry(accuracies)})
 
+    def label_free(
+        self, epoch: int, numbers: Mapping[str, LabelFree | None], neighbors_changed: float | None = None
+    ) -> None:
+        """Record numbers without labels by what they are of, unless a start of this run has done so."""
+        trained = numbers.get(TRAINED)
+        if trained is not None:
+            self._metrics.set(
+                instance_recall_ratio=trained.instance_recall_1, effective_rank=trained.effective_rank
+            )
+        if not self._trainer.worker.is_rank_zero:
+            return
+        known = {(line["epoch"], line["of"]) for line in self._run.label_free()}
+        for name, each in numbers.items():
+            if each is not None and (epoch, name) not in known:
+                changed = {"neighbors_changed": neighbors_changed} if name == TRAINED else {}
+                self._append({"kind": "label_free", "epoch": epoch, "of": name, **each._asdict(), **changed})
+
     def measurement(self, epoch: int, measured: Measured) -> None:
         """Record what was measured after `epoch`, unless a start of this run has done so."""
         accuracies = measured.accuracies
@@ -127,6 +146,7 @@ class Records:
         summary = {
             "recipe": recipe,
             **self._accuracies(measured),
+            **self._label_free(),
             "knn_protocol": monitor.protocol,
             **monitor.counts(None if measured is None else measured.accuracies["recomputed"]),
             "loss": means.get("loss"),
@@ -171,6 +191,20 @@ class Records:
             "knn_balanced_untrained": baselines.get("balanced_untrained"),
             "knn_k": recomputed and recomputed.k,
             "knn_k_bank": bank and bank.k,
+        }
+
+    def _label_free(self) -> dict[str, Any]:
+        """Numbers without labels: by name of pixels, the start and the end; and of how many images."""
+        newest = (
+            {line["of"]: line for line in self._run.label_free()} if self._trainer.worker.is_rank_zero else {}
+        )
+        return {
+            "label_free": {
+                name: {of: newest.get(of, {}).get(name) for of in (RAW_PIXELS, START, TRAINED)}
+                for name in LabelFree._fields
+                if name != "images"
+            },
+            "label_free_images": newest.get(TRAINED, {}).get("images"),
         }
 
     def _epoch(self, step: int) -> float:

@@ -241,7 +241,7 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
 
 def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
-    lines = ["", *_accuracies(summary)]
+    lines = ["", *_accuracies(summary), *_label_free(summary)]
     place, python = _from_here(run.path), _from_here(Path(sys.executable))
     lines += [
         f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
@@ -290,6 +290,32 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
         "knn_without_neighbor": "queries have no labelled neighbor: they count as wrong",
     }
     return [*lines, *(f"  {summary[name]:,} {text}" for name, text in wrong.items() if summary.get(name))]
+
+
+def _label_free(summary: dict[str, Any]) -> list[str]:
+    """The table of numbers without labels; summaries of earlier releases have none."""
+    numbers, images = summary.get("label_free"), summary.get("label_free_images")
+    if not numbers or not images:
+        return []
+    start = "start" if summary.get("init_weights") else "untrained"
+    names = {
+        "instance_recall_1": "images found by another view",
+        "instance_recall_10": "  among the 10 nearest",
+        "effective_rank": "effective rank",
+        "alignment": "alignment",
+        "uniformity": "uniformity",
+    }
+    lines = [f"without labels, {images:,} images {'pixels':>13} {start:>10} {'trained':>10}"]
+    for name, text in names.items():
+        values = (numbers[name][of] for of in ("raw_pixels", "start", "trained"))
+        lines.append(f"  {text:<30}" + "".join(f"{_number(name, value):>11}" for value in values))
+    return lines
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if name.startswith("instance_recall") else f"{value:.2f}"
 
 
 def _from_here(path: Path) -> str:

@@ -18,10 +18,12 @@ from cluster.snapshots import take_over
 from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.metrics import TRAINING
+from instdisc.model.label_free import raw_pixels
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
-from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped, raw_pixels
+from instdisc.training.label_free import START, TRAINED, LabelFreeMonitor
+from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped
 from instdisc.training.optim import learning_rate
 from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
@@ -98,6 +100,7 @@ class TrainingRun:
         self.given_weights = run.given_weights()
         self.trainer = Trainer(worker, config, len(self.manifest), self.given_weights)
         self.monitor = KnnMonitor(self.trainer, self.manifest, test, self._on_corrupt)
+        self.label_free = LabelFreeMonitor(self.trainer, self.manifest, self._on_corrupt)
         self.order = Order(
             num_instances=len(self.manifest),
             global_batch=config.training.batch_size,
@@ -211,6 +214,10 @@ class TrainingRun:
             self.records.say("the training images have no labels: kNN accuracy is skipped")
         else:
             self.records.say(self.monitor.describe())
+        if not resumed:
+            self.records.label_free(
+                0, self.label_free.measure({RAW_PIXELS: raw_pixels, START: self.trainer.embed})
+            )
         if self.config.knn.baselines and self.monitor.possible and not resumed:
             self.records.say("measuring the baselines: raw pixels and the untrained network")
             values = self.monitor.measure(
@@ -331,10 +338,12 @@ class TrainingRun:
             self._measure(self.trainer.steps // self.order.steps_per_epoch)
 
     def _measure(self, epoch: int) -> Measured | None:
-        """KNN accuracy with recomputed embeddings and with the bank."""
-        if not self.monitor.possible:
-            return None
+        """Numbers without labels; with labels kNN accuracy with recomputed embeddings and with the bank."""
         with self.trainer.buffers.averaged():
+            numbers = self.label_free.measure({TRAINED: self.trainer.embed})
+            self.records.label_free(epoch, numbers, self.label_free.neighbors_changed)
+            if not self.monitor.possible:
+                return None
             measured = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
         self.records.measurement(epoch, measured)
         return measured

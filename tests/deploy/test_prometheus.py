@@ -171,6 +171,7 @@ def test_curves_of_several_runs_share_a_chart(tmp_path: Path) -> None:
             "instdisc_knn_accuracy_ratio",
             "instdisc_bank_knn_accuracy_ratio",
             "instdisc_knn_balanced_accuracy_ratio",
+            "instdisc_instance_recall_ratio",
         )
         for each, values in zip(labels, ("0+1x9", "0+2x9"), strict=True)
     }

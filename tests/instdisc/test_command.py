@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError, WorkerLostError
 from cluster.stopping import RunStopped
-from instdisc import evaluate, export, inspect, plan, search, train
+from instdisc import embed, evaluate, export, inspect, plan, search, train
 from instdisc.common import command
 from instdisc.common.errors import ConfigError, NonFiniteError
 from pipelines.errors import DataError
@@ -27,6 +27,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 PROGRAMS: dict[str, tuple[Main, list[str]]] = {
     "train": (train.main, ["sample", "--num-workers", "0", "--data.path", "SOURCE"]),
+    "embed": (embed.main, ["SOURCE", "--output", "index", "--num-actors", "0"]),
     "evaluate": (evaluate.main, ["SOURCE", "--num-actors", "0"]),
     "search": (search.main, ["SOURCE", "IMAGE"]),
     "export": (export.main, ["SOURCE", "--format", "safetensors"]),
@@ -67,9 +68,10 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("name", "positionals"),
     [
         ("train", ""),
-        ("evaluate", "RUN_OR_SNAPSHOT"),
-        ("search", "RUN_OR_SNAPSHOT IMAGE [IMAGE ...]"),
-        ("export", "RUN"),
+        ("embed", "[RUN]"),
+        ("evaluate", "RUN_OR_INDEX"),
+        ("search", "RUN_OR_INDEX IMAGE [IMAGE ...]"),
+        ("export", "RUN_OR_INDEX"),
         ("inspect", "PATH"),
         ("plan", ""),
     ],
@@ -168,6 +170,7 @@ def test_the_same_cause_has_the_same_status(
             raise raised
 
     own = {
+        "embed": embed,
         "train": train,
         "evaluate": evaluate,
         "search": search,

@@ -114,7 +114,7 @@ def test_a_browser_shows_it(made: Path, browse: Callable[..., tuple[str, str]], 
     title = re.search(r"<title>(.*?)</title>", document)
     assert title is not None
     report = json.loads(html.unescape(title[1]))
-    assert report == {"images": 30, "decoded": 30, "charts": 3, "wide": 0, "fetched": []}
+    assert report == {"images": 30, "decoded": 30, "charts": 4, "wide": 0, "fetched": []}
     assert "CONSOLE" not in said, said
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from instdisc.evaluation import statistics
+from instdisc.model import label_free
 from instdisc.model.bank import random_unit_rows
 
 
 def test_pairs_of_classes_are_counted_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", 100)  # several blocks
+    monkeypatch.setattr(label_free, "_BLOCK_ENTRIES", 100)  # several blocks
     rows, labels = random_unit_rows(0, 30, 8, seed=1), torch.arange(30) % 4
     labels[3] = -1
     cosines = rows.double().numpy() @ rows.double().numpy().T
@@ -34,21 +35,3 @@ def test_all_pairs_and_matched_pairs() -> None:
     assert pairs.mean == pytest.approx(-1 / 3)
     assert statistics.matched_pairs(rows, rows, bins=4).counts.tolist() == [0, 0, 0, 3]
     assert math.isnan(statistics.all_pairs(rows[:1]).mean)
-
-
-def test_alignment_and_uniformity_are_the_formulas() -> None:
-    first, second = random_unit_rows(0, 40, 8, seed=1).double(), random_unit_rows(0, 40, 8, seed=2).double()
-    distances = ((first - second) ** 2).sum(dim=1)
-    assert statistics.alignment(first, second) == pytest.approx(float(distances.mean()))
-    potential = torch.exp(-2 * torch.nn.functional.pdist(first) ** 2).mean().log()
-    assert statistics.uniformity(first) == pytest.approx(float(potential), abs=1e-6)
-    assert statistics.uniformity(first[:1].expand(5, -1)) == pytest.approx(0, abs=1e-6)
-
-
-def test_effective_rank() -> None:
-    assert statistics.effective_rank(torch.eye(6)) == pytest.approx(6)
-    assert statistics.effective_rank(torch.ones(9, 4)) == pytest.approx(1, abs=1e-5)
-    rows = random_unit_rows(0, 50, 8, seed=1).double()
-    values = torch.linalg.svdvals(rows)
-    share = values / values.sum()
-    assert statistics.effective_rank(rows) == pytest.approx(float(torch.exp(-(share * share.log()).sum())))
