@@ -56,9 +56,12 @@ class HostLoader(Loader):
         colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)
         failures: dict[int, str] = {}
-        for index, row in enumerate(request.rows.tolist()):
+        rows = request.rows.tolist()
+        for index, (row, found) in enumerate(zip(rows, self._reader.read_many(rows), strict=True)):
             try:
-                image = self._reader.decode(row)
+                if isinstance(found, CorruptImage):
+                    raise found
+                image = self._reader.decode(row, found)
             except CorruptImage as corrupt:
                 failures[row] = str(corrupt)
                 continue

@@ -7,7 +7,7 @@ import functools
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, Self, TypeVar
@@ -19,6 +19,8 @@ from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+from pipelines.places import Place, Url
+from pipelines.remote import Span, read_ranges
 
 _OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
 # These may be about one file alone. All others (too many open files, a failing disk) strike any image next.
@@ -48,16 +50,39 @@ class ImageReader:
             DataError: If the trouble is not with this file: the manifest's root cannot be reached, the disk or
                 the network fails, or too many files are open.
         """
+        (found,) = self.read_many([row])
+        if isinstance(found, CorruptImage):
+            raise found
+        return found
+
+    def read_many(self, rows: Sequence[int]) -> list[bytes | CorruptImage]:
+        """Return the encoded images of some rows, or why one has none; far ones are asked for all at once.
+
+        Raises:
+            DataError: As `read`.
+        """
         manifest = self._manifest
-        offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
-        path = manifest.root / manifest.sources[int(manifest.source_index[row])]
+        found: list[bytes | OSError | CorruptImage] = [b""] * len(rows)
+        far: dict[int, Span] = {}
+        for index, row in enumerate(rows):
+            source, offset, size = manifest.source(row), int(manifest.offsets[row]), int(manifest.sizes[row])
+            if isinstance(source, Url):
+                far[index] = Span(source, offset, offset + size)
+            else:
+                found[index] = self._read_near(source, offset, size)
+        if far:
+            for index, data in zip(far, read_ranges(list(far.values())), strict=True):
+                found[index] = data
+        return [_whole(data, int(manifest.sizes[row])) for data, row in zip(found, rows, strict=True)]
+
+    def _read_near(self, path: Path, offset: int, size: int) -> bytes | CorruptImage:
         try:
-            data = self._open(path).read(offset, size)
+            return self._open(path).read(offset, size)
         except OSError as error:
-            raise self._finding(path, error) from error
-        if len(data) < size:
-            raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
-        return data
+            finding = self._finding(path, error)
+            if isinstance(finding, CorruptImage):
+                return finding
+            raise finding from error
 
     def decode(self, row: int, data: bytes | None = None) -> Image.Image:
         """Return the picture of a row, RGB, of the size that the manifest says.
@@ -82,7 +107,7 @@ class ImageReader:
         """Close all files, once nothing reads from them."""
         self._open.cache_clear()
 
-    def _finding(self, path: Path, error: OSError) -> CorruptImage | DataError:
+    def _finding(self, path: Place, error: OSError) -> CorruptImage | DataError:
         if error.errno in _ABOUT_ONE_FILE:
             try:
                 os.stat(os.path.join(self._manifest.root, "."))  # noqa: PTH116, PTH118  Path drops the dot
@@ -94,6 +119,14 @@ class ImageReader:
         else:
             remedy = "the data must lie on storage that every node sees under this path; check that it works"
         return DataError(f"cannot read {path}: {error.strerror or error}; {remedy}")
+
+
+def _whole(found: bytes | OSError | CorruptImage, size: int) -> bytes | CorruptImage:
+    if isinstance(found, OSError):
+        return CorruptImage(f"cannot be read: {found.strerror}")
+    if isinstance(found, bytes) and len(found) < size:
+        return CorruptImage(f"is cut short: {len(found)} of {size} bytes")
+    return found
 
 
 class _Source:

@@ -6,12 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from pipelines.errors import DataError
 from pipelines.kinds import EXTENSIONS, KINDS
 from pipelines.manifest import Rejected
+from pipelines.places import Place
 
 Labels = Literal["auto", "folders", "none"]
 MAX_CLASSES = 1_000_000
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 class Scan(NamedTuple):
     """All images found, in the order of their instance ids."""
 
-    root: Path
+    root: Place
     sources: list[str]
     rows: list[Row]
     class_names: tuple[str, ...]
@@ -60,6 +60,10 @@ class LeftAside:
     def add_folder(self, reason: str) -> None:
         """Count a folder that was not looked into."""
         self._counts[_FOLDERS, reason] += 1
+
+    def update(self, other: LeftAside) -> None:
+        """Count what another counted."""
+        self._counts.update(other._counts)
 
     def __bool__(self) -> bool:
         return bool(self._counts)

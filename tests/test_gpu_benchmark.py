@@ -15,7 +15,7 @@ from pipelines.datasets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["right", "views", "waits", "objectives", "steps", "images", "knn", "cifar10"]
-# All but torch, torchvision, numpy, Pillow and pyarrow; a name that is None in `sys.modules` cannot be imported.
+# All but torch with what it needs, torchvision, numpy, Pillow and pyarrow; a name that is None in `sys.modules` cannot be imported.
 WITHOUT = """
 import sys
 for name in {names}:
@@ -25,7 +25,7 @@ sys.exit(main(sys.argv[1:]))
 """
 NAMES = [
     *("ray", "tyro", "zarr", "faiss", "nvidia.dali", "prometheus_client", "psutil", "tqdm", "safetensors"),
-    *("fsspec", "timm", "sklearn", "scipy", "jinja2"),
+    *("timm", "sklearn", "scipy"),
 ]
 
 

@@ -31,8 +31,9 @@ class DataConfig:
     path: str
     """Training images: a folder of class folders, a folder of images, a folder of train and val (or valid, validation,
     test) with the same class folders, tar files (a file, a folder of them or a pattern such as 'shards/train-*.tar' or
-    'train-{0000..0127}.tar'), a .txt, .csv or .tsv list of paths with optional labels, or a name: sample, or cifar10,
-    cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
+    'train-{0000..0127}.tar'; in object storage by URL, 's3://bucket/train-{0000..0127}.tar'), a .txt, .csv or .tsv
+    list of paths with optional labels, or a name: sample, or cifar10, cifar100, stl10 of torchvision, each with a split
+    if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
     """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it they are those beside
     train, or else labelled training images are classified by the others (leave one out). A recipe's test images are

@@ -29,6 +29,7 @@ from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.patterns import is_pattern
+from pipelines.places import is_url
 from pipelines.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _find_missing_paths(config: RunConfig) -> None:
     options: tuple[Literal["path", "test_path"], ...] = ("path", "test_path")
     for option in options:
         path = getattr(config.data, option)
-        if path is None or path.partition(":")[0] in SPLITS or is_pattern(path):
+        if path is None or path.partition(":")[0] in SPLITS or is_pattern(path) or is_url(path):
             continue
         if not Path(path).expanduser().exists():
             _open_images(config, option)

@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import SnapshotError, SnapshotWriteError
@@ -31,6 +30,7 @@ from instdisc.training.trainer import Trainer
 from pipelines.loader import Batch, Loader, open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
+from pipelines.places import Place
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class TrainingRun:
         )
         self.total_steps = config.training.epochs * self.order.steps_per_epoch
         self.url = config.snapshots.url or str(run.snapshots)
-        self.corrupt: set[Path] = set()
+        self.corrupt: set[Place] = set()
         self.records = Records(self.trainer, run, metrics, self.total_steps)
         self._warned_of_slow_snapshots = False
         rows = self.trainer.bank.rows
