@@ -15,7 +15,7 @@ from pipelines.datasets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["right", "views", "waits", "objectives", "steps", "images", "knn", "cifar10"]
-# All but torch with what it needs, torchvision, numpy, Pillow and pyarrow; a name that is None in `sys.modules` cannot be imported.
+# All but torch and what it needs, torchvision, numpy, Pillow and pyarrow. What is None in `sys.modules` raises.
 WITHOUT = """
 import sys
 for name in {names}:
