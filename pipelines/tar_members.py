@@ -7,10 +7,9 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-from tqdm import tqdm
-
 from pipelines.errors import DataError
 from pipelines.places import Place
+from pipelines.scan import Bar
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
@@ -31,7 +30,7 @@ class Member(NamedTuple):
 
 
 def archives(
-    path: Place, size: int, file: IO[bytes], bar: tqdm[None], look: Callable[[Member], None]
+    path: Place, size: int, file: IO[bytes], bar: Bar, look: Callable[[Member], None]
 ) -> Iterator[dict[str, Member]]:
     """Yield the members by name, as they are stored, of each of the archives that a file holds one after the other.
 
@@ -77,7 +76,7 @@ def _members(
     size: int,
     file: IO[bytes],
     position: int,
-    bar: tqdm[None],
+    bar: Bar,
     look: Callable[[Member], None],
 ) -> tuple[dict[str, Member], int]:
     """The members from a position up to an end mark, and where that is."""

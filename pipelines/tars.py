@@ -13,14 +13,13 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from pipelines.contents import Content, open_content, read_whole
 from pipelines.errors import DataError
 from pipelines.headers import HeaderError, checksum, image_size, summed
 from pipelines.manifest import Rejected
 from pipelines.places import Place, Url
 from pipelines.scan import (
+    Bar,
     Labels,
     LeftAside,
     Row,
@@ -115,7 +114,7 @@ def scan_tars(paths: Sequence[Place], labels: TarLabels, *, show_progress: bool)
 
 
 def _scan_each(
-    paths: Sequence[Place], scan: Scan, labels: TarLabels, bar: tqdm[None]
+    paths: Sequence[Place], scan: Scan, labels: TarLabels, bar: Bar
 ) -> Iterator[tuple[list[str], Scan]]:
     """Label of each image, and what was found, by tar."""
 
@@ -147,7 +146,7 @@ class _Tar:
         self._headers: dict[int, _Header | HeaderError] = {}
         self._label_contents: dict[int, bytes] = {}
 
-    def scan(self, bar: tqdm[None]) -> list[str]:
+    def scan(self, bar: Bar) -> list[str]:
         """The label of each image appended, empty for none."""
         texts: list[str] = []
         seen: set[str] = set()

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
 from instdisc.common.errors import ConfigError
@@ -17,6 +15,13 @@ from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
 from pipelines.settings import CacheConfig, LoaderConfig
+
+try:
+    from tyro.conf import arg
+
+    _WITHOUT_A_NAME = arg(name="")
+except ImportError:  # without a command line nothing needs it
+    _WITHOUT_A_NAME = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class RunConfig:
     knn: KnnMonitorConfig = field(default_factory=KnnMonitorConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+    launch: Annotated[LaunchConfig, _WITHOUT_A_NAME] = field(default_factory=LaunchConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: Path | None = None
     """Where everything about the run is kept; runs/RECIPE by default."""
