@@ -87,15 +87,15 @@ def written_block(url: str, name: str) -> tuple[BlockEntry, Any] | None:
     """A block that is whole, and the note of its writer; None if it has to be written (again)."""
     try:
         block = open_block(url, name)
-    except SnapshotError:
-        block = None
-    if block is None:
-        return None
-    if not is_complete(block):
-        with writable(url):
-            Storage(url).remove(f"{BLOCKS}/{name}")
-        return None
-    return BlockEntry(name, block.num_rows), block.attributes["note"]
+        if block is None:
+            return None
+        if is_complete(block):
+            return BlockEntry(name, block.num_rows), block.attributes["note"]
+    except SnapshotError as error:
+        logger.warning("%s: written again", error)
+    with writable(url):
+        Storage(url).remove(f"{BLOCKS}/{name}")
+    return None
 
 
 def is_complete(block: Snapshot) -> bool:

@@ -17,7 +17,7 @@ class InspectConfig:
     """What is inspected."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A run directory, a directory of snapshots or one snapshot, here or at a URL."""
+    """A run directory, a directory of snapshots, one snapshot or an index, here or at a URL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

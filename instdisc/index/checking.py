@@ -32,7 +32,8 @@ def verify(index: Collection) -> int:
             f"{len(faults)} broken: restore the files named from a copy, or embed the images into a new index"
         )
         return 1
-    print(f"{index.url}: whole, {index.num_rows:,} images in {len(index.blocks):,} blocks")
+    (_, dim), dtype = index.tables[EMBEDDINGS]
+    print(f"{index.url}: whole, {index.num_rows:,} images in {len(index.blocks):,} blocks, {dim} x {dtype}")
     return 0
 
 

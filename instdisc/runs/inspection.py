@@ -1,4 +1,4 @@
-"""What a run or a snapshot holds, and whether it is whole."""
+"""What a run, a snapshot or an index holds, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.collection import is_collection, open_collection
 from cluster.errors import ClusterError
 from cluster.snapshots import Snapshot, open_snapshot, snapshot_steps, step_folder
+from instdisc.index.checking import verify
 from instdisc.runs.run_directory import RunDirectory
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
@@ -17,7 +19,7 @@ def inspect(path: str) -> int:
     """Print what is there, then what is broken.
 
     Args:
-        path: A run directory, a directory of snapshots or one snapshot, here or at a URL.
+        path: A run directory, a directory of snapshots, one snapshot or an index, here or at a URL.
 
     Returns:
         0 if everything is whole, 1 if something is broken.
@@ -26,6 +28,9 @@ def inspect(path: str) -> int:
         ConfigError: The run directory cannot be read.
         SnapshotError: There is nothing to inspect.
     """
+    place = path if "://" in path else Path(path).expanduser()
+    if is_collection(place):
+        return verify(open_collection(place))
     broken: list[str] = []
     run = None if "://" in path else RunDirectory(Path(path).expanduser())
     if run is not None and run.config.exists():

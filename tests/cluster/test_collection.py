@@ -110,10 +110,11 @@ def test_a_block_that_is_there_is_not_written_again(url: str) -> None:
     assert written_block(url, "other") is None
 
 
-def test_a_block_without_a_piece_is_written_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", ["rows/c.0.0", "COMMIT.json"])
+def test_a_damaged_block_is_written_again(tmp_path: Path, piece: str) -> None:
     url = str(tmp_path)
     write_block(url, "block", {"rows": vectors(KEYS), "keys": KEYS})
-    next((tmp_path / "blocks").rglob("rows/c.0.0")).unlink()
+    next((tmp_path / "blocks").rglob(piece)).write_bytes(b"{")
     assert written_block(url, "block") is None
     write_block(url, "block", {"rows": vectors(KEYS), "keys": KEYS})
     assert written_block(url, "block") is not None

@@ -23,6 +23,7 @@ from cluster.collection import Collection, open_block
 from cluster.lease import Lease
 from cluster.snapshots import open_snapshot, seal
 from cluster.storage import Storage
+from instdisc import inspect
 from instdisc.evaluation.source import Source
 from instdisc.index.images import manifest_of
 from instdisc.index.model import model_of
@@ -79,6 +80,7 @@ def test_an_index_holds_what_the_network_gives(
     torch.testing.assert_close(read_whitening(index).mean_D, white.mean_D)
     torch.testing.assert_close(read_whitening(index).matrix_DK, white.matrix_DK)
     done(embed("--verify"), "whole, 30 images in 4 blocks")
+    assert inspect.main([opened().url]) == 0
 
 
 def test_the_images_of_an_index_are_those_of_its_manifest(
@@ -279,6 +281,7 @@ def test_what_is_broken_is_named(embed: Embed, trained: Path, tmp_path: Path) ->
     status, said = embed("--verify")
     assert status == 1
     assert "embeddings/c.0.0: its checksum differs" in said
+    assert inspect.main([str(tmp_path / "index")]) == 1
 
 
 def test_an_index_is_a_source_without_its_run(
