@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from instdisc.common import command
 from instdisc.common.errors import ConfigError
+from instdisc.comparison.points import plan_points
 from instdisc.settings.compare import CompareConfig
 from instdisc.train import parse as parse_training
 
@@ -25,15 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(arguments: Sequence[str]) -> int:
     recipe, config, options = parse(arguments)
-    from instdisc.comparison import points, report  # takes seconds
+    planned = [] if recipe is None else plan_points(recipe, config, options, parse_training)
+    from instdisc.comparison import report, runs  # takes seconds
 
-    if config.report:
-        results = points.stored_results(config.report)
+    if recipe is None:
+        results = runs.stored_outcomes(config.report)
     else:
-        assert recipe is not None
-        planned = points.plan_points(recipe, config, options, parse_training)
         results = []
-        for result in points.train_points(planned):
+        for result in runs.train_points(planned):
             results.append(result)
             report.write(config.run_dir, recipe, results)  # so that what is there can be read, and is kept
     page = report.write(config.run_dir, recipe or "comparison", results)
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> tuple[str | None, CompareConfig, list[str
         taking.append(word)
     config = command.read_options(
         CompareConfig,
-        own,
+        own if recipe is not None else own + options,
         program="instdisc.compare" if recipe is None else f"instdisc.compare {recipe}",
         description="Train a recipe with several values of its settings, or several recipes, and compare the runs. All "
         "options of `python -m instdisc.train RECIPE` can be given too.",

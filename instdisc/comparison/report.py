@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instdisc.common.files import write_json, write_text
-from instdisc.comparison.points import Result
+from instdisc.comparison.runs import Outcome
 from instdisc.evaluation.page import Chart, Page, Table, render
 from instdisc.evaluation.plots import COLOURS, Series, axis_over, bar_chart, line_chart
 
@@ -37,20 +37,20 @@ class Group(NamedTuple):
 
     name: str
     """The settings in which it differs from other groups."""
-    results: list[Result]
+    outcomes: list[Outcome]
 
     def values(self, figure: str) -> list[float]:
         """Of the finished runs that have the figure."""
-        found = (_figure(result, figure) for result in self.results)
+        found = (_figure(outcome, figure) for outcome in self.outcomes)
         return [value for value in found if value is not None]
 
 
-def groups_of(results: Sequence[Result]) -> list[Group]:
+def groups_of(outcomes: Sequence[Outcome]) -> list[Group]:
     """The groups, the one with the best accuracy first; without labels by instance recall."""
-    found: dict[Any, list[Result]] = {}
-    for result in results:
-        found.setdefault(result.group, []).append(result)
-    several = len({result.recipe for result in results}) > 1
+    found: dict[Any, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.group, []).append(outcome)
+    several = len({outcome.recipe for outcome in outcomes}) > 1
     groups = []
     for (recipe, settings), members in found.items():
         parts = [recipe] if several or not settings else []
@@ -68,16 +68,16 @@ def table(groups: Sequence[Group]) -> Table:
     """Mean and, of several seeds, standard deviation of every figure; failed runs with their reasons."""
     shown = [name for name in FIGURES if any(group.values(name) for group in groups)]
     rows = [
-        [group.name, str(len(group.results)), *(_spread(name, group.values(name)) for name in shown)]
+        [group.name, str(len(group.outcomes)), *(_spread(name, group.values(name)) for name in shown)]
         for group in groups
     ]
     note = "Mean ± standard deviation over the seeds of the runs that finished."
     return Table("Results", ["", "runs", *(FIGURES[name] for name in shown)], rows, note)
 
 
-def failures(results: Sequence[Result]) -> Table | None:
+def failures(outcomes: Sequence[Outcome]) -> Table | None:
     """Runs that did not finish, and why."""
-    rows = [(result.name, result.error) for result in results if result.error is not None]
+    rows = [(outcome.name, outcome.error) for outcome in outcomes if outcome.error is not None]
     return Table("Not finished", ("run", "reason"), rows) if rows else None
 
 
@@ -90,26 +90,26 @@ def as_text(found: Table) -> str:
     )
 
 
-def write(directory: Path, title: str, results: Sequence[Result]) -> Path:
+def write(directory: Path, title: str, outcomes: Sequence[Outcome]) -> Path:
     """Write `compare.json`, `compare.csv` and `index.html`; the path of the page."""
-    groups, failed = groups_of(results), failures(results)
+    groups, failed = groups_of(outcomes), failures(outcomes)
     directory.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for result in results for name in result.varied))
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.varied))
     records = [
         {
-            "name": result.name,
-            "recipe": result.recipe,
-            **{name: result.varied.get(name) for name in names},
-            **{name: _figure(result, name) for name in FIGURES},
-            "error": result.error,
-            "run_dir": str(result.path),
+            "name": outcome.name,
+            "recipe": outcome.recipe,
+            **{name: outcome.varied.get(name) for name in names},
+            **{name: _figure(outcome, name) for name in FIGURES},
+            "error": outcome.error,
+            "run_dir": str(outcome.path),
         }
-        for result in results
+        for outcome in outcomes
     ]
     spreads = [
         {
             "name": group.name,
-            "runs": len(group.results),
+            "runs": len(group.outcomes),
             **{
                 name: {"mean": _mean(values), "deviation": _deviation(values)}
                 for name in FIGURES
@@ -126,7 +126,7 @@ def write(directory: Path, title: str, results: Sequence[Result]) -> Path:
     write_text(directory / "compare.csv", text.getvalue())
     page = Page(
         title=title,
-        subtitle=f"{len(results)} runs, {sum(result.error is None for result in results)} finished",
+        subtitle=f"{len(outcomes)} runs, {sum(outcome.error is None for outcome in outcomes)} finished",
         tiles=_tiles(groups),
         charts=_charts(groups),
         tables=[table(groups), *([failed] if failed else [])],
@@ -180,8 +180,8 @@ def _curve(group: Group, kind: str, key: str, axis: str) -> tuple[list[float], l
     """Mean over the seeds after every epoch that all finished runs measured."""
     runs = [
         points
-        for result in group.results
-        if result.error is None and (points := _points(result, kind, key, axis))
+        for outcome in group.outcomes
+        if outcome.error is None and (points := _points(outcome, kind, key, axis))
     ]
     epochs = sorted(set.intersection(*map(set, runs))) if runs else []
     if not epochs:
@@ -190,11 +190,11 @@ def _curve(group: Group, kind: str, key: str, axis: str) -> tuple[list[float], l
     return xs, ys
 
 
-def _points(result: Result, kind: str, key: str, axis: str) -> dict[float, tuple[float, float]]:
+def _points(outcome: Outcome, kind: str, key: str, axis: str) -> dict[float, tuple[float, float]]:
     """By epoch what a run measured, with the place on the axis; runs of earlier releases noted no seconds."""
     return {
         line["epoch"]: (line[axis], line[key])
-        for line in result.lines
+        for line in outcome.lines
         if line["kind"] == kind
         and line.get("of", "trained") == "trained"
         and line.get(key) is not None
@@ -202,14 +202,14 @@ def _points(result: Result, kind: str, key: str, axis: str) -> dict[float, tuple
     }
 
 
-def _figure(result: Result, name: str) -> float | None:
-    if result.summary is None:
+def _figure(outcome: Outcome, name: str) -> float | None:
+    if outcome.summary is None:
         return None
     if name == "instance_recall_1":
-        label_free = result.summary.get("label_free") or {}  # earlier releases measured none
+        label_free = outcome.summary.get("label_free") or {}  # earlier releases measured none
         value: float | None = label_free.get(name, {}).get("trained")
     else:
-        value = result.summary.get(name)
+        value = outcome.summary.get(name)
     return value
 
 

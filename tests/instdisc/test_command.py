@@ -69,7 +69,7 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("name", "positionals"),
     [
         ("train", ""),
-        ("compare", ""),
+        ("compare", "[--vary STR] [--recipes STR] [--run-dir PATH] [--report [PATH [PATH ...]]]"),
         ("embed", "[RUN]"),
         ("evaluate", "RUN_OR_INDEX"),
         ("search", "RUN_OR_INDEX IMAGE [IMAGE ...]"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from instdisc.compare import main, parse
-from instdisc.comparison import points
+from instdisc.comparison import points, runs
 from instdisc.comparison.report import Group, table
 from instdisc.train import parse as parse_training
 from tests.instdisc.program import SMALL, summary_of, write_pictures
@@ -144,7 +144,7 @@ def test_nothing_finished_is_a_failure(
 
 
 def test_figures_of_one_run_have_no_deviation() -> None:
-    result = points.Result(
+    result = runs.Outcome(
         name="one",
         recipe="sample",
         varied={},
