@@ -47,8 +47,8 @@ def check_driver(found: str | None, cuda: str | None = torch.version.cuda) -> No
 def order_visible_gpus() -> None:
     """Have this process number its GPUs as their ids are, before CUDA starts.
 
-    Ray sorts `CUDA_VISIBLE_DEVICES` as text, `0,1,10,11,2`, and ranks by number. NCCL is bound to the GPU whose index is
-    the local rank, which from the eleventh GPU of a node on would be another rank's.
+    Ray sorts `CUDA_VISIBLE_DEVICES` as text, `0,1,10,11,2`, and ranks by number. NCCL is bound to the GPU whose index
+    is the local rank, which from the eleventh GPU of a node on would be another rank's.
     """
     ids = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if all(each.isdigit() for each in ids):
