@@ -87,6 +87,7 @@ class Step:
     queries: Tensor
     ids: Tensor
     generator: torch.Generator
+    sound: Tensor
 
     def ours(self) -> tuple[Tensor, Tensor]:
         """Loss (Q,) and gradient (Q, D)."""
@@ -95,7 +96,7 @@ class Step:
         result, _ = loss_and_gradient(
             self.objective, self.bank, exchange, queries, ids.cpu()[None], generator
         )
-        self.objective.update(LEARNING_RATE, len(queries))
+        self.objective.update(LEARNING_RATE, len(queries), self.sound)
         return result.loss_Q, result.gradient_QD
 
 
@@ -191,7 +192,8 @@ def measure(case: Case, sizes: tuple[int, int, int], device: torch.device) -> Ro
 
     def step_on(dtype: torch.dtype) -> Step:
         bank = Bank(exact.to(dtype))
-        return Step(build_objective(case.config, num_instances, bank), bank, queries, ids, draws)
+        sound = torch.ones((), dtype=torch.bool, device=device)
+        return Step(build_objective(case.config, num_instances, bank), bank, queries, ids, draws, sound)
 
     step, peer_step = step_on(case.dtype), step_on(case.peer_dtype)
     noise_config = case.config if isinstance(case.config, NCEConfig) else NCEConfig()

@@ -80,7 +80,8 @@ def step(rank: int, world_size: int, config: ObjectiveConfig, num_instances: int
     # The step's means: the objective's sums, length and number of embeddings, whether a rank is sound.
     exchange.sum(torch.zeros(len(result.sums) + 2 + world_size, dtype=torch.float64))
     held = bank.rows.numel() * bank.rows.element_size()
-    bank.update(*exchange.route(embeddings[:, mine].mean(dim=0), all_ids.flatten(), partition), momentum=0.5)
+    owned_ids, rows = exchange.route(embeddings[:, mine].mean(dim=0), all_ids.flatten(), partition)
+    bank.update(owned_ids, rows, momentum=0.5, sound=torch.tensor(True))
     return {
         "loss": result.loss_Q.view(views, local),
         "gradient": result.gradient_QD.view(views, local, DIM),

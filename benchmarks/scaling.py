@@ -103,7 +103,8 @@ def train(rank: int, world_size: int, threads: int, directory: str, arguments: a
         first = (number * arguments.batch + rank * local) % (arguments.instances - arguments.batch)
         trainer.exchange.barrier()
         sent, start = trainer.exchange.sent_bytes, time.perf_counter()
-        trainer.step(images, order[first : first + local], 0.01)
+        trainer.step(images, trainer.announce(order[first : first + local]), 0.01)
+        trainer.read()
         seconds = time.perf_counter() - start
         (spent,) = trainer.phases.finish_step()
         sent_bytes = trainer.exchange.sent_bytes - sent

@@ -242,6 +242,22 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy from a device to the CPU; only calling what is returned, which gives the copy, waits for it."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
+
+
 def _as_bytes(rows: Tensor) -> Tensor:
     """The same memory as unsigned bytes, last dimension widened."""
     return rows.contiguous().view(torch.uint8)

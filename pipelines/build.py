@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -13,16 +13,19 @@ from pipelines.decode import CorruptImage
 from pipelines.errors import DataError, naming_the_cause
 from pipelines.exif import TURNS, UPRIGHT, orientation
 from pipelines.folders import Splits, find_splits, scan_folder
+from pipelines.kinds import EXTENSIONS
 from pipelines.lists import LISTS, listed_tars, scan_files, scan_list
 from pipelines.manifest import Manifest
-from pipelines.patterns import find
+from pipelines.patterns import expand_braces, find, is_pattern
+from pipelines.places import Place, Url, is_url, place
 from pipelines.reader import ImageReader
+from pipelines.remote import list_tars
 from pipelines.scan import Labels, Row, Scan, is_image_name
 from pipelines.strings import StringTable, printable
 from pipelines.tars import TarLabels, scan_tars
 
-Paths = str | Path | Sequence[str | Path]
-"""What images are found by: a path, or several."""
+Paths = str | Place | Sequence[str | Place]
+"""What images are found by: a path or URL, or several."""
 
 _FORMS = (
     "expected a folder of images, WebDataset .tar files (one, a folder of them, or a pattern), "
@@ -47,7 +50,7 @@ def build_manifest(
         path: One of
             - a folder of class folders, images at any depth, or of images without labels (`scan_folder`),
             - a tar file, a folder of such, a pattern (`shards/train-*.tar`, `train-{0000..0127}.tar`) or a list of
-              paths and patterns (`scan_tars`),
+              paths and patterns (`scan_tars`); each may be a URL that fsspec opens,
             - a .txt, .csv or .tsv file that names images (`scan_list`) or, one to a line, tar files,
             - a list of image files, without labels (`scan_files`).
         labels: "none" ignores all labels; "folders" insists that `path` holds class folders; "auto" decides.
@@ -110,7 +113,7 @@ def _choose_split(path: Paths, split: Literal["train", "held-out"]) -> Paths:
 
 
 def _find_splits(path: Paths) -> Splits | None:
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path) or is_url(path):
         return None
     folder = Path(path).expanduser()
     return find_splits(folder) if folder.is_dir() else None
@@ -127,8 +130,10 @@ def _as_stored(manifest: Manifest) -> Manifest:
 
 
 def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
-    if not isinstance(path, str | Path) and path and not any(_is_named_like_a_tar(part) for part in path):
-        return scan_files(path, show_progress=show_progress)
+    if not isinstance(path, str | Path | Url) and path:
+        files = [part for part in path if not is_url(part) and not _is_named_like_a_tar(part)]
+        if len(files) == len(path):
+            return scan_files([str(file) for file in files], show_progress=show_progress)
     tars = _tars(path)
     if tars or not isinstance(path, str | Path):
         return scan_tars(tars, labels, show_progress=show_progress)
@@ -140,16 +145,18 @@ def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
     return scan_list(path, with_labels=labels.kind != "none", show_progress=show_progress)
 
 
-def _tars(path: Paths) -> list[Path]:
+def _tars(path: Paths) -> Sequence[Place]:
     """The tar files that `path` stands for, none if it is a folder of images or a list.
 
     Raises:
         DataError: It is none of these either.
     """
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path | Url):
         if not path:
             raise DataError(f"got 0 tar files, not found: []; {_FORMS}")
         return _all_tars(path)
+    if is_url(path):
+        return _far_tars(place(path))
     path = Path(path).expanduser()
     if path.is_dir():
         entries = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
@@ -178,21 +185,61 @@ def _tars(path: Paths) -> list[Path]:
     return matches
 
 
-def _all_tars(parts: Sequence[str | Path]) -> list[Path]:
+def _all_tars(parts: Sequence[str | Place]) -> list[Place]:
     """The tar files of a list, whose parts may be patterns."""
-    places = [Path(part).expanduser() for part in parts]
-    found = [[place] if place.exists() else find(place) for place in places]
-    wrong = [
-        part for part, tars in zip(parts, found, strict=True) if not tars or not all(map(Path.is_file, tars))
-    ]
+    found: list[list[Place]] = []
+    wrong: list[str] = []
+    for part in parts:
+        if is_url(part):
+            found.append(_far_tars(place(part)))
+            continue
+        path = Path(part).expanduser()
+        tars = [path] if path.exists() else find(path)
+        if not tars or not all(map(Path.is_file, tars)):
+            wrong.append(str(part))
+        found.append([*tars])
     if wrong:
-        raise DataError(f"got {len(parts)} tar files, not found: {[str(part) for part in wrong[:3]]}")
+        raise DataError(f"got {len(parts)} tar files, not found: {wrong[:3]}")
     return [tar for tars in found for tar in tars]
 
 
-def _is_named_like_a_tar(path: str | Path) -> bool:
+def _far_tars(url: Place) -> list[Place]:
+    """The tar files that a URL stands for: one, those of a pattern, or those directly in a folder.
+
+    Those that are named are not looked for yet: listing them does.
+
+    Raises:
+        DataError: There are none.
+    """
+    assert isinstance(url, Url)
+    if url.suffix.lower() in (*LISTS, *EXTENSIONS) or (
+        _is_named_like_a_tar(url.name) and url.suffix.lower() != ".tar"
+    ):
+        raise DataError(
+            f"{url}: in object storage images lie in uncompressed .tar files; give those, or name their URLs in a "
+            "local .txt"
+        )
+    found: list[Place] = []
+    for name in map(Url, expand_braces(str(url))):
+        if name.suffix.lower() == ".tar" and not is_pattern(str(name)):
+            found.append(name)
+            continue
+        with naming_the_cause(f"list {name}"):
+            tars = list_tars(name)
+        strangers = [tar for tar in tars if tar.suffix.lower() != ".tar"]
+        if strangers:
+            raise DataError(f"{name} matches {strangers[0]}, expected only .tar files; narrow the pattern")
+        if not tars:
+            raise DataError(
+                f"no .tar files at {name}; in object storage images lie in .tar files: name them, or their folder"
+            )
+        found += tars
+    return found
+
+
+def _is_named_like_a_tar(path: str | Place) -> bool:
     """Compressed ones included, which are refused with a reason."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    suffixes = [suffix.lower() for suffix in PurePath(path).suffixes]
     return ".tar" in suffixes[-2:] or suffixes[-1:] == [".tgz"]
 
 

@@ -68,7 +68,7 @@ class DaliLoader(Loader):
 
     def __init__(self, job: LoaderJob) -> None:
         self._job = job
-        self._reader = ImageReader(job.manifest)
+        self._reader = ImageReader(job.manifest, job.cache)
         self._ahead = Ahead(job.requests, self._read, threads=_READERS, depth=job.prefetch)
         self._under_way: deque[_Encoded] = deque()
         self._pipeline: Pipeline = None
@@ -121,13 +121,17 @@ class DaliLoader(Loader):
         return batches
 
     def _read(self, request: Request) -> list[_Image]:
-        return [self._read_one(row) for row in request.rows.tolist()]
+        rows = request.rows.tolist()
+        return [
+            self._prepare(row, found) for row, found in zip(rows, self._reader.read_many(rows), strict=True)
+        ]
 
-    def _read_one(self, row: int) -> _Image:
+    def _prepare(self, row: int, data: bytes | CorruptImage) -> _Image:
         manifest = self._job.manifest
         size = int(manifest.heights[row]), int(manifest.widths[row])
         try:
-            data = self._reader.read(row)
+            if isinstance(data, CorruptImage):
+                raise data
             turn = (orientation(data) or UPRIGHT) if manifest.upright else UPRIGHT
             as_stored = size[::-1] if TURNS[turn].swap else size
             if row in self._for_pillow or not may_go_to_dali(data, *as_stored):

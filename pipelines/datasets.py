@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines.errors import DataError, naming_the_cause
+from pipelines.places import Place, is_url, place
 from pipelines.scan import progress_bar
 from pipelines.tars import CLASS_NAMES
 from pipelines.webdataset import Sample, write_samples
@@ -27,11 +28,11 @@ _BUNDLED = Path(__file__).parents[1] / "data"
 
 def resolve(
     path_or_name: str | Path, *, root: str | Path, download: bool = False, show_progress: bool = True
-) -> Path | list[Path]:
+) -> Place | list[Path]:
     """Turn what a user calls a data set into a path that `build_manifest` takes.
 
     Args:
-        path_or_name: A path or pattern, returned as it is, or `name[:split[+split]]`, e.g. `cifar10`,
+        path_or_name: A path, pattern or URL, returned as it is, or `name[:split[+split]]`, e.g. `cifar10`,
             `cifar10:test`, `stl10:train+unlabeled`; the split is `train` if none is given. The names are the
             keys of `SPLITS`. A folder of such a name is written `./cifar10`.
         root: Where data sets are kept. The one named is written there once, as `root/name/split.tar` with
@@ -46,6 +47,8 @@ def resolve(
     text = str(path_or_name)
     if not text:
         raise DataError(f"got an empty path, expected one or the name of a data set: {', '.join(SPLITS)}")
+    if is_url(path_or_name):
+        return place(path_or_name)
     name, _, split = text.partition(":")
     if isinstance(path_or_name, Path) or name not in SPLITS:
         with naming_the_cause(f"find {text}"):

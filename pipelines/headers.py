@@ -55,12 +55,17 @@ def checksum(read: Callable[[int, int], bytes], size: int) -> int:
         read: Returns n bytes from a position on: `read(position, n)`.
         size: Bytes in the file.
     """
-    if size <= 3 * _SUMMED_BYTES:
-        return crc32(read(0, size))
     found = 0
-    for start in (0, (size - _SUMMED_BYTES) // 2, size - _SUMMED_BYTES):
-        found = crc32(read(start, _SUMMED_BYTES), found)
+    for start, count in summed(size):
+        found = crc32(read(start, count), found)
     return found
+
+
+def summed(size: int) -> list[tuple[int, int]]:
+    """Where the bytes lie that `checksum` covers: positions and counts."""
+    if size <= 3 * _SUMMED_BYTES:
+        return [(0, size)]
+    return [(start, _SUMMED_BYTES) for start in (0, (size - _SUMMED_BYTES) // 2, size - _SUMMED_BYTES)]
 
 
 def _checked(height: int, width: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class HostLoader(Loader):
 
     def __init__(self, job: LoaderJob) -> None:
         self._job = job
-        self._reader = ImageReader(job.manifest)
+        self._reader = ImageReader(job.manifest, job.cache)
         self._ahead = Ahead(job.requests, self._load, threads=job.threads, depth=job.prefetch)
 
     def close(self) -> None:
@@ -56,9 +56,12 @@ class HostLoader(Loader):
         colors = color_maps(views)
         pixels = np.zeros((self._job.views, len(request.rows), size, size, 3), np.uint8)
         failures: dict[int, str] = {}
-        for index, row in enumerate(request.rows.tolist()):
+        rows = request.rows.tolist()
+        for index, (row, found) in enumerate(zip(rows, self._reader.read_many(rows), strict=True)):
             try:
-                image = self._reader.decode(row)
+                if isinstance(found, CorruptImage):
+                    raise found
+                image = self._reader.decode(row, found)
             except CorruptImage as corrupt:
                 failures[row] = str(corrupt)
                 continue

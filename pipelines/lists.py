@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pipelines.errors import DataError
 from pipelines.files import HeaderOrWhyNot, read_headers, scan_of_files
 from pipelines.kinds import EXTENSIONS
+from pipelines.places import Place, is_url, place
 from pipelines.scan import LeftAside, Scan, ends_like_an_image, number_labels
 from pipelines.strings import printable
 
@@ -125,7 +126,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:3]))
 
 
-def listed_tars(path: Path) -> list[Path]:
+def listed_tars(path: Path) -> list[Place]:
     """The tar files, or patterns of such, that a text file names one to a line; none if its first line is no tar.
 
     Raises:
@@ -139,7 +140,7 @@ def listed_tars(path: Path) -> list[Path]:
             raise DataError(
                 f"{path}, line {number}: got {line[:100]!r}, expected a .tar file as in the first line"
             )
-    return [path.parent / Path(line).expanduser() for _, line in lines]
+    return [place(line) if is_url(line) else path.parent / Path(line).expanduser() for _, line in lines]
 
 
 def normalise(root: Path, name: str) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import DataError
+from pipelines.places import Place, place
 from pipelines.strings import StringTable, printable
 from pipelines.whole import written_whole
 
@@ -47,8 +48,8 @@ class Manifest:
     """Where every image of a data set lies and what its header says; N rows, row number = instance id.
 
     Attributes:
-        root: The folder that `sources` are relative to. Not part of the fingerprint: data may move.
-        sources: Tar files or image files, posix paths relative to `root` (absolute where outside of it).
+        root: The folder, or the URL of one, that `sources` are relative to. Not part of the fingerprint: data may move.
+        sources: Tar files or image files, posix paths relative to `root` (absolute, or URLs, where outside of it).
         keys: N unique, readable names: the image's path, or the member's name inside its tar file.
         source_index: int64 (N,), the source that holds the row.
         offsets: int64 (N,), bytes from the start of the source to the image; 0 for plain files.
@@ -67,7 +68,7 @@ class Manifest:
         DataError: The columns differ in length or type.
     """
 
-    root: Path
+    root: Place
     sources: StringTable
     keys: StringTable
     source_index: npt.NDArray[np.int64]
@@ -209,7 +210,7 @@ class Manifest:
             file.write(json.dumps(meta, indent=1).encode())
 
     @classmethod
-    def load(cls, directory: Path | str, root: Path | str | None = None) -> Self:
+    def load(cls, directory: Path | str, root: Place | str | None = None) -> Self:
         """Open a saved manifest; its arrays are memory-mapped, read-only.
 
         Args:
@@ -228,7 +229,7 @@ class Manifest:
             is_arrow = (directory / _SOURCES).exists()
             fields = _from_arrow(directory, columns) if is_arrow else _from_numpy(directory)
             return cls(
-                root=Path(meta["root"] if root is None else root),
+                root=place(meta["root"] if root is None else root),
                 class_names=tuple(meta["class_names"]),
                 rejected=tuple(Rejected(*entry) for entry in meta["rejected"]),
                 upright=meta["schema"] != _NOT_TURNED,

@@ -7,7 +7,7 @@ import functools
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, Self, TypeVar
@@ -15,11 +15,16 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from PIL import Image
 
+from pipelines.cache import open_cache
 from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+from pipelines.places import Place, Url, below, is_url
+from pipelines.remote import Span, read_ranges
+from pipelines.settings import CacheConfig
 
+_PLACES = 65_536
 _OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
 # These may be about one file alone. All others (too many open files, a failing disk) strike any image next.
 _ABOUT_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
@@ -34,10 +39,19 @@ class ImageReader:
     The sources used last stay open. They are read at offsets rather than memory-mapped: a file that shrinks under a
     map ends the process (SIGBUS), and a page that a network disk must fetch first would be waited for with the
     interpreter locked.
+
+    Args:
+        manifest: Where the images are.
+        cache: Where tars of object storage are kept, if they are.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, cache: CacheConfig | None = None) -> None:
         self._manifest = manifest
+        self._place = functools.lru_cache(_PLACES)(self._place_of)
+        urls = [Url(source) for source in _far_sources(manifest)] if cache else []
+        self._cache = open_cache(cache) if cache and urls else None
+        if self._cache:
+            self._cache.want(urls)
         self._open = functools.lru_cache(_OPEN_SOURCES)(_Source)
 
     def read(self, row: int) -> bytes:
@@ -48,16 +62,56 @@ class ImageReader:
             DataError: If the trouble is not with this file: the manifest's root cannot be reached, the disk or
                 the network fails, or too many files are open.
         """
+        (found,) = self.read_many([row])
+        if isinstance(found, CorruptImage):
+            raise found
+        return found
+
+    def read_many(self, rows: Sequence[int]) -> list[bytes | CorruptImage]:
+        """Return the encoded images of some rows, or why one has none; far ones are asked for all at once.
+
+        Raises:
+            DataError: As `read`.
+        """
         manifest = self._manifest
-        offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
-        path = manifest.root / manifest.sources[int(manifest.source_index[row])]
+        found: list[bytes | OSError | CorruptImage] = [b""] * len(rows)
+        far: dict[int, Span] = {}
+        for index, row in enumerate(rows):
+            source = self._place(int(manifest.source_index[row]))
+            offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
+            if not isinstance(source, Url):
+                found[index] = self._read_near(source, offset, size)
+            elif (kept := self._read_kept(source, offset, size)) is not None:
+                found[index] = kept
+            else:
+                far[index] = Span(source, offset, offset + size)
+        if far:
+            for index, data in zip(far, read_ranges(list(far.values())), strict=True):
+                found[index] = data
+        return [_whole(data, int(manifest.sizes[row])) for data, row in zip(found, rows, strict=True)]
+
+    def _place_of(self, source: int) -> Place:
+        return below(self._manifest.root, self._manifest.sources[source])
+
+    def _read_kept(self, url: Url, offset: int, size: int) -> bytes | None:
+        """From the cache, if it holds the tar."""
+        path = self._cache.path(url) if self._cache else None
+        if self._cache is None or path is None:
+            return None
         try:
-            data = self._open(path).read(offset, size)
+            return self._open(path).read(offset, size)
+        except OSError:  # somebody deleted it, or the disk fails
+            self._cache.forget(url)
+            return None
+
+    def _read_near(self, path: Path, offset: int, size: int) -> bytes | CorruptImage:
+        try:
+            return self._open(path).read(offset, size)
         except OSError as error:
-            raise self._finding(path, error) from error
-        if len(data) < size:
-            raise CorruptImage(f"is cut short: {len(data)} of {size} bytes")
-        return data
+            finding = self._finding(path, error)
+            if isinstance(finding, CorruptImage):
+                return finding
+            raise finding from error
 
     def decode(self, row: int, data: bytes | None = None) -> Image.Image:
         """Return the picture of a row, RGB, of the size that the manifest says.
@@ -82,7 +136,7 @@ class ImageReader:
         """Close all files, once nothing reads from them."""
         self._open.cache_clear()
 
-    def _finding(self, path: Path, error: OSError) -> CorruptImage | DataError:
+    def _finding(self, path: Place, error: OSError) -> CorruptImage | DataError:
         if error.errno in _ABOUT_ONE_FILE:
             try:
                 os.stat(os.path.join(self._manifest.root, "."))  # noqa: PTH116, PTH118  Path drops the dot
@@ -94,6 +148,21 @@ class ImageReader:
         else:
             remedy = "the data must lie on storage that every node sees under this path; check that it works"
         return DataError(f"cannot read {path}: {error.strerror or error}; {remedy}")
+
+
+def _whole(found: bytes | OSError | CorruptImage, size: int) -> bytes | CorruptImage:
+    if isinstance(found, OSError):
+        return CorruptImage(f"cannot be read: {found.strerror}")
+    if isinstance(found, bytes) and len(found) < size:
+        return CorruptImage(f"is cut short: {len(found)} of {size} bytes")
+    return found
+
+
+def _far_sources(manifest: Manifest) -> list[str]:
+    """The URLs of all sources that are not local, in their order."""
+    far_root = isinstance(manifest.root, Url)
+    names = [str(below(manifest.root, source)) for source in manifest.sources if far_root or is_url(source)]
+    return [name for name in names if is_url(name)]
 
 
 class _Source:

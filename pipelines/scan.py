@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
-
-from tqdm import tqdm
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple, Protocol
 
 from pipelines.errors import DataError
 from pipelines.kinds import EXTENSIONS, KINDS
 from pipelines.manifest import Rejected
+from pipelines.places import Place
 
 Labels = Literal["auto", "folders", "none"]
 MAX_CLASSES = 1_000_000
-_LINE_S = 10.0
 _LONGEST_ENDING = 16
 _MOST_GROUPS = 12
 _FOLDERS = "folders"
@@ -39,7 +36,7 @@ class Row(NamedTuple):
 class Scan(NamedTuple):
     """All images found, in the order of their instance ids."""
 
-    root: Path
+    root: Place
     sources: list[str]
     rows: list[Row]
     class_names: tuple[str, ...]
@@ -63,6 +60,10 @@ class LeftAside:
     def add_folder(self, reason: str) -> None:
         """Count a folder that was not looked into."""
         self._counts[_FOLDERS, reason] += 1
+
+    def update(self, other: LeftAside) -> None:
+        """Count what another counted."""
+        self._counts.update(other._counts)
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -135,26 +136,23 @@ def numbered_classes(labels: Iterable[int], where: object) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
-def progress_bar(show: bool, total: int, unit: str) -> tqdm[None]:
+class Bar(Protocol):
+    """Progress, shown or not."""
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more as done."""
+
+
+class _NoBar:
+    def update(self, n: int = 1) -> None:
+        """Nothing."""
+
+
+def progress_bar(show: bool, total: int, unit: str) -> AbstractContextManager[Bar]:
     """Progress on standard error: a bar on a terminal, after a second; elsewhere a line every ten seconds."""
-    if sys.stderr.isatty():
-        return tqdm(total=total, unit=unit, unit_scale=True, disable=not show, delay=1.0)
-    return _Lines(
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        disable=not show,
-        delay=_LINE_S,
-        mininterval=_LINE_S,
-        leave=False,
-        ncols=0,
-    )
+    if not show:
+        return nullcontext(_NoBar())
+    from pipelines.bars import shown_bar  # not at the top: without progress tqdm is not needed
 
-
-class _Lines(tqdm):  # type: ignore[misc]  # tqdm is not typed
-    """Prints lines for a log file, where a bar could not overwrite itself."""
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Print the state. An empty message asks to clear the bar; a line stays."""
-        if msg is None:
-            print(self, file=self.fp, flush=True)
+    bar: AbstractContextManager[Bar] = shown_bar(total, unit)
+    return bar

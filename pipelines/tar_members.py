@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-from tqdm import tqdm
-
 from pipelines.errors import DataError
+from pipelines.places import Place
+from pipelines.scan import Bar
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
@@ -30,44 +29,57 @@ class Member(NamedTuple):
     """Whether these bytes are its content; not so for links, devices and sparse files."""
 
 
-def archives(path: Path, bar: tqdm[None]) -> Iterator[dict[str, Member]]:
+def archives(
+    path: Place, size: int, file: IO[bytes], bar: Bar, look: Callable[[Member], None]
+) -> Iterator[dict[str, Member]]:
     """Yield the members by name, as they are stored, of each of the archives that a file holds one after the other.
 
     Usually it is one; `cat` joins several. What follows an end mark and is no tar is named in a warning.
 
+    Args:
+        path: Of the file, for messages.
+        size: Its bytes.
+        file: Opened, at its beginning.
+        bar: Counts bytes.
+        look: Called with each member when the walk is at its content, which may be read with `file`.
+
     Raises:
         DataError: The file is cut short, damaged or compressed, or an archive holds a name twice.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        _refuse_compressed(path, file.read(max(map(len, _COMPRESSED))))
-        position = 0
-        while True:
-            members, end = _members(path, file, position, bar)
-            if _block(file, end) == bytes(_BLOCK):
-                yield members
-            elif position > 0 and not members:
-                logger.warning("%s: the %d bytes after its end mark are no tar", path, size - position)
-                return
-            else:  # tarfile takes any block that it cannot read for the end
-                raise DataError(
-                    f"{path} is cut short or damaged: no member and no end mark at byte {end} of {size}; "
-                    "copy or write it again"
-                )
-            position = _first_used(file, end, size)
-            if position >= size:
-                return
+    _refuse_compressed(path, file.read(max(map(len, _COMPRESSED))))
+    position = 0
+    while True:
+        members, end = _members(path, size, file, position, bar, look)
+        if _block(file, end) == bytes(_BLOCK):
+            yield members
+        elif position > 0 and not members:
+            logger.warning("%s: the %d bytes after its end mark are no tar", path, size - position)
+            return
+        else:  # tarfile takes any block that it cannot read for the end
+            raise DataError(
+                f"{path} is cut short or damaged: no member and no end mark at byte {end} of {size}; "
+                "copy or write it again"
+            )
+        position = _first_used(file, end, size)
+        if position >= size:
+            return
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
+def _refuse_compressed(path: Place, start: bytes) -> None:
     for magic, program in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(f"{path} is compressed with {program}, expected a plain tar; uncompress it first")
 
 
-def _members(path: Path, file: IO[bytes], position: int, bar: tqdm[None]) -> tuple[dict[str, Member], int]:
+def _members(
+    path: Place,
+    size: int,
+    file: IO[bytes],
+    position: int,
+    bar: Bar,
+    look: Callable[[Member], None],
+) -> tuple[dict[str, Member], int]:
     """The members from a position up to an end mark, and where that is."""
-    size = path.stat().st_size
     members: dict[str, Member] = {}
     file.seek(position)
     try:
@@ -90,6 +102,7 @@ def _members(path: Path, file: IO[bytes], position: int, bar: tqdm[None]) -> tup
                 if not member.isdir():
                     is_plain = member.isreg() and not member.issparse()
                     members[name] = Member(name, member.offset_data, member.size, is_plain)
+                    look(members[name])
             return members, tar.offset
     except tarfile.ReadError as error:
         raise DataError(f"{path}, {size} bytes, is not a tar file or is damaged: {error}") from error

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from pipelines.contents import Content, open_content, read_whole
 from pipelines.errors import DataError
-from pipelines.headers import HeaderError, checksum, image_size
+from pipelines.headers import HeaderError, checksum, image_size, summed
 from pipelines.manifest import Rejected
+from pipelines.places import Place, Url
 from pipelines.scan import (
+    Bar,
     Labels,
     LeftAside,
     Row,
     Scan,
     ends_like_an_image,
     is_hidden,
+    is_image_name,
     nothing_found,
     number_labels,
     progress_bar,
@@ -33,6 +36,10 @@ from pipelines.tar_members import Member, archives
 
 CLASS_NAMES = "classnames.txt"
 _MACOS = "__MACOSX/"
+# Far tars are listed at the same time, as each waits for its storage; so do the images of one.
+_TARS_AT_A_TIME = 16
+_IMAGES_AT_A_TIME = 256
+_READERS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,13 @@ class TarLabels(NamedTuple):
         return ".cls" if self.json_key is None else ".json"
 
 
-def scan_tars(paths: Sequence[Path], labels: TarLabels, *, show_progress: bool) -> Scan:
+class _Header(NamedTuple):
+    height: int
+    width: int
+    checksum: int
+
+
+def scan_tars(paths: Sequence[Place], labels: TarLabels, *, show_progress: bool) -> Scan:
     """List the images of tar files.
 
     A label is that of the `.cls` (a class number) or, where a key is given, the `.json` member of the same name: up to
@@ -66,13 +79,21 @@ def scan_tars(paths: Sequence[Path], labels: TarLabels, *, show_progress: bool) 
     Raises:
         DataError: A tar is cut short, damaged, compressed, holds a name twice, or a label is none.
     """
-    paths = sorted({path.absolute() for path in paths})
-    root = Path(os.path.commonpath([path.parent for path in paths]))
+    paths = sorted({path.absolute() for path in paths}, key=str)
+    if len({isinstance(path, Url) and path.parts[0] for path in paths}) > 1:
+        raise DataError(
+            f"{paths[0]} and {paths[-1]} are on different kinds of storage; give tars of one kind"
+        )
+    root = type(paths[0])(os.path.commonpath([path.parent for path in paths]))
     scan = Scan(root, [path.relative_to(root).as_posix() for path in paths], [], (), [], LeftAside())
     texts: list[str] = []
-    with progress_bar(show_progress, sum(path.stat().st_size for path in paths), "B") as bar:
-        for source, path in enumerate(paths):
-            texts += _Tar(path, source, scan, labels).scan(bar)
+    total = sum(0 if isinstance(path, Url) else path.stat().st_size for path in paths)
+    with progress_bar(show_progress, total or len(paths), "B" if total else " tars") as bar:
+        for found, part in _scan_each(paths, scan, labels, bar):
+            texts += found
+            scan.rows.extend(part.rows)
+            scan.rejected.extend(part.rejected)
+            scan.left_aside.update(part.left_aside)
     where = paths[0] if len(paths) == 1 else f"{len(paths)} tar files in {root}"
     if not (scan.rows or scan.rejected):
         raise nothing_found(where, scan.left_aside)
@@ -92,27 +113,89 @@ def scan_tars(paths: Sequence[Path], labels: TarLabels, *, show_progress: bool) 
     return scan._replace(rows=rows, class_names=class_names)
 
 
+def _scan_each(
+    paths: Sequence[Place], scan: Scan, labels: TarLabels, bar: Bar
+) -> Iterator[tuple[list[str], Scan]]:
+    """Label of each image, and what was found, by tar."""
+
+    def scan_one(source: int) -> tuple[list[str], Scan]:
+        part = scan._replace(rows=[], rejected=[], left_aside=LeftAside())
+        is_far = isinstance(paths[source], Url)
+        with progress_bar(False, 0, "B") if is_far else nullcontext(bar) as bytes_bar:
+            return _Tar(paths[source], source, part, labels).scan(bytes_bar), part
+
+    if not isinstance(paths[0], Url):
+        yield from map(scan_one, range(len(paths)))
+        return
+    with ThreadPoolExecutor(_TARS_AT_A_TIME, thread_name_prefix="tars") as pool:
+        futures = deque(pool.submit(scan_one, source) for source in range(len(paths)))
+        try:
+            while futures:
+                yield futures.popleft().result()
+                bar.update(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 class _Tar:
     """One tar file, whose images are appended to a scan."""
 
-    def __init__(self, path: Path, source: int, scan: Scan, labels: TarLabels) -> None:
+    def __init__(self, path: Place, source: int, scan: Scan, labels: TarLabels) -> None:
         self._path, self._source, self._scan, self._labels = path, source, scan, labels
+        # Read on the way, by their place; what is not here is read when it is needed.
+        self._headers: dict[int, _Header | HeaderError] = {}
+        self._label_contents: dict[int, bytes] = {}
 
-    def scan(self, bar: tqdm[None]) -> list[str]:
+    def scan(self, bar: Bar) -> list[str]:
         """The label of each image appended, empty for none."""
-        parts = list(archives(self._path, bar))
         texts: list[str] = []
         seen: set[str] = set()
-        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_content(self._path) as content:
+            parts = list(archives(self._path, content.size, content.file, bar, partial(self._look, content)))
+            images = [list(self._images(members)) for members in parts]
+            if content.read_through >= 0:
+                self._read_headers(content, [member for members in images for member in members])
             labels = [self._texts(members, content) for members in parts]
             elsewhere = {stem: text for part in reversed(labels) for stem, text in part.items()}
-            for number, (members, own) in enumerate(zip(parts, labels, strict=True), start=1):
-                for member in self._images(members):
+            for number, (members, own) in enumerate(zip(images, labels, strict=True), start=1):
+                for member in members:
                     key = f"{member.name}#{number}" if member.name in seen else member.name
                     seen.add(member.name)
                     if self._add(key, member, content):
                         texts.append(_label_of(member.name, own, elsewhere))
         return texts
+
+    def _look(self, content: Content, member: Member) -> None:
+        """Read a small member in passing, where going back to it would cost a request."""
+        if not member.is_plain or member.size > content.read_through:
+            return
+        is_label = self._labels.kind == "auto" and member.name.lower().endswith(self._labels.ending)
+        if is_label or is_image_name(member.name):
+            content.file.seek(member.offset)
+            data = content.file.read(member.size)
+            if is_label:
+                self._label_contents[member.offset] = data
+            else:
+                self._headers[member.offset] = _header(
+                    lambda start, count: data[start : start + count], member
+                )
+
+    def _read_headers(self, content: Content, images: Sequence[Member]) -> None:
+        """Read the headers of far images, many at a time."""
+        later = [member for member in images if member.offset not in self._headers and member.is_plain]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="headers") as pool:
+            for first in range(0, len(later), _IMAGES_AT_A_TIME):
+                members = later[first : first + _IMAGES_AT_A_TIME]
+                content.prepare(
+                    (member.offset + start, count)
+                    for member in members
+                    for start, count in summed(member.size)
+                )
+                reads = [partial(_part, content, member.offset) for member in members]
+                headers = pool.map(_header, reads, members)
+                self._headers.update(
+                    {member.offset: header for member, header in zip(members, headers, strict=True)}
+                )
 
     def _images(self, members: Mapping[str, Member]) -> Iterator[Member]:
         """The images among the members; counts all others that are of no use."""
@@ -132,27 +215,25 @@ class _Tar:
             else:
                 yield member
 
-    def _add(self, key: str, member: Member, content: mmap.mmap) -> bool:
-        try:
-            if not member.is_plain:
-                raise HeaderError("a link, device or sparse file inside the tar, expected the image itself")
-            height, width = image_size(partial(_head, content, member.offset), member.size)
-            digest = checksum(partial(_part, content, member.offset), member.size)
-        except HeaderError as error:
+    def _add(self, key: str, member: Member, content: Content) -> bool:
+        header = self._headers.get(member.offset) or _header(partial(_part, content, member.offset), member)
+        if isinstance(header, HeaderError):
             name = f"{self._scan.sources[self._source]}!{key}"
-            self._scan.rejected.append(Rejected(printable(name), str(error)))
+            self._scan.rejected.append(Rejected(printable(name), str(header)))
             return False
-        self._scan.rows.append(Row(self._source, key, member.offset, member.size, height, width, -1, digest))
+        place = self._source, key, member.offset, member.size
+        self._scan.rows.append(Row(*place, header.height, header.width, -1, header.checksum))
         return True
 
-    def _texts(self, members: Mapping[str, Member], content: mmap.mmap) -> dict[str, str]:
+    def _texts(self, members: Mapping[str, Member], content: Content) -> dict[str, str]:
         """The label by what its member is called without the ending."""
         found: dict[str, str] = {}
         for member in members.values() if self._labels.kind == "auto" else ():
             stem, ending = os.path.splitext(member.name)  # noqa: PTH122  pathlib is slow for millions of names
             if ending.lower() != self._labels.ending:
                 continue
-            text = content[member.offset : member.offset + member.size].strip()
+            held = self._label_contents.get(member.offset)
+            text = (content.part(member.offset, member.size) if held is None else held).strip()
             where = f"{self._path}!{member.name}"
             if self._labels.json_key is not None:
                 found[stem] = sys.intern(_json_label(where, text, self._labels.json_key))
@@ -223,18 +304,25 @@ def _folder_labels(where: object, names: Sequence[str], kind: Labels) -> tuple[l
     return [-1] * len(names), ()
 
 
-def _named(numbers: tuple[str, ...], file: Path) -> tuple[str, ...]:
-    if not file.is_file():
+def _named(numbers: tuple[str, ...], file: Place) -> tuple[str, ...]:
+    content = read_whole(file)
+    if content is None:
         return numbers
-    names = tuple(file.read_text().splitlines())
+    names = tuple(content.decode().splitlines())
     if len(names) < len(numbers):
         raise DataError(f"{file} names {len(names)} classes, but the tar files hold class {len(numbers) - 1}")
     return names
 
 
-def _head(content: mmap.mmap, start: int, count: int) -> bytes:
-    return content[start : start + count]
+def _header(read: Callable[[int, int], bytes], member: Member) -> _Header | HeaderError:
+    """What is known of an image from a few bytes of it: `read(position, n)`."""
+    try:
+        if not member.is_plain:
+            raise HeaderError("a link, device or sparse file inside the tar, expected the image itself")
+        return _Header(*image_size(partial(read, 0), member.size), checksum(read, member.size))
+    except HeaderError as error:
+        return error
 
 
-def _part(content: mmap.mmap, offset: int, start: int, count: int) -> bytes:
-    return content[offset + start : offset + start + count]
+def _part(content: Content, offset: int, start: int, count: int) -> bytes:
+    return content.part(offset + start, count)

@@ -80,11 +80,13 @@ def _results(manifest: Manifest, reader: ImageReader, pool: ThreadPoolExecutor) 
 
 
 def _check(reader: ImageReader, rows: range) -> list[_Finding]:
-    return [_examine(reader, row) for row in rows]
+    return [_examine(reader, row, data) for row, data in zip(rows, reader.read_many(rows), strict=True)]
 
 
-def _examine(reader: ImageReader, row: int) -> _Finding:
+def _examine(reader: ImageReader, row: int, data: bytes | CorruptImage) -> _Finding:
     try:
-        return _FLAT if nearly_constant(reader.decode(row)) else _SOUND
+        if isinstance(data, CorruptImage):
+            raise data
+        return _FLAT if nearly_constant(reader.decode(row, data)) else _SOUND
     except CorruptImage as corrupt:
         return _Finding(str(corrupt), False)

@@ -40,8 +40,28 @@ _NCCL_TYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
 
+_WITHOUT_A_KERNEL = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_pin_memory",
+}
+
 waits: Counter[str] = Counter()
 """How often the host waited, by the line of the project that made it."""
+launches: Counter[str] = Counter()
+"""How often each operation was launched on the GPU; views and allocations launch nothing."""
+collectives: Counter[str] = Counter()
+"""How often each collective was called."""
+
+
+def forget() -> None:
+    """Count from 0 again."""
+    for counter in (waits, launches, collectives):
+        counter.clear()
 
 
 class OnGpu(Tensor):
@@ -108,20 +128,25 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         target_on_gpu = to_gpu if name == "_to_copy" and asked is not None else isinstance(args[0], OnGpu)
         source = args[0] if name == "_to_copy" else args[1]
         if target_on_gpu != isinstance(source, OnGpu):
-            pinned = target_on_gpu and getattr(source, "pinned", False) and kwargs.get("non_blocking")
-            if not pinned:
+            on_host = source if target_on_gpu else args[0]
+            without_waiting = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+            if not (getattr(on_host, "pinned", False) and without_waiting):
                 _wait("copy to the GPU" if target_on_gpu else "copy from the GPU")
         result_on_gpu = target_on_gpu
     elif on_gpu:
         _check_devices(name, args, given)
         if name in _SIZE_DEPENDS_ON_NUMBERS:
             _wait(name)
+    if (on_gpu or to_gpu) and not func.is_view and name not in _WITHOUT_A_KERNEL:
+        launches[name] += 1
     plain_args, plain_kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)
     if to_gpu:
         plain_kwargs["device"] = torch.device("cpu")
-    plain_kwargs.pop("pin_memory", None)
+    pinned = plain_kwargs.pop("pin_memory", None)
     kernel = _KERNELS.get(name, func)
     result = kernel(*plain_args, **plain_kwargs)
+    if pinned:
+        result.pinned = True
     if name == "_to_copy" and result is plain_args[0]:
         result = result.clone()
     same = {id(each.elem): each for each in on_gpu}  # what is changed in place remains the object that it was
@@ -186,16 +211,20 @@ class Generator(torch.Generator):
 
 
 class Event:
-    """Of CUDA."""
+    """Of CUDA; it has passed when it is asked for."""
 
-    def __init__(self, enable_timing: bool = False) -> None: ...
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.known_to_have_passed = False
 
     def record(self) -> None: ...
 
     def query(self) -> bool:
+        self.known_to_have_passed = True
         return True
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        if not self.known_to_have_passed:
+            _wait("for an event")
 
     def elapsed_time(self, end: Event) -> float:
         return 1.0
@@ -224,7 +253,7 @@ def begin() -> None:
         dist: {
             "all_gather_into_tensor": _all_gather,
             "all_to_all_single": _all_to_all,
-            "all_reduce": lambda tensor, op=None: _check_sent(tensor),
+            "all_reduce": _all_reduce,
             "barrier": lambda: None,
         },
     }
@@ -248,17 +277,25 @@ def _check_sent(*tensors: Tensor) -> None:
         assert tensor.dtype in _NCCL_TYPES, (tensor.dtype, _place())
 
 
+def _all_reduce(tensor: Tensor, op: object = None) -> None:
+    _check_sent(tensor)
+    collectives["all-reduce"] += 1
+
+
 def _all_gather(out: Tensor, tensor: Tensor, async_op: bool = False) -> _Work:
     if isinstance(out, OnGpu) or isinstance(tensor, OnGpu):
         _check_sent(out, tensor)
+        collectives["all-gather"] += 1
     else:
         assert async_op, f"the host waits for the other hosts at {_place()}"
+        collectives["all-gather between hosts"] += 1
     _plain(out).view(-1, tensor.numel()).copy_(_plain(tensor).reshape(1, -1))
     return _Work()
 
 
 def _all_to_all(out: Tensor, tensor: Tensor, received: Any = None, sent: Any = None) -> None:
     _check_sent(out, tensor)
+    collectives["all-to-all"] += 1
     assert out.dtype == tensor.dtype
     if sent is not None:
         assert (sum(received), sum(sent)) == (len(out), len(tensor))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from cluster.collection import Collection
 from pipelines.manifest import Manifest
+from pipelines.places import Place, below, place
 from pipelines.strings import StringTable, printable, unprinted
 
 EMBEDDINGS, KEYS, LABELS = "embeddings", "keys", "labels"
@@ -48,16 +48,16 @@ def roots_of(index: Collection) -> list[Root]:
     return [Root(name, path) for name, path in index.attributes["roots"]]
 
 
-def with_root(roots: Sequence[Root], path: Path) -> tuple[list[Root], int]:
+def with_root(roots: Sequence[Root], path: Place) -> tuple[list[Root], int]:
     """The folders of an index with one more, unless it is among them, and its number."""
-    place = str(path.absolute())
+    text = str(path.absolute())
     for number, root in enumerate(roots):
-        if root.path == place:
+        if root.path == text:
             return list(roots), number
-    name = place
+    name = text
     while name in {root.name for root in roots}:  # others were there before they moved
         name += "+"
-    return [*roots, Root(name, place)], len(roots)
+    return [*roots, Root(name, text)], len(roots)
 
 
 def columns(
@@ -133,15 +133,15 @@ def manifest_of(index: Collection, rows: npt.NDArray[np.int64] | None = None) ->
     roots = roots_of(index)
     keys, sources = list[str](), dict[str, int]()
     source_index = np.empty(len(numbers := read(_ROOTS)), np.int64)
-    for row, (key, place, number) in enumerate(
+    for row, (key, inside, number) in enumerate(
         zip(map(unprinted, read(KEYS)), map(unprinted, read(_SOURCES)), numbers.tolist(), strict=True)
     ):
-        source = str(Path(roots[number].path, place or key)) if number else place or key
+        source = str(below(place(roots[number].path), inside or key)) if number else inside or key
         source_index[row] = sources.setdefault(source, len(sources))
-        keys.append(key if place else source)  # a plain file is called by its path
+        keys.append(key if inside else source)  # a plain file is called by its path
     sizes, sums = read(_SIZES), read(_CHECKSUMS)
     return Manifest(
-        root=Path(roots[0].path),
+        root=place(roots[0].path),
         sources=StringTable.of(sources),
         keys=StringTable.of(keys),
         source_index=source_index,

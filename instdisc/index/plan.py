@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cluster.collection import Collection
 from instdisc.index.images import Root, describe, same_content, same_place, stored_sources
 from pipelines.manifest import Manifest
+from pipelines.places import is_url
 from pipelines.strings import printable
 
 
@@ -76,7 +77,7 @@ def plan_images(index: Collection | None, manifest: Manifest, roots: Sequence[Ro
 
 def _full_name(manifest: Manifest, row: int, root: Root) -> str:
     name = manifest.name(row)
-    return name if name.startswith("/") else f"{printable(root.name)}/{name}"
+    return name if name.startswith("/") or is_url(name) else f"{printable(root.name)}/{name}"
 
 
 def find_removed(index: Collection, named: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:

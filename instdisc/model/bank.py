@@ -66,7 +66,7 @@ class Bank:
         return torch.where(owned, instance_ids - self.start, 0), owned
 
     @torch.no_grad()
-    def update(self, instance_ids: Tensor, embeddings: Tensor, *, momentum: float) -> None:
+    def update(self, instance_ids: Tensor, embeddings: Tensor, *, momentum: float, sound: Tensor) -> None:
         """Row ← normalise(momentum · row + (1 - momentum) · embedding), computed in float32.
 
         Wu et al. 2018 replace the row (momentum 0); their public code mixes with momentum 0.5.
@@ -75,8 +75,10 @@ class Bank:
             instance_ids: int64 (R,), all owned by this shard, none twice.
             embeddings: (R, D), unit rows.
             momentum: 0 … 1.
+            sound: bool, a scalar on the device of the bank; where it is false the rows stay as they are.
         """
         positions = instance_ids - self.start
-        old = self.rows[positions].float()
-        mixed = torch.lerp(embeddings.float(), old, momentum)
-        self.rows[positions] = F.normalize(mixed, dim=1).to(self.rows.dtype)
+        old = self.rows[positions]
+        mixed = torch.lerp(embeddings.float(), old.float(), momentum)
+        new = F.normalize(mixed, dim=1).to(self.rows.dtype)
+        self.rows[positions] = torch.where(sound, new, old)

@@ -98,31 +98,43 @@ class Objective(ABC):
         sums = {"loss": loss_Q.double().sum(), "positive_similarity": similarity_Q.double().sum()}
         return Result(loss_Q, gradient_QD, sums)
 
-    def observe(self, means: Mapping[str, float]) -> None:
-        """Take note of the step's means over all embeddings, the same numbers on every rank."""
+    def observe(self, means: Mapping[str, Tensor], sound: Tensor) -> None:
+        """Take note of the step's means over all embeddings, the same numbers on every rank.
 
-    def update(self, learning_rate: float, num_queries: int) -> None:
+        Args:
+            means: Scalars on the device, float64.
+            sound: bool, a scalar on the device; where it is false nothing may change. The host does not know it yet.
+        """
+
+    def update(self, learning_rate: float, num_queries: int, sound: Tensor) -> None:
         """Train what the objective itself learns, on the parts since the last call.
 
         Args:
             learning_rate: The rate of this step.
-            num_queries: BatchQueries of all ranks and parts; the loss is their mean.
+            num_queries: Queries of all ranks and parts; the loss is their mean.
+            sound: bool, a scalar on the device; where it is false nothing but what was gathered for this may change.
         """
-
-    def gauges(self) -> dict[str, float]:
-        """Values to export after every step, by their names in `instdisc.common.metrics.TRAINING`."""
-        return {}
 
     def tables(self) -> dict[str, Tensor]:
         """State that is partitioned as the bank is, (S, …) by name, to be saved and restored in place."""
         return {}
 
-    def state_dict(self) -> dict[str, float]:
-        """State that is the same on every rank."""
+    def numbers(self) -> dict[str, Tensor]:
+        """State that is the same on every rank, scalars by name, on the device of the bank, changed in place.
+
+        They are saved and restored, written to the journal after every step, and exported to Prometheus where
+        `instdisc.common.metrics.TRAINING` has a gauge of that name.
+        """
         return {}
+
+    def state_dict(self) -> dict[str, float]:
+        """`numbers` on the host, which waits for them."""
+        return {name: float(value) for name, value in self.numbers().items()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore a saved state."""
+        for name, value in self.numbers().items():
+            value.fill_(state[name])
 
 
 def build_objective(config: ObjectiveConfig, num_instances: int, bank: Bank) -> Objective:

@@ -40,7 +40,7 @@ _DENSE_ROWS_PER_NEGATIVE = 4
 
 
 class NCE(Objective):
-    """The objective and its only state, log Z, which is the same on every rank.
+    """The objective and its only state, log Z, which is the same on every rank and lives on the device of the bank.
 
     Until a batch has been seen, log Z is what random unit rows give: similarities are then normal with variance 1/D,
     and `E exp(s/τ) = exp(1 / (2 D τ²))`, but at most `exp(1/τ)`.
@@ -55,8 +55,10 @@ class NCE(Objective):
         self.config: NCEConfig = config
         self.num_instances = num_instances
         exponent = 1 / (2 * bank.rows.shape[1] * config.temperature**2)
-        self.log_partition = math.log(num_instances) + min(exponent, 1 / config.temperature)
-        self.batches_seen = 0
+        first = math.log(num_instances) + min(exponent, 1 / config.temperature)
+        device = bank.rows.device
+        self.log_partition = torch.tensor(first, dtype=torch.float64, device=device)
+        self.batches_seen = torch.zeros((), dtype=torch.float64, device=device)
 
     def shard_terms(
         self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
@@ -183,34 +185,27 @@ class NCE(Objective):
             },
         )
 
-    def observe(self, means: Mapping[str, float]) -> None:
+    @torch.no_grad()
+    def observe(self, means: Mapping[str, Tensor], sound: Tensor) -> None:
         """Update log Z from `partition_ratio`, the mean of the estimates over the Z that was in use."""
-        config = self.config
-        self.batches_seen += 1
+        config, seen = self.config, self.batches_seen + 1
         if config.log_partition_mode == "frozen":
-            if self.batches_seen > config.log_partition_batches:
-                return
-            past_weight = (self.batches_seen - 1) / self.batches_seen
+            past_weight = (seen - 1) / seen
+            follows = sound & (seen <= config.log_partition_batches)
         else:
-            past_weight = config.log_partition_momentum if self.batches_seen > 1 else 0.0
-        self.log_partition += math.log(past_weight + (1 - past_weight) * means["partition_ratio"])
+            past_weight = config.log_partition_momentum * (seen > 1).double()
+            follows = sound
+        change = torch.log(past_weight + (1 - past_weight) * means["partition_ratio"])
+        self.log_partition.add_(torch.where(follows, change, 0))
+        self.batches_seen.add_(sound)
 
-    def gauges(self) -> dict[str, float]:
-        """`log_partition`."""
-        return {"log_partition": self.log_partition}
-
-    def state_dict(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, Tensor]:
         """`log_partition` and `batches_seen`."""
         return {"log_partition": self.log_partition, "batches_seen": self.batches_seen}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from `state_dict`."""
-        self.log_partition = float(state["log_partition"])
-        self.batches_seen = int(state["batches_seen"])
-
     @property
-    def _logit_offset(self) -> float:
-        """`log(n/m) - log Z`, which turns `s/τ` into the logit of h."""
+    def _logit_offset(self) -> Tensor:
+        """`log(n/m) - log Z`, which turns `s/τ` into the logit of h; float64, a scalar on the device."""
         return math.log(self.num_instances / self.config.num_negatives) - self.log_partition
 
 

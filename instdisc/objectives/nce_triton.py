@@ -38,7 +38,7 @@ def negative_terms(
     *,
     weight: float,
     temperature: float,
-    logit_offset: float,
+    logit_offset: Tensor,
 ) -> Tensor:
     """`NCE.negative_terms` in float32 arithmetic, for rows of any dtype and dimension.
 
@@ -48,18 +48,18 @@ def negative_terms(
         rows_SD: (S, D), this shard, contiguous.
         weight: How often each draw counts.
         temperature: τ.
-        logit_offset: `log(n/m) - log Z`.
+        logit_offset: `log(n/m) - log Z`, a scalar on the device: the host does not know it.
     """
     (num_queries, dim), num_negatives = queries_GD.shape, negatives_GK.shape[1]
     part = max(_PART_NEGATIVES, triton.cdiv(num_queries * num_negatives, _PROGRAMS))
     parts, block_dim = triton.cdiv(num_negatives, part), triton.next_power_of_2(dim)
     terms_PGC = queries_GD.new_empty(parts, num_queries, dim + 3, dtype=torch.float32)
-    tensors = (queries_GD.contiguous(), negatives_GK.contiguous(), rows_SD, terms_PGC)
+    tensors = (queries_GD.contiguous(), negatives_GK.contiguous(), rows_SD, terms_PGC, logit_offset.float())
     block = min(128, max(4, _BLOCK_NUMBERS // block_dim))
     with torch.cuda.device(rows_SD.get_device()):
         _kernel[(num_queries, parts)](
             *tensors,
-            *(num_negatives, part, 1 / temperature, logit_offset),
+            *(num_negatives, part, 1 / temperature),
             *(dim, block_dim, block),
             enable_fp_fusion=True,
         )
@@ -75,10 +75,10 @@ def _negatives_of_a_query(
     negatives: tl.tensor,
     rows: tl.tensor,
     terms: tl.tensor,
+    logit_offset: tl.tensor,
     num_negatives: tl.tensor,
     part: tl.tensor,
     scale: tl.tensor,
-    logit_offset: tl.tensor,
     dim: tl.constexpr,
     block_dim: tl.constexpr,
     block: tl.constexpr,
@@ -87,6 +87,7 @@ def _negatives_of_a_query(
     query = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block_dim)
     inside = columns < dim
+    offset = tl.load(logit_offset)
     query_D = tl.load(queries + query * dim + columns, mask=inside, other=0).to(tl.float32)
     gradient_KD = tl.zeros([block, block_dim], tl.float32)
     loss_K = tl.zeros([block], tl.float32)
@@ -103,7 +104,7 @@ def _negatives_of_a_query(
             tl.float32
         )
         scaled_K = tl.sum(row_KD * query_D[None, :], axis=1) * scale
-        logit_K = scaled_K + logit_offset
+        logit_K = scaled_K + offset
         small_K = tl.exp(-tl.abs(logit_K))
         sigmoid_K = tl.where(logit_K >= 0, 1.0, small_K) / (1 + small_K)
         gradient_KD += sigmoid_K[:, None] * row_KD  # rows that were not drawn are 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instdisc.model.bank import Bank
+from instdisc.model.sgd import SkippingSGD
 from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
 from instdisc.settings.objectives import ParametricSoftmaxConfig
 
@@ -35,6 +36,13 @@ class ParametricSoftmax(Objective):
         self.weights = Bank(bank.rows.float().clone(), bank.start)
         self._gradient_SD = torch.zeros_like(self.weights.rows)
         self._momentum_SD = torch.zeros_like(self.weights.rows)
+        self._optimizer = SkippingSGD(
+            [{"params": [self.weights.rows]}],
+            learning_rate=0.0,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._optimizer.state[self.weights.rows]["momentum_buffer"] = self._momentum_SD
 
     def shard_terms(
         self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
@@ -66,12 +74,11 @@ class ParametricSoftmax(Objective):
         terms[:, -1] = torch.where(owned_G, scores_G, 0)
         return terms
 
-    def update(self, learning_rate: float, num_queries: int) -> None:
+    def update(self, learning_rate: float, num_queries: int, sound: Tensor) -> None:
         """One step of SGD with momentum on this rank's weights."""
-        self._momentum_SD.mul_(self.config.momentum).add_(self._gradient_SD, alpha=1 / num_queries)
-        if self.config.weight_decay:
-            self._momentum_SD.add_(self.weights.rows, alpha=self.config.weight_decay)
-        self.weights.rows.sub_(self._momentum_SD, alpha=learning_rate)
+        self.weights.rows.grad = self._gradient_SD
+        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self._optimizer.step_if(sound, num_queries)
         self._gradient_SD.zero_()
 
     def tables(self) -> dict[str, Tensor]:

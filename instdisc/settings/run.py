@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from cluster.ranges import Count, Range, Ranged
 from cluster.settings import LaunchConfig, MetricsConfig
 from instdisc.common.errors import ConfigError
@@ -16,18 +14,26 @@ from instdisc.settings.model import BackboneConfig, BankConfig, InitConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
-from pipelines.settings import LoaderConfig
+from pipelines.settings import CacheConfig, LoaderConfig
+
+try:
+    from tyro.conf import arg
+
+    _WITHOUT_A_NAME = arg(name="")
+except ImportError:  # without a command line nothing needs it
+    _WITHOUT_A_NAME = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Ranged):
     """Which images."""
 
     path: str
     """Training images: a folder of class folders, a folder of images, a folder of train and val (or valid, validation,
     test) with the same class folders, tar files (a file, a folder of them or a pattern such as 'shards/train-*.tar' or
-    'train-{0000..0127}.tar'), a .txt, .csv or .tsv list of paths with optional labels, or a name: sample, or cifar10,
-    cifar100, stl10 of torchvision, each with a split if it is not train (stl10:unlabeled)."""
+    'train-{0000..0127}.tar'; in object storage by URL, 's3://bucket/train-{0000..0127}.tar'), a .txt, .csv or .tsv
+    list of paths with optional labels, or a name: sample, or cifar10, cifar100, stl10 of torchvision, each with a split
+    if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
     """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it they are those beside
     train, or else labelled training images are classified by the others (leave one out). A recipe's test images are
@@ -41,9 +47,20 @@ class DataConfig:
     """Where named data sets are kept: torchvision's own files, and the tar files made from them."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
+    cache: Path | None = None
+    """A folder of each node's own disk in which tars of object storage are kept. They are fetched in the background and
+    shared by the workers of the node; until one is whole, its images are read from the storage."""
+    cache_bytes: Count = 100_000_000_000
+    """The most that the files in `cache` take. Where the tars are more than that, the first ones are kept."""
     verify: bool = False
     """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
     first loaded, and has no weight in the loss."""
+
+    def tar_cache(self) -> CacheConfig | None:
+        """Where tars of object storage are kept, None where they are not."""
+        if self.cache is None:
+            return None
+        return CacheConfig(folder=self.cache.expanduser().absolute(), most_bytes=self.cache_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +148,7 @@ class RunConfig:
     knn: KnnMonitorConfig = field(default_factory=KnnMonitorConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+    launch: Annotated[LaunchConfig, _WITHOUT_A_NAME] = field(default_factory=LaunchConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: Path | None = None
     """Where everything about the run is kept; runs/RECIPE by default."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -116,7 +116,7 @@ def network_bytes(embedder: nn.Module, images: tuple[int, ...], arithmetic: torc
 
 def host_bytes() -> int:
     """Free memory of the host: what the machine and the container's limit leave."""
-    free = psutil.virtual_memory().available
+    free = _available_bytes()
     cgroup = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -126,6 +126,15 @@ def host_bytes() -> int:
     # Files that were read count as used until the memory is wanted.
     files = int(statistics["inactive_file"]) + int(statistics["active_file"])
     return min(free, limit - used + files)
+
+
+def _available_bytes() -> int:
+    """What the machine could give: files that were read make room."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _can_compute(device: torch.device, dtype: torch.dtype) -> bool:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from instdisc.model.backbone import head_of
+from instdisc.model.sgd import SkippingSGD
 from instdisc.settings.optimizer import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.SGD:
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> SkippingSGD:
     """SGD over a network that ends in its head; the rate is set before every step by `set_rate`.
 
     The first group of parameters is the network without the head, the second is the head, whose parameters are the last
@@ -22,8 +23,11 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.
         {"params": list(network.parameters())[: -len(head)], "rate_scale": config.backbone_rate_scale},
         {"params": head, "rate_scale": 1.0},
     ]
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    return SkippingSGD(
+        groups,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
     )
 
 

@@ -9,13 +9,17 @@ import torch
 
 from cluster.metrics import Metrics
 from instdisc.common.files import append_line, write_json
+from instdisc.common.metrics import TRAINING
 from instdisc.model.label_free import LabelFree
 from instdisc.model.votes import Accuracy
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.training.clock import Clock
 from instdisc.training.label_free import START, TRAINED
 from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, journal_entry
+from instdisc.training.observed import StepReport
 from instdisc.training.trainer import Trainer, training_dtype
+
+_GAUGES = {metric.name for metric in TRAINING.metrics if metric.kind == "gauge"}
 
 
 class Records:
@@ -37,7 +41,7 @@ class Records:
         """Tell the user, through the journal that the progress bar follows."""
         self._append({"kind": "status", "message": message})
 
-    def step(self, seconds: float, waited: float, rate: float, means: Mapping[str, float]) -> None:
+    def timing(self, seconds: float, waited: float) -> None:
         """Record the metrics of a step that took `seconds`, of which it `waited` for images."""
         metrics, trainer = self._metrics, self._trainer
         metrics.observe("step_seconds", seconds)
@@ -49,31 +53,35 @@ class Records:
         sent = trainer.exchange.sent_bytes
         metrics.add("exchange_bytes_total", sent - self._sent_bytes)
         self._sent_bytes = sent
-        metrics.set(
-            epoch=self._epoch(),
-            learning_rate=rate,
+
+    def step(self, report: StepReport) -> None:
+        """Record the metrics of what a step did."""
+        means = report.means
+        self._metrics.set(
+            epoch=self._epoch(report.step),
+            learning_rate=report.learning_rate,
             loss=means.get("loss"),
             gradient_norm=means.get("gradient_norm"),
             positive_similarity=means.get("positive_similarity"),
             negative_similarity=means.get("negative_similarity"),
             embedding_norm=means.get("embedding_norm"),
-            **trainer.objective.gauges(),
+            **{name: value for name, value in report.numbers.items() if name in _GAUGES},
         )
 
-    def log(self, rate: float, means: Mapping[str, float], images_per_second: float, waited: float) -> None:
+    def log(self, report: StepReport, images_per_second: float, waited: float) -> None:
         """Add a line about the steps since the last one; `waited` is the fraction spent waiting for images."""
-        if means:
+        if report.means:
             self._append(
                 {
                     "kind": "train",
-                    "step": self._trainer.steps,
+                    "step": report.step,
                     "total_steps": self._total_steps,
-                    "epoch": self._epoch(),
-                    "learning_rate": rate,
+                    "epoch": self._epoch(report.step),
+                    "learning_rate": report.learning_rate,
                     "images_per_second": images_per_second,
                     "loader_wait_fraction": waited,
-                    **means,
-                    **self._trainer.objective.state_dict(),
+                    **report.means,
+                    **report.numbers,
                 }
             )
 
@@ -199,8 +207,8 @@ class Records:
             "label_free_images": newest.get(TRAINED, {}).get("images"),
         }
 
-    def _epoch(self) -> float:
-        return self._trainer.steps * self._trainer.config.training.epochs / self._total_steps
+    def _epoch(self, step: int) -> float:
+        return step * self._trainer.config.training.epochs / self._total_steps
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._trainer.worker.is_rank_zero:

@@ -25,6 +25,7 @@ from cluster.snapshot_writer import SnapshotReport, SnapshotWriter
 from cluster.snapshots import Snapshot, newest_step, open_snapshot, step_folder
 from cluster.storage import Storage
 from instdisc.common.errors import ConfigError
+from instdisc.model.sgd import SkippingSGD
 from instdisc.runs.run_directory import NETWORK, NETWORK_SETTINGS
 from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import SCHEMA
@@ -150,7 +151,7 @@ class RunSnapshots:
         }
 
     def save(self, progress: TrainingProgress) -> bool:
-        """Copy this rank's part and start writing it; returns while it is being written.
+        """Copy this rank's part and start writing it; returns while it is being written. All steps have been read.
 
         Returns:
             The same on all ranks: false if nothing was done, as the last one is still being written on some rank.
@@ -160,8 +161,8 @@ class RunSnapshots:
         trainer, config = self._trainer, self._config
         if self._busy():
             return False
-        statistics = trainer.buffers()
-        averaged = trainer.averaged_buffers()
+        statistics = trainer.buffers.statistics()
+        averaged = trainer.buffers.averaged_statistics()
         files = {_statistics(trainer.worker.rank): save(statistics)}
         if trainer.worker.is_rank_zero:
             files[NETWORK] = save(_on_cpu(trainer.embedder.backbone.state_dict()) | averaged)
@@ -245,19 +246,14 @@ def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `INDEX OF THE PARAMETER.NAME`; numbers become tensors."""
+def _optimizer_tensors(optimizer: SkippingSGD) -> dict[str, Tensor]:
+    """The optimizer's state as `INDEX OF THE PARAMETER.NAME`."""
     return {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-        if value is not None
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, parameter in enumerate(optimizer.parameters())
+        for name, value in optimizer.state[parameter].items()
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def _restore_optimizer(optimizer: SkippingSGD, tensors: dict[str, Tensor]) -> None:
+    optimizer.load_momentum({int(key.partition(".")[0]): value for key, value in tensors.items()})

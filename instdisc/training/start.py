@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -25,10 +26,12 @@ from instdisc.training.progress import ProgressBar
 from instdisc.training.weights import starting_weights
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest, held_out_beside
+from pipelines.cache import check_cache
 from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.patterns import is_pattern
+from pipelines.places import is_url
 from pipelines.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
     """Check settings and given weights, then the cluster, then the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
+    config = _with_cache(config)
     resumes = not config.overwrite and run.holds_run()
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
@@ -151,6 +155,22 @@ def _launch(
         remove_targets(run.targets)
 
 
+def _with_cache(config: RunConfig) -> RunConfig:
+    """The same with an absolute path of the cache, as workers may run elsewhere.
+
+    Raises:
+        DataError: It cannot be written to.
+    """
+    cache = config.data.tar_cache()
+    if cache is None:
+        return config
+    try:
+        check_cache(cache)
+    except DataError as error:
+        raise DataError(f"--data.cache: {error}") from error
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache.folder))
+
+
 def _find_missing_paths(config: RunConfig) -> None:
     """Refuse paths with nothing there before anything that takes seconds.
 
@@ -160,7 +180,7 @@ def _find_missing_paths(config: RunConfig) -> None:
     options: tuple[Literal["path", "test_path"], ...] = ("path", "test_path")
     for option in options:
         path = getattr(config.data, option)
-        if path is None or path.partition(":")[0] in SPLITS or is_pattern(path):
+        if path is None or path.partition(":")[0] in SPLITS or is_pattern(path) or is_url(path):
             continue
         if not Path(path).expanduser().exists():
             _open_images(config, option)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Iterator
+from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +21,12 @@ from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.model.bank import Bank, random_unit_rows
-from instdisc.objectives.base import Result, build_objective
+from instdisc.objectives.base import build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
+from instdisc.training.buffers import Buffers
 from instdisc.training.memory import BankShard, check_memory, network_bytes
+from instdisc.training.observed import Observed, StepReport, UnreadReport
 from instdisc.training.optim import build_optimizer, freeze_backbone, set_rate
 
 
@@ -41,8 +40,8 @@ class Trainer:
         embedder: The network itself, without the wrappers that training needs.
         bank: This rank's rows.
         objective: Loss and gradient.
-        steps: Steps done.
-        stop_agreed: Whether some rank asked, with the last step, to stop.
+        buffers: Those of the network, such as running statistics.
+        steps: Steps launched; once all are read, done.
 
     Args:
         worker: This rank.
@@ -69,6 +68,8 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "weights"))
         embedder = build_embedder(config.backbone, config.augmentation.image_size)
         if weights is not None:
+            from safetensors.torch import load_file  # not at the top: nothing else here needs it
+
             embedder.backbone.load_state_dict(load_file(weights), strict=False)
         embedder = embedder.to(worker.device)
         self.embedder = embedder.to(memory_format=torch.channels_last)
@@ -89,13 +90,10 @@ class Trainer:
         self.objective = build_objective(objective, num_instances, self.bank)
         self.optimizer = build_optimizer(config.optimizer, self.embedder.backbone)
         self._generator = torch.Generator(worker.device)
-        self._buffers = {
-            name: buffer
-            for name, buffer in self.embedder.backbone.named_buffers()
-            if buffer.is_floating_point()
-        }
+        self.buffers = Buffers(self.embedder.backbone, self.exchange)
+        self._sound = torch.ones((), dtype=torch.bool, device=worker.device)
+        self._unread: deque[UnreadReport] = deque()
         self.steps = 0
-        self.stop_agreed = False
 
     @torch.no_grad()
     def fill_bank(self, embeddings_SD: Tensor, present_S: Tensor) -> None:
@@ -109,35 +107,36 @@ class Trainer:
         # Tables that an objective keeps beside the bank begin as the bank does.
         self.objective = build_objective(self.config.objective, self.partition.num_rows, self.bank)
 
+    def announce(self, instance_ids_B: Tensor, *, stop: bool = False) -> Announcement:
+        """Begin to tell all ranks which images this rank's next batch has, while the devices are still busy.
+
+        Args:
+            instance_ids_B: int64 (B,) on the CPU, -1 for an image that could not be decoded; it gets no weight.
+            stop: This rank asks all to stop after the step with this batch, which the announcement's `flag` then says
+                on all of them.
+
+        Collectives: one all-gather between the hosts; every rank must call.
+        """
+        return self.exchange.announce(instance_ids_B, flag=stop)
+
     def step(
-        self,
-        images_VBCHW: Tensor,
-        instance_ids_B: Tensor,
-        learning_rate: float,
-        *,
-        frozen: bool = False,
-        stop: bool = False,
-    ) -> dict[str, float]:
-        """One step on this rank's part of the global batch.
+        self, images_VBCHW: Tensor, announced: Announcement, learning_rate: float, *, frozen: bool = False
+    ) -> None:
+        """Launch one step on this rank's part of the global batch; `read` says what it did.
+
+        On a GPU the host waits for nothing. Whether all numbers are finite is known to the device alone: from the first
+        step on in which they are not, weights, buffers, bank and objective stay as they are.
 
         Args:
             images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
-            instance_ids_B: int64 (B,) on the CPU, -1 for an image that could not be decoded; it gets no weight.
+            announced: Their instance ids.
             learning_rate: The rate of this step.
             frozen: Train the head alone.
-            stop: This rank asks all to stop after this step; see `stop_agreed`.
-
-        Returns:
-            Means over the embeddings of the global batch: `loss`, what else the objective reports,
-            `negative_similarity`, `embedding_norm`; and `gradient_norm`. Empty if no image could be decoded.
 
         Raises:
             ConfigError: The objective compares another number of views.
-            NonFiniteError: Loss or embeddings are not finite on some rank, or the gradient is not. Raised on all ranks;
-                weights, buffers and bank are as before the step.
 
-        Collectives: all-gather between the hosts, all-gather, all-to-all, all-reduce of gradients and of the means,
-            all-to-all; every rank must call.
+        Collectives: all-gather, all-to-all, all-reduce of gradients and of the means, all-to-all; every rank must call.
         """
         if len(images_VBCHW) != self.config.objective.views:
             raise ConfigError(
@@ -145,35 +144,56 @@ class Trainer:
                 f"the loader gives {len(images_VBCHW)}: open it with views={self.config.objective.views}"
             )
         self.phases.begin_step()
-        buffers_before = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        announced = self.exchange.announce(instance_ids_B, flag=stop)
+        self.buffers.keep()
         observed, embedded = self._forward_backward(images_VBCHW, announced)
         if frozen:
             freeze_backbone(self.optimizer)
         gradients = [parameter.grad for parameter in self.embedder.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.stop_agreed = announced.flag
-        # The one place where the host waits for the device.
-        *totals, gradient_norm = torch.cat([self.exchange.sum(observed.values), norm.double()[None]]).tolist()
-        try:
-            means = observed.means(totals, gradient_norm)
-        except NonFiniteError:
-            self._load_buffers(buffers_before)
-            raise
+        observed = Observed(observed.names, self.exchange.sum(observed.values))
+        self._sound = sound = self._sound & observed.is_finite & torch.isfinite(norm)
+        self.buffers.put_back_unless(sound)
         set_rate(self.optimizer, learning_rate)
         with self.phases("optimizer"):
-            self.optimizer.step()
-        self.objective.update(learning_rate, self.config.training.batch_size * self.config.objective.views)
+            self.optimizer.step_if(sound)
+        num_queries = self.config.training.batch_size * self.config.objective.views
+        self.objective.update(learning_rate, num_queries, sound)
         for part in embedded:
-            self._update_bank(*part)
-        if means:
-            self.objective.observe(means)
+            self._update_bank(*part, sound)
+        self.objective.observe(observed.means(), sound & (observed.num_embeddings > 0))
         self.steps += 1
-        return means
+        numbers = self.objective.numbers()
+        self._unread.append(UnreadReport(self.steps, learning_rate, observed, norm, numbers))
+
+    @property
+    def unread(self) -> int:
+        """Steps launched that have not been read."""
+        return len(self._unread)
+
+    def wait(self) -> None:
+        """Wait until the device has done all steps launched."""
+        for unread in self._unread:
+            unread.wait()
+
+    def read(self) -> StepReport:
+        """What the oldest unread step did; waits until the device has done it.
+
+        Raises:
+            NonFiniteError: Loss or embeddings were not finite on some rank, or the gradient was not. Raised on all
+                ranks that read the same step. Neither this step nor those after it have changed anything, `steps` is
+                again the number of those before it, and none is left to be read.
+        """
+        unread = self._unread.popleft()
+        try:
+            return unread.read()
+        except NonFiniteError:
+            self.steps -= 1 + len(self._unread)
+            self._unread.clear()
+            raise
 
     def _forward_backward(
         self, images_VBCHW: Tensor, announced: Announcement
-    ) -> tuple[_Observed, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Observed, list[tuple[Tensor, Tensor]]]:
         """Gradients of the mean loss over the global batch, part by part.
 
         Returns:
@@ -185,7 +205,7 @@ class Trainer:
         torch.manual_seed(derive_seed(training.seed, "dropout", self.steps, self.worker.rank))
         self._network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        observed: list[_Observed] = []
+        observed: list[Observed] = []
         embedded: list[tuple[Tensor, Tensor]] = []
         parts = training.accumulation
         for part, images_VbCHW in enumerate(images_VBCHW.to(device).chunk(parts, dim=1)):
@@ -203,16 +223,16 @@ class Trainer:
                 result.sums["embedding_norm"] = norms_Q.double() @ (ids_Q >= 0).double()
                 scale = self.local_batch * self.config.objective.views
                 embeddings_QD.backward(result.gradient_QD / scale)
-            observed.append(_Observed.of(result, ids_Q, detached_QD, self.exchange))
+            observed.append(Observed.of(result, ids_Q, detached_QD, self.exchange))
             embedded.append((detached_QD, ids_Wb.flatten()))
-        return _Observed.total(observed), embedded
+        return Observed.total(observed), embedded
 
-    def _update_bank(self, embeddings_QD: Tensor, batch_ids: Tensor) -> None:
+    def _update_bank(self, embeddings_QD: Tensor, batch_ids: Tensor, sound: Tensor) -> None:
         """Mix every image's embedding, the mean of its views, into its row."""
         views = self.config.objective.views
         embeddings_BD = embeddings_QD.view(views, -1, embeddings_QD.shape[1]).mean(dim=0)
         owned_ids, rows = self.exchange.route(embeddings_BD, batch_ids, self.partition)
-        self.bank.update(owned_ids, rows, momentum=self.config.bank.momentum)
+        self.bank.update(owned_ids, rows, momentum=self.config.bank.momentum, sound=sound)
 
     @torch.no_grad()
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -227,40 +247,6 @@ class Trainer:
         self.embedder.eval()
         embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
         return embeddings
-
-    def buffers(self) -> dict[str, Tensor]:
-        """This rank's running statistics by the network's names, copied to the CPU."""
-        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items()}
-
-    def averaged_buffers(self) -> dict[str, Tensor]:
-        """The mean of the ranks' running statistics, which each gathered from its own images, on the CPU.
-
-        Collectives: one all-reduce; every rank must call.
-        """
-        local = self.buffers()
-        if not local or self.worker.world_size == 1:
-            return local
-        flat = torch.cat([buffer.flatten() for buffer in self._buffers.values()])
-        mean = (self.exchange.sum(flat) / self.worker.world_size).cpu()
-        parts = torch.split(mean, [buffer.numel() for buffer in local.values()])
-        return {name: part.view_as(local[name]) for name, part in zip(local, parts, strict=True)}
-
-    @contextlib.contextmanager
-    def with_averaged_buffers(self) -> Iterator[None]:
-        """Within, the network has the averaged running statistics; afterwards this rank's own again.
-
-        Collectives: one all-reduce; every rank must call.
-        """
-        local = self.buffers()
-        self._load_buffers(self.averaged_buffers())
-        try:
-            yield
-        finally:
-            self._load_buffers(local)
-
-    def _load_buffers(self, values: dict[str, Tensor]) -> None:
-        for name, buffer in self._buffers.items():
-            buffer.copy_(values[name])
 
     def _bytes_beside_bank(self) -> int:
         """What else a GPU has to hold; see `network_bytes`."""
@@ -293,54 +279,6 @@ class _TrainedNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.embedder.backbone(images).float()
         return F.normalize(outputs, dim=1), outputs.detach().norm(dim=1)
-
-
-class _Observed(NamedTuple):
-    """What a step reports, as one vector that can be summed over parts and ranks.
-
-    Attributes:
-        names: Of the objective's sums.
-        values: float64: those sums, the number of embeddings, and for every rank whether it saw a non-finite number.
-    """
-
-    names: tuple[str, ...]
-    values: Tensor
-
-    @classmethod
-    def of(cls, result: Result, ids: Tensor, embeddings: Tensor, exchange: Exchange) -> _Observed:
-        flags = torch.zeros(exchange.world_size, dtype=torch.float64, device=ids.device)
-        norm = result.sums["embedding_norm"]  # an infinite one makes an embedding of zeros
-        flags[exchange.rank] = ~(
-            torch.isfinite(embeddings).all() & torch.isfinite(result.loss_Q).all() & torch.isfinite(norm)
-        )
-        count = (ids >= 0).sum().double()
-        values = torch.cat([torch.stack([*result.sums.values(), count]), flags])
-        return cls(tuple(result.sums), values)
-
-    @classmethod
-    def total(cls, parts: list[_Observed]) -> _Observed:
-        return cls(parts[0].names, torch.stack([part.values for part in parts]).sum(dim=0))
-
-    def means(self, totals: list[float], gradient_norm: float) -> dict[str, float]:
-        """Means over all embeddings from the totals over all ranks, and the gradient norm; empty if there was none.
-
-        Raises:
-            NonFiniteError: Some rank saw a non-finite number, and which; or the gradient is not finite.
-        """
-        *sums, count = totals[: len(self.names) + 1]
-        flags = totals[len(self.names) + 1 :]
-        ranks = [rank for rank, flag in enumerate(flags) if flag]
-        if ranks:
-            raise NonFiniteError(
-                f"loss or embeddings are not finite on rank {', '.join(map(str, ranks))} of {len(flags)}"
-            )
-        if not math.isfinite(gradient_norm):
-            raise NonFiniteError("the gradient is not finite on any rank")
-        if not count:
-            return {}
-        return {name: value / count for name, value in zip(self.names, sums, strict=True)} | {
-            "gradient_norm": gradient_norm
-        }
 
 
 def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

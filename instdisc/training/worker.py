@@ -6,10 +6,10 @@ import functools
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import SnapshotError, SnapshotWriteError
+from cluster.exchange import Announcement
 from cluster.group import Worker
 from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
@@ -27,9 +27,10 @@ from instdisc.training.optim import learning_rate
 from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer
-from pipelines.loader import open_loader
+from pipelines.loader import Batch, Loader, open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
+from pipelines.places import Place
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class TrainingRun:
         )
         self.total_steps = config.training.epochs * self.order.steps_per_epoch
         self.url = config.snapshots.url or str(run.snapshots)
-        self.corrupt: set[Path] = set()
+        self.corrupt: set[Place] = set()
         self.records = Records(self.trainer, run, metrics, self.total_steps)
         self._warned_of_slow_snapshots = False
         rows = self.trainer.bank.rows
@@ -228,6 +229,8 @@ class TrainingRun:
     def _train(self) -> str | None:
         """Train the remaining epochs; returns the reason if stopped early."""
         training, steps_per_epoch = self.config.training, self.order.steps_per_epoch
+        if self.trainer.steps == self.total_steps:
+            return None
         with open_loader(
             self.manifest,
             self.order.requests(*divmod(self.trainer.steps, steps_per_epoch), num_epochs=training.epochs),
@@ -238,33 +241,54 @@ class TrainingRun:
             device=self.worker.device,
             config=self.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, self.manifest),
+            cache=self.config.data.tar_cache(),
         ) as loader:
             due = False  # a snapshot, which waits for the one before it
-            while self.trainer.steps < self.total_steps:
-                with self.clock.waiting():
-                    batch = next(loader)
-                epoch = self.trainer.steps / steps_per_epoch
-                rate = learning_rate(self.config.optimizer, epoch, training.epochs)
-                reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
-                self.means = self.trainer.step(
-                    batch.images,
-                    batch.instance_ids,
-                    rate,
-                    frozen=epoch < self.config.optimizer.frozen_epochs,
-                    stop=reason is not None,
-                )
-                seconds, done = self.clock.tick(training.batch_size), self.trainer.steps
-                self.records.step(seconds, self.clock.waited, rate, self.means)
-                if done % training.log_every == 0 or done in (1, self.total_steps):
-                    self.records.log(rate, self.means, *self.clock.lap())
-                self._report(self.snapshots.poll())
-                if self.trainer.stop_agreed and done < self.total_steps:
-                    return reason or "another rank"
+            batch, announced = self._next(loader)
+            while True:
+                self._launch(batch, announced)
+                done = self.trainer.steps
+                last = done == self.total_steps or announced.flag
                 due = due or done % self.config.snapshots.every_steps == 0
-                if done < self.total_steps and (due or self._must_measure()):
+                pause = last or due or self._must_measure()
+                if pause:
+                    self.trainer.wait()
+                self.records.timing(self.clock.tick(training.batch_size), self.clock.waited)
+                if pause:
+                    self._read(leave=0)  # nobody is to see half a step, or save a step that was not sound
+                self._report(self.snapshots.poll())
+                if last:
+                    return None if done == self.total_steps else self._reason or "another rank"
+                if pause:
                     due = not self.snapshots.save(self._progress()) and due
-                self._measure_if_due()
-        return None
+                    self._measure_if_due()
+                batch, announced = self._next(loader)
+                self._read(leave=1)  # while the device works on the step after it
+
+    def _next(self, loader: Loader) -> tuple[Batch, Announcement]:
+        """The next batch, announced to all ranks, with the question whether to stop after its step."""
+        with self.clock.waiting():
+            batch = next(loader)
+        self._reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
+        return batch, self.trainer.announce(batch.instance_ids, stop=self._reason is not None)
+
+    def _launch(self, batch: Batch, announced: Announcement) -> None:
+        optimizer, epoch = self.config.optimizer, self.trainer.steps / self.order.steps_per_epoch
+        rate = learning_rate(optimizer, epoch, self.config.training.epochs)
+        self.trainer.step(batch.images, announced, rate, frozen=epoch < optimizer.frozen_epochs)
+
+    def _read(self, *, leave: int) -> None:
+        """Record what the steps did that were launched, but for so many of the last ones.
+
+        Raises:
+            NonFiniteError: On all ranks at the same step, as all read in the same order.
+        """
+        while self.trainer.unread > leave:
+            report = self.trainer.read()
+            self.means = report.means
+            self.records.step(report)
+            if report.step % self.config.training.log_every == 0 or report.step in (1, self.total_steps):
+                self.records.log(report, *self.clock.lap())
 
     def _progress(self) -> TrainingProgress:
         return TrainingProgress(self.clock.train_seconds, self.means)
@@ -316,7 +340,7 @@ class TrainingRun:
 
     def _measure(self, epoch: int) -> Measured | None:
         """Numbers without labels; with labels kNN accuracy with recomputed embeddings and with the bank."""
-        with self.trainer.with_averaged_buffers():
+        with self.trainer.buffers.averaged():
             numbers = self.label_free.measure({TRAINED: self.trainer.embed})
             self.records.label_free(epoch, numbers, self.label_free.neighbors_changed)
             if not self.monitor.possible:

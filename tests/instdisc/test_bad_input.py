@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import instdisc
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.recipes import RECIPES
 from instdisc.train import main, parse
 from tests.instdisc.program import (
@@ -206,6 +208,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_there(run: R
     result = run(images, "--optimizer.learning-rate", "1e30", "--optimizer.schedule", "steps")
     refused(result, "not finite", "step ", "learning-rate")
     out = result[2]
+    bad = int(re.search(r"step (\d+): ", result[1])[1])  # found out a step later
+    assert RunDirectory(out).open_snapshot().step == bad - 1
     weights = instdisc.open_run(out).network().state_dict()
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
     np.testing.assert_allclose(np.linalg.norm(bank_of(out), axis=1), 1, atol=1e-5)

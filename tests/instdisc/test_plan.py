@@ -28,6 +28,7 @@ from instdisc.training import costs
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
+from tests.steps import take_step
 
 CONFIGS = [
     NCEConfig(num_negatives=50),
@@ -53,7 +54,7 @@ def step(rank: int, world_size: int, objective: ObjectiveConfig, dtype: Any) -> 
     trainer = Trainer(worker, config, ROWS)
     local = BATCH // world_size
     ids = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[rank * local :][:local]
-    trainer.step(torch.randn(objective.views, local, 3, 32, 32), ids, 0.01)
+    take_step(trainer, torch.randn(objective.views, local, 3, 32, 32), ids, 0.01)
     rows = trainer.bank.rows
     held = rows.numel() * (rows.element_size() + 4 * objective.tables_beside_bank)
     return trainer.exchange.sent_bytes, held

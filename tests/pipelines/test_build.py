@@ -13,7 +13,7 @@ from tests.pipelines.stored import png, write_files, write_tar
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", tmp_path / "*.tar", "s3://bucket/train-{000..009}.tar"):
+    for path in (tmp_path / "nowhere", tmp_path / "*.tar", "train-{000..009}.tar"):
         with pytest.raises(DataError, match=r"nothing at .*expected a folder of images, WebDataset"):
             build_manifest(path)
 

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from pipelines import scan
+from pipelines import bars, scan
 
 
 def test_a_log_file_gets_whole_lines(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_LINE_S", 0.0)
+    monkeypatch.setattr(bars, "_LINE_S", 0.0)
     with scan.progress_bar(True, 2000, " images") as bar:
         bar.update(500)
         bar.update(1500)

@@ -32,7 +32,9 @@ def test_update_is_the_formula_and_touches_nothing_else(dtype: torch.dtype, mome
     before = random_unit_rows(10, 30, 8, seed=1).to(dtype)
     bank = Bank(before.clone(), start=10)
     ids, embeddings = torch.tensor([12, 29, 10]), random_unit_rows(0, 3, 8, seed=2)
-    bank.update(ids, embeddings, momentum=momentum)
+    bank.update(ids, embeddings * torch.nan, momentum=momentum, sound=torch.tensor(False))
+    assert torch.equal(bank.rows, before)
+    bank.update(ids, embeddings, momentum=momentum, sound=torch.tensor(True))
     expected = before.double().numpy()
     for id_, embedding in zip(ids.tolist(), embeddings.double().numpy(), strict=True):
         expected[id_ - 10] = reference.bank_update(expected[id_ - 10], embedding, momentum)

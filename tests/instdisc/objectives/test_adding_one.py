@@ -18,6 +18,7 @@ from instdisc.settings.objectives import ObjectiveConfig, StepCost
 from instdisc.settings.run import DataConfig, RunConfig, TrainingConfig
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
+from tests.steps import take_step
 
 ROWS, DIM, BATCH = 40, 16, 8
 
@@ -44,7 +45,7 @@ class Pull(Objective):
     def __init__(self, config: PullConfig, num_instances: int, bank: Bank) -> None:
         self.config: PullConfig = config
         self.seen = torch.zeros_like(bank.rows, dtype=torch.float32)
-        self.updates = 0
+        self.updates = torch.zeros((), dtype=torch.float64)
 
     def shard_terms(
         self, queries: BatchQueries, bank: Bank, generator: torch.Generator, merge_log_sums: MergeLogSums
@@ -55,11 +56,11 @@ class Pull(Objective):
         scale = self.config.strength / self.config.temperature
         return torch.cat([-scale * rows_GD, -scale * similarity_G1, similarity_G1], dim=1)
 
-    def update(self, learning_rate: float, num_queries: int) -> None:
-        self.updates += 1
+    def update(self, learning_rate: float, num_queries: int, sound: Tensor) -> None:
+        self.updates.add_(sound)
 
-    def gauges(self) -> dict[str, float]:
-        return {"log_partition": float(self.updates)}
+    def numbers(self) -> dict[str, Tensor]:
+        return {"log_partition": self.updates}
 
     def tables(self) -> dict[str, Tensor]:
         return {"seen": self.seen}
@@ -76,11 +77,11 @@ def test_it_is_trained() -> None:
     )
     trainer = Trainer(Worker(0, 1, 0, 1, 0, torch.device("cpu")), config, ROWS)
     images, ids = torch.randn(1, BATCH, 3, 32, 32), torch.arange(BATCH)
-    first, second = (trainer.step(images, ids, 0.1) for _ in range(2))
+    first, second = (take_step(trainer, images, ids, 0.1) for _ in range(2))
     assert isinstance(trainer.objective, Pull)
     assert first["loss"] == pytest.approx(-4 * first["positive_similarity"], rel=1e-5)
     assert second["positive_similarity"] > first["positive_similarity"]
-    assert trainer.objective.gauges() == {"log_partition": 2}
+    assert trainer.objective.state_dict() == {"log_partition": 2}
     assert config.settings()["objective"] == {"temperature": 0.5, "strength": 2.0}
     assert config.objective.warnings(ROWS) == ["40 images will collapse to one point"]
 

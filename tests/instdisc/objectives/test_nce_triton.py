@@ -50,7 +50,7 @@ def assert_agreement(device: str, shape: Shape, dtype: torch.dtype, temperature:
         rows.to(device),
         weight=1.25,
         temperature=temperature,
-        logit_offset=objective._logit_offset,
+        logit_offset=objective._logit_offset.to(device),
     ).cpu()
     expected = objective.negative_terms(queries.float(), negatives, 1.25, rows.float())
     assert terms.dtype == torch.float32
@@ -81,10 +81,10 @@ def test_compiles_for_gpus_of_several_generations(
 
     from instdisc.objectives.nce_triton import _BLOCK_NUMBERS, _kernel
 
-    types = [f"*{dtype}", "*i64", f"*{dtype}", "*fp32", "i32", "i32", "fp32", "fp32", *3 * ["constexpr"]]
+    types = [f"*{dtype}", "*i64", f"*{dtype}", "*fp32", "*fp32", "i32", "i32", "fp32", *3 * ["constexpr"]]
     block_dim = triton.next_power_of_2(dim)
     constants = {"dim": dim, "block_dim": block_dim, "block": _BLOCK_NUMBERS // block_dim}
-    aligned = {(pointer,): [["tt.divisibility", 16]] for pointer in range(4)}  # as PyTorch's memory is
+    aligned = {(pointer,): [["tt.divisibility", 16]] for pointer in range(5)}  # as PyTorch's memory is
     source = ASTSource(_kernel, dict(zip(_kernel.arg_names, types, strict=True)), constants, aligned)
     target = GPUTarget("cuda", capability, warp_size=32)
     cubin = tmp_path / "kernel.cubin"

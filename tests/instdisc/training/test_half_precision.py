@@ -53,7 +53,7 @@ def test_the_largest_sums_of_float16_overflow_nowhere(monkeypatch: pytest.Monkey
     monkeypatch.setattr("instdisc.objectives.nce._DENSE_ROWS_PER_NEGATIVE", 100 if dense else 0)
     rows = torch.nn.functional.one_hot(torch.zeros(100, dtype=torch.long), 8).half()
     objective = NCE(NCEConfig(temperature=0.005), 100, Bank(rows))
-    objective.log_partition = 0.0
+    objective.log_partition.zero_()
     negatives, weight = objective.draw(3, Bank(rows), torch.Generator().manual_seed(0))
     terms = objective.negative_terms(rows[:3], negatives, weight, rows)
     torch.testing.assert_close(terms[:, 0], torch.full((3,), 4096 / 0.005), rtol=1e-3, atol=0)

@@ -16,12 +16,20 @@ from cluster.group import Worker
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.model import backbone
 from instdisc.settings.model import BackboneConfig, BankConfig
-from instdisc.settings.objectives import NCEConfig, ParametricSoftmaxConfig, SpreadingConfig
+from instdisc.settings.objectives import (
+    InfoNCEConfig,
+    NCEConfig,
+    ObjectiveConfig,
+    ParametricSoftmaxConfig,
+    SoftmaxConfig,
+    SpreadingConfig,
+)
 from instdisc.settings.optimizer import OptimizerConfig
 from instdisc.settings.run import DataConfig, RunConfig, TrainingConfig
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from tests.processes import run_ranks
+from tests.steps import take_step
 
 NUM_INSTANCES, DIM, GLOBAL_BATCH, RATE = 61, 8, 12, 0.5
 NCE = NCEConfig(num_negatives=9, temperature=0.2, proximal_weight=1.5)
@@ -41,7 +49,7 @@ def make_trainer(rank: int, world_size: int, **training: Any) -> Trainer:
         augmentation=Augmentation(image_size=8),
         backbone=BackboneConfig(name=training.pop("name", "plain"), embedding_dim=DIM),
         objective=training.pop("objective", NCE),
-        optimizer=OptimizerConfig(momentum=0.0, weight_decay=0.0),
+        optimizer=OptimizerConfig(momentum=training.pop("momentum", 0.0), weight_decay=0.0),
         bank=BankConfig(momentum=0.5),
         training=TrainingConfig(batch_size=GLOBAL_BATCH, precision="float32", seed=4, **training),
     )
@@ -67,7 +75,7 @@ def one_step(
     """All rows of the bank alike, so that it does not matter which negatives are drawn."""
     trainer = make_trainer(rank, world_size, **training)
     trainer.bank.rows[:] = F.normalize(torch.ones(DIM), dim=0)
-    means = trainer.step(*my_part(rank, world_size), learning_rate=RATE)
+    means = take_step(trainer, *my_part(rank, world_size), learning_rate=RATE)
     return [parameter.detach() for parameter in trainer.embedder.parameters()], trainer.bank.rows, means
 
 
@@ -107,7 +115,7 @@ def one_step_of_two_views(rank: int, world_size: int) -> tuple[list[Tensor], Ten
     """The second view of every image is the first one mirrored."""
     trainer = make_trainer(rank, world_size, objective=SPREADING)
     images, ids = my_part(rank, world_size)
-    means = trainer.step(torch.cat([images, images.flip(-1)]), ids, learning_rate=RATE)
+    means = take_step(trainer, torch.cat([images, images.flip(-1)]), ids, learning_rate=RATE)
     return [parameter.detach() for parameter in trainer.embedder.parameters()], trainer.bank.rows, means
 
 
@@ -154,7 +162,7 @@ def test_any_number_of_ranks_makes_the_same_step_of_two_views(world_size: int) -
 
 def one_parametric_step(rank: int, world_size: int, accumulation: int) -> tuple[list[Tensor], Tensor]:
     trainer = make_trainer(rank, world_size, objective=PARAMETRIC, accumulation=accumulation)
-    trainer.step(*my_part(rank, world_size), learning_rate=RATE)
+    take_step(trainer, *my_part(rank, world_size), learning_rate=RATE)
     parameters = [parameter.detach() for parameter in trainer.embedder.parameters()]
     return parameters, trainer.objective.tables()["weights"]
 
@@ -178,36 +186,60 @@ def test_any_number_of_ranks_trains_the_weights_of_instances_alike(
     torch.testing.assert_close(trained, weights.detach() - RATE * weights.grad, rtol=1e-4, atol=1e-6)
 
 
-def broken_step(rank: int, world_size: int, broken_rank: int) -> dict[str, Any]:
-    """A step in which one rank's images are not finite, after a good one."""
-    trainer = make_trainer(rank, world_size, name="resnet8")
-    images, ids = my_part(rank, world_size)
-    trainer.step(images, ids, learning_rate=RATE)
-    state = {name: value.clone() for name, value in trainer.embedder.state_dict().items()}
-    rows = trainer.bank.rows.clone()
-    log_partition = trainer.objective.state_dict()
-    if rank == broken_rank:
-        images = images.clone()
-        images[:, 1] = torch.nan
-    with pytest.raises(NonFiniteError) as raised:
-        trainer.step(images, ids, learning_rate=RATE)
-    after = trainer.embedder.state_dict()
-    floating = [name for name in state if state[name].is_floating_point()]
-    return {
-        "message": str(raised.value),
-        "weights kept": all(torch.equal(state[name], after[name]) for name in floating),
-        "bank kept": torch.equal(rows, trainer.bank.rows),
-        "objective kept": trainer.objective.state_dict() == log_partition,
-        "steps": trainer.steps,
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """All that a step changes."""
+    momentum = {
+        f"momentum {number}": trainer.optimizer.state[parameter]["momentum_buffer"]
+        for number, parameter in enumerate(trainer.optimizer.parameters())
     }
+    objective = trainer.objective.tables() | trainer.objective.numbers()
+    state = trainer.embedder.state_dict() | momentum | objective | {"bank": trainer.bank.rows}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def assert_unchanged(trainer: Trainer, before: dict[str, Tensor]) -> None:
+    changed = [name for name, value in everything(trainer).items() if not torch.equal(value, before[name])]
+    assert not changed
+
+
+def broken_step(rank: int, world_size: int, broken_rank: int, objective: ObjectiveConfig) -> None:
+    """A step in which one rank's images are not finite, between good ones, all launched before any is read."""
+    trainer = make_trainer(rank, world_size, name="resnet8", objective=objective, momentum=0.9)
+    images, ids = my_part(rank, world_size)
+    images = torch.cat([images, images.flip(-1)])[: objective.views]
+    trainer.step(images, trainer.announce(ids), RATE)
+    before = everything(trainer)
+    broken = images.clone()
+    if rank == broken_rank:
+        broken[:, 1] = torch.nan
+    trainer.step(broken, trainer.announce(ids), RATE)
+    trainer.step(images, trainer.announce(ids), RATE)
+    assert (trainer.steps, trainer.unread) == (3, 3)
+    report = trainer.read()
+    assert report.step == 1
+    assert report.numbers == trainer.objective.state_dict()
+    # Of two views each image is compared with those of all ranks.
+    ranks = "0, 1" if objective == SPREADING and world_size == 2 else broken_rank
+    with pytest.raises(NonFiniteError, match=f"not finite on rank {ranks} of {world_size}"):
+        trainer.read()
+    assert (trainer.steps, trainer.unread) == (1, 0)
+    assert_unchanged(trainer, before)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_numbers_that_are_not_finite_change_nothing(world_size: int) -> None:
-    for result in run_ranks(world_size, broken_step, world_size - 1):
-        message = result.pop("message")
-        assert f"not finite on rank {world_size - 1} of {world_size}" in message
-        assert result == {"weights kept": True, "bank kept": True, "objective kept": True, "steps": 1}
+def test_from_numbers_that_are_not_finite_on_nothing_changes(world_size: int) -> None:
+    for objective in (NCE, PARAMETRIC, SPREADING, SoftmaxConfig(), InfoNCEConfig(num_negatives=9)):
+        run_ranks(world_size, broken_step, world_size - 1, objective)
+
+
+def test_a_first_step_that_is_not_finite_changes_nothing() -> None:
+    trainer = make_trainer(0, 1, name="resnet8", momentum=0.9)
+    before = everything(trainer)
+    images, ids = my_part(0, 1)
+    with pytest.raises(NonFiniteError):
+        take_step(trainer, images * torch.inf, ids, RATE)
+    assert trainer.steps == 0
+    assert_unchanged(trainer, before)
 
 
 def test_outputs_too_long_to_be_normalised_change_nothing() -> None:
@@ -216,28 +248,35 @@ def test_outputs_too_long_to_be_normalised_change_nothing() -> None:
         trainer.embedder.backbone[-1].weight.mul_(1e30)
     rows = trainer.bank.rows.clone()
     with pytest.raises(NonFiniteError, match="not finite on rank 0"):
-        trainer.step(*my_part(0, 1), learning_rate=RATE)
+        take_step(trainer, *my_part(0, 1), learning_rate=RATE)
     assert torch.equal(rows, trainer.bank.rows)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    trainer = make_trainer(0, 1)
-    before = [parameter.detach().clone() for parameter in trainer.embedder.parameters()]
-    rows = trainer.bank.rows.clone()
+    trainer = make_trainer(0, 1, momentum=0.9)
+    before = everything(trainer)
     first = next(iter(trainer.embedder.parameters()))
     first.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(NonFiniteError, match="gradient is not finite"):
-        trainer.step(*my_part(0, 1), learning_rate=RATE)
-    assert all(
-        torch.equal(one, other) for one, other in zip(before, trainer.embedder.parameters(), strict=True)
-    )
-    assert torch.equal(rows, trainer.bank.rows)
+        take_step(trainer, *my_part(0, 1), learning_rate=RATE)
+    assert_unchanged(trainer, before)
+
+
+def test_steps_that_are_read_later_are_the_same_steps() -> None:
+    at_once, later = (make_trainer(0, 1, name="resnet8", momentum=0.9) for _ in range(2))
+    images, ids = my_part(0, 1)
+    means = []
+    for _ in range(3):
+        means.append(take_step(at_once, images, ids, RATE))
+        later.step(images, later.announce(ids), RATE)
+    assert [later.read().means for _ in range(3)] == means
+    assert_unchanged(later, everything(at_once))
 
 
 def negative_seeds(rank: int, world_size: int) -> list[int]:
     trainer, seeds = make_trainer(rank, world_size), []
     for _ in range(3):
-        trainer.step(*my_part(rank, world_size), learning_rate=0.0)
+        take_step(trainer, *my_part(rank, world_size), learning_rate=0.0)
         seeds.append(trainer._generator.initial_seed())
     return seeds
 
@@ -251,9 +290,9 @@ def several_steps(rank: int, world_size: int, steps: int) -> tuple[Tensor, Tenso
     trainer = make_trainer(rank, world_size, name="resnet8")
     images, ids = my_part(rank, world_size)
     for _ in range(steps):
-        trainer.step(images + rank, ids, learning_rate=0.03)
+        take_step(trainer, images + rank, ids, learning_rate=0.03)
     local = trainer.embedder.backbone.bn1.running_mean.clone()
-    with trainer.with_averaged_buffers():
+    with trainer.buffers.averaged():
         averaged = trainer.embedder.backbone.bn1.running_mean.clone()
     assert torch.equal(trainer.embedder.backbone.bn1.running_mean, local)
     return local, averaged, trainer.bank.rows
@@ -276,14 +315,14 @@ def test_a_batch_without_any_image_changes_no_row() -> None:
     trainer = make_trainer(0, 1)
     before = trainer.bank.rows.clone()
     images, ids = my_part(0, 1)
-    assert trainer.step(images, torch.full_like(ids, -1), learning_rate=RATE) == {}
+    assert take_step(trainer, images, torch.full_like(ids, -1), learning_rate=RATE) == {}
     assert torch.equal(trainer.bank.rows, before)
 
 
 def test_training_lowers_the_loss() -> None:
     trainer = make_trainer(0, 1)
     images, ids = my_part(0, 1)
-    losses = [trainer.step(images, ids, learning_rate=0.3)["loss"] for _ in range(60)]
+    losses = [take_step(trainer, images, ids, learning_rate=0.3)["loss"] for _ in range(60)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
@@ -331,7 +370,7 @@ def test_a_batch_that_is_told_apart_is_not_cut_into_parts() -> None:
 def test_the_loader_must_give_as_many_views_as_the_objective_compares() -> None:
     images, ids = my_part(0, 1)
     with pytest.raises(ConfigError, match=r"nce compares 1 view.*the loader gives 2.*views=1"):
-        make_trainer(0, 1).step(images.repeat(2, 1, 1, 1, 1), ids, learning_rate=RATE)
+        take_step(make_trainer(0, 1), images.repeat(2, 1, 1, 1, 1), ids, learning_rate=RATE)
 
 
 def step_with_stderr(rank: int, world_size: int, directory: Path) -> None:

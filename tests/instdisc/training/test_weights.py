@@ -44,6 +44,7 @@ from pipelines.settings import LoaderConfig
 from tests.instdisc.program import SMALL, Run, refused, write_pictures
 from tests.processes import run_ranks
 from tests.reference import spreading_symmetric
+from tests.steps import take_step
 
 BATCH, IMAGES = 6, 24
 EXACT = ["--training.precision", "float32", "--loader.backend", "host"]
@@ -171,7 +172,7 @@ def test_training_begins_with_the_weights_and_is_otherwise_the_same(form: str, h
     with torch.no_grad():
         embeddings = F.normalize(reference(images.flatten(0, 1).double()), dim=1)
     expected = spreading_symmetric(embeddings, embeddings, config.objective.temperature) / len(embeddings)
-    losses = [each.step(images, ids, learning_rate=0.1)["loss"] for each in (trainer, random)]
+    losses = [take_step(each, images, ids, learning_rate=0.1)["loss"] for each in (trainer, random)]
     assert losses[0] == pytest.approx(float(expected), rel=1e-4)
     assert losses[1] != pytest.approx(float(expected), rel=1e-2)
 
@@ -202,7 +203,7 @@ def test_a_run_as_the_start_takes_the_next_step_of_that_run(trained: Path, tmp_p
             for name, value in trainer.embedder.state_dict().items():
                 assert torch.equal(begun[name], value), name
             trainer.embedder.load_state_dict(begun)
-        steps.append((trainer.step(*batch(config), learning_rate=0.1), trainer.embedder.state_dict()))
+        steps.append((take_step(trainer, *batch(config), learning_rate=0.1), trainer.embedder.state_dict()))
     (means, after), (own_means, own_after) = steps
     assert means == own_means
     assert all(torch.equal(after[name], own_after[name]) for name in own_after)
@@ -423,7 +424,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_a_scaled_one_moves_less(tmp_pat
     def moved(*options: str, frozen: bool = False) -> tuple[float, float]:
         trainer = trainer_of(configured("--optimizer.weight-decay", "0", *options), None, tmp_path)
         before = copy.deepcopy(list(trainer.embedder.parameters()))
-        trainer.step(*batch(trainer.config), learning_rate=0.1, frozen=frozen)
+        take_step(trainer, *batch(trainer.config), learning_rate=0.1, frozen=frozen)
         steps = [
             float((new - old).detach().norm())
             for new, old in zip(trainer.embedder.parameters(), before, strict=True)
