@@ -16,6 +16,7 @@ from pipelines.augment import Augmentation, ViewParameters, evaluation_views, tr
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
+from pipelines.settings import CacheConfig
 
 _TOO_MANY_TO_BE_CHANCE = 8  # images of a batch, none of which can be used
 
@@ -83,6 +84,8 @@ class LoaderJob:
     """Batches prepared ahead of the consumer."""
     on_corrupt: OnCorrupt
     """Called with (row, name, reason) once for each image that cannot be decoded."""
+    cache: CacheConfig | None = None
+    """Where tars of object storage are kept, if they are."""
     _reported: set[int] = field(default_factory=set, init=False)
 
     @property

@@ -69,7 +69,7 @@ class DaliLoader(Loader):
 
     def __init__(self, job: LoaderJob) -> None:
         self._job = job
-        self._reader = ImageReader(job.manifest)
+        self._reader = ImageReader(job.manifest, job.cache)
         self._ahead = Ahead(job.requests, self._read, threads=_READERS, depth=job.prefetch)
         self._under_way: deque[_Encoded] = deque()
         self._pipeline: Pipeline = None

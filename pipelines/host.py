@@ -32,7 +32,7 @@ class HostLoader(Loader):
 
     def __init__(self, job: LoaderJob) -> None:
         self._job = job
-        self._reader = ImageReader(job.manifest)
+        self._reader = ImageReader(job.manifest, job.cache)
         self._ahead = Ahead(job.requests, self._load, threads=job.threads, depth=job.prefetch)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from pipelines.handover import Handover, with_index
 from pipelines.host import HostLoader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
-from pipelines.settings import LoaderConfig
+from pipelines.settings import CacheConfig, LoaderConfig
 
 __all__ = ["Batch", "Loader", "LoaderConfig", "open_loader"]
 
@@ -35,6 +35,7 @@ def open_loader(
     device: torch.device,
     config: LoaderConfig,
     on_corrupt: OnCorrupt | None = None,
+    cache: CacheConfig | None = None,
 ) -> Loader:
     """Open a loader over a stream of requests.
 
@@ -50,6 +51,7 @@ def open_loader(
         config: How they are produced.
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
             loader, before the batch is returned; a warning is logged by default.
+        cache: Where tars of object storage are kept on this node, if they are.
 
     Returns:
         An iterator over `Batch`, to be closed (it is a context manager). In training on the CPU it then warns once
@@ -74,6 +76,7 @@ def open_loader(
         threads=config.available_threads(),
         prefetch=config.prefetch,
         on_corrupt=on_corrupt or _warn,
+        cache=cache,
     )
     # A batch on a GPU is not looked at: that would make its step wait.
     watch = ContrastWatch(manifest, augmentation) if training and device.type == "cpu" else None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import DataError
-from pipelines.places import Place, below, place
+from pipelines.places import Place, place
 from pipelines.strings import StringTable, printable
 from pipelines.whole import written_whole
 
@@ -116,10 +116,6 @@ class Manifest:
             digest.update(f"{name} {array.dtype.str} {array.size};".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-    def source(self, row: int) -> Place:
-        """The file that holds a row."""
-        return below(self.root, self.sources[int(self.source_index[row])])
 
     def name(self, row: int) -> str:
         """What to call a row in messages: `train.tar!cat/0001.png`, or the path of a plain file; escaped."""

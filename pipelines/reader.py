@@ -15,13 +15,16 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from PIL import Image
 
+from pipelines.cache import open_cache
 from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.order import Request
-from pipelines.places import Place, Url
+from pipelines.places import Place, Url, below, is_url
 from pipelines.remote import Span, read_ranges
+from pipelines.settings import CacheConfig
 
+_PLACES = 65_536
 _OPEN_SOURCES = 256  # well below the usual limit of 1,024 open files
 # These may be about one file alone. All others (too many open files, a failing disk) strike any image next.
 _ABOUT_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
@@ -36,10 +39,19 @@ class ImageReader:
     The sources used last stay open. They are read at offsets rather than memory-mapped: a file that shrinks under a
     map ends the process (SIGBUS), and a page that a network disk must fetch first would be waited for with the
     interpreter locked.
+
+    Args:
+        manifest: Where the images are.
+        cache: Where tars of object storage are kept, if they are.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, cache: CacheConfig | None = None) -> None:
         self._manifest = manifest
+        self._place = functools.lru_cache(_PLACES)(self._place_of)
+        urls = [Url(source) for source in _far_sources(manifest)] if cache else []
+        self._cache = open_cache(cache) if cache and urls else None
+        if self._cache:
+            self._cache.want(urls)
         self._open = functools.lru_cache(_OPEN_SOURCES)(_Source)
 
     def read(self, row: int) -> bytes:
@@ -65,15 +77,32 @@ class ImageReader:
         found: list[bytes | OSError | CorruptImage] = [b""] * len(rows)
         far: dict[int, Span] = {}
         for index, row in enumerate(rows):
-            source, offset, size = manifest.source(row), int(manifest.offsets[row]), int(manifest.sizes[row])
-            if isinstance(source, Url):
-                far[index] = Span(source, offset, offset + size)
-            else:
+            source = self._place(int(manifest.source_index[row]))
+            offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
+            if not isinstance(source, Url):
                 found[index] = self._read_near(source, offset, size)
+            elif (kept := self._read_kept(source, offset, size)) is not None:
+                found[index] = kept
+            else:
+                far[index] = Span(source, offset, offset + size)
         if far:
             for index, data in zip(far, read_ranges(list(far.values())), strict=True):
                 found[index] = data
         return [_whole(data, int(manifest.sizes[row])) for data, row in zip(found, rows, strict=True)]
+
+    def _place_of(self, source: int) -> Place:
+        return below(self._manifest.root, self._manifest.sources[source])
+
+    def _read_kept(self, url: Url, offset: int, size: int) -> bytes | None:
+        """From the cache, if it holds the tar."""
+        path = self._cache.path(url) if self._cache else None
+        if self._cache is None or path is None:
+            return None
+        try:
+            return self._open(path).read(offset, size)
+        except OSError:  # somebody deleted it, or the disk fails
+            self._cache.forget(url)
+            return None
 
     def _read_near(self, path: Path, offset: int, size: int) -> bytes | CorruptImage:
         try:
@@ -127,6 +156,13 @@ def _whole(found: bytes | OSError | CorruptImage, size: int) -> bytes | CorruptI
     if isinstance(found, bytes) and len(found) < size:
         return CorruptImage(f"is cut short: {len(found)} of {size} bytes")
     return found
+
+
+def _far_sources(manifest: Manifest) -> list[str]:
+    """The URLs of all sources that are not local, in their order."""
+    far_root = isinstance(manifest.root, Url)
+    names = [str(below(manifest.root, source)) for source in manifest.sources if far_root or is_url(source)]
+    return [name for name in names if is_url(name)]
 
 
 class _Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -23,6 +24,16 @@ def check_range(
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(math.isfinite(number) and at_least <= number <= at_most for number in numbers):
             raise ValueError(f"{name} is {value}, expected {expected or 'finite'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where a node keeps tars of object storage, and how many bytes of them."""
+
+    folder: Path
+    """On the node's own disk."""
+    most_bytes: int
+    """Of all files in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from instdisc.settings.model import BackboneConfig, BankConfig, InitConfig
 from instdisc.settings.objectives import NCEConfig, ObjectiveConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.augment import Augmentation
-from pipelines.settings import LoaderConfig
+from pipelines.settings import CacheConfig, LoaderConfig
 
 try:
     from tyro.conf import arg
@@ -25,7 +25,7 @@ except ImportError:  # without a command line nothing needs it
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Ranged):
     """Which images."""
 
     path: str
@@ -47,9 +47,20 @@ class DataConfig:
     """Where named data sets are kept: torchvision's own files, and the tar files made from them."""
     download: bool = False
     """Download a torchvision data set that is not in `root`."""
+    cache: Path | None = None
+    """A folder of each node's own disk in which tars of object storage are kept. They are fetched in the background and
+    shared by the workers of the node; until one is whole, its images are read from the storage."""
+    cache_bytes: Count = 100_000_000_000
+    """The most that the files in `cache` take. Where the tars are more than that, the first ones are kept."""
     verify: bool = False
     """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
     first loaded, and has no weight in the loss."""
+
+    def tar_cache(self) -> CacheConfig | None:
+        """Where tars of object storage are kept, None where they are not."""
+        if self.cache is None:
+            return None
+        return CacheConfig(folder=self.cache.expanduser().absolute(), most_bytes=self.cache_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

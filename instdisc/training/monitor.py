@@ -253,6 +253,7 @@ class KnnMonitor:
             device=trainer.worker.device,
             config=trainer.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, manifest),
+            cache=trainer.config.data.tar_cache(),
         ) as loader:
             return embed_rows(
                 until_stopped(trainer.worker, loader), len(rows), functions, trainer.worker.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -25,6 +26,7 @@ from instdisc.training.progress import ProgressBar
 from instdisc.training.weights import starting_weights
 from instdisc.training.worker import train_on_worker
 from pipelines.build import build_manifest, held_out_beside
+from pipelines.cache import check_cache
 from pipelines.datasets import SPLITS, resolve
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
@@ -65,6 +67,7 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
     """Check settings and given weights, then the cluster, then the images; then start the workers."""
     check_backbone(config.backbone, config.augmentation.image_size)
     _find_missing_paths(config)
+    config = _with_cache(config)
     resumes = not config.overwrite and run.holds_run()
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
@@ -150,6 +153,22 @@ def _launch(
         raise KeyboardInterrupt(f"interrupted: {run.what_is_kept()}") from None
     finally:
         remove_targets(run.targets)
+
+
+def _with_cache(config: RunConfig) -> RunConfig:
+    """The same with an absolute path of the cache, as workers may run elsewhere.
+
+    Raises:
+        DataError: It cannot be written to.
+    """
+    cache = config.data.tar_cache()
+    if cache is None:
+        return config
+    try:
+        check_cache(cache)
+    except DataError as error:
+        raise DataError(f"--data.cache: {error}") from error
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache.folder))
 
 
 def _find_missing_paths(config: RunConfig) -> None:

@@ -241,6 +241,7 @@ class TrainingRun:
             device=self.worker.device,
             config=self.config.loader,
             on_corrupt=functools.partial(self._on_corrupt, self.manifest),
+            cache=self.config.data.tar_cache(),
         ) as loader:
             due = False  # a snapshot, which waits for the one before it
             batch, announced = self._next(loader)
