@@ -173,7 +173,8 @@ class TrainingRun:
         if reason is None:
             try:
                 measured = self._measure(self.config.training.epochs)
-                kept = snapshot_steps(self.url)
+                asked = self.worker.is_rank_zero and self.config.snapshots.keep_best
+                kept = snapshot_steps(self.url) if asked else []
                 return self.records.summary(self.recipe, self.monitor, measured, self.clock, self.means, kept)
             except MeasurementStopped as stopped:
                 reason = str(stopped)
