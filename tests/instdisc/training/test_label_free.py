@@ -130,6 +130,11 @@ def test_a_summary_of_an_earlier_release_is_reported_without_them(tmp_path: Path
         name: value for name, value in summary.items() if not name.startswith("label_free")
     }
     assert "without labels" in report(summary, RunDirectory(run_dir))
+    trust = "none of these is known to say how good"
+    assert trust in report(summary, RunDirectory(run_dir))
+    assert trust not in report(
+        {**summary, "knn_top1": 0.5, "knn_protocol": "test-set"}, RunDirectory(run_dir)
+    )
     assert "without labels" not in report(earlier, RunDirectory(run_dir))
 
 
