@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,17 @@ def check_driver(found: str | None, cuda: str | None = torch.version.cuda) -> No
             f"the NVIDIA driver of this node is {found}, but PyTorch for CUDA {cuda} needs {oldest} or newer: update "
             "the driver, or train on CPUs with --gpus-per-worker 0"
         )
+
+
+def order_visible_gpus() -> None:
+    """Have this process number its GPUs as their ids are, before CUDA starts.
+
+    Ray sorts `CUDA_VISIBLE_DEVICES` as text, `0,1,10,11,2`, and ranks by number. NCCL is bound to the GPU whose index
+    is the local rank, which from the eleventh GPU of a node on would be another rank's.
+    """
+    ids = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if all(each.isdigit() for each in ids):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(ids, key=int))
 
 
 def require_gpu() -> None:

@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 from cluster.capacity import wait_for_room, watching_for_room
 from cluster.errors import ClusterError
 from cluster.failures import capture, failed_start, out_of_memory, raise_root_cause
-from cluster.gpus import require_gpu
+from cluster.gpus import order_visible_gpus, require_gpu
 from cluster.group import JOB_DIRECTORY, Worker
 from cluster.settings import LaunchConfig
 from cluster.stopping import StopBoard, Stopped, StopSignals, StopWatch
@@ -153,6 +153,7 @@ class _GpuCallback(WorkerCallback):
 
     def after_init_train_context(self) -> None:
         """Called before the process group is formed."""
+        order_visible_gpus()
         require_gpu()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -189,20 +190,45 @@ class DaliLoader(Loader):
         return bool(culprits)
 
     def _find_culprits(self, encoded: _Encoded, indices: list[int]) -> list[int]:
-        """Bisect: halve what fails until single images are left."""
-        pipeline = self._build(max(1, len(indices)), depth=1)
-        try:
-            if indices:
-                _feed(pipeline, encoded, np.array(indices), self._job.changes_color)
-                pipeline.run()
+        """Those of the images that DALI fails on.
+
+        Each trial takes a pipeline of its own, as a failure ends it. So those that Pillow refuses are tried first, one
+        by one; only where DALI takes all of these is what fails halved until single images are left.
+        """
+        if self._takes(encoded, indices):
             return []
-        except RuntimeError:
-            if len(indices) == 1:
-                return indices
+        with ThreadPoolExecutor(self._job.threads) as threads:
+            refused = list(threads.map(lambda index: self._pillow_refuses(encoded, index), indices))
+        suspects = [index for index, is_refused in zip(indices, refused, strict=True) if is_refused]
+        culprits = [index for index in suspects if not self._takes(encoded, [index])]
+        return culprits or self._bisect(encoded, indices)
+
+    def _bisect(self, encoded: _Encoded, indices: list[int]) -> list[int]:
+        """Those of images some of which DALI fails on that it fails on alone."""
+        if len(indices) == 1:
+            return indices
         middle = len(indices) // 2
-        return [
-            i for half in (indices[:middle], indices[middle:]) for i in self._find_culprits(encoded, half)
-        ]
+        halves = (indices[:middle], indices[middle:])
+        return [i for half in halves if not self._takes(encoded, half) for i in self._bisect(encoded, half)]
+
+    def _takes(self, encoded: _Encoded, indices: list[int]) -> bool:
+        """Whether DALI decodes these images of a batch."""
+        if not indices:
+            return True
+        pipeline = self._build(len(indices), depth=1)
+        try:
+            _feed(pipeline, encoded, np.array(indices), self._job.changes_color)
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    def _pillow_refuses(self, encoded: _Encoded, index: int) -> bool:
+        try:
+            self._reader.decode(int(encoded.rows[index]), encoded.images[index])
+        except CorruptImage:
+            return True
+        return False
 
     def _build(self, batch_size: int, depth: int) -> Pipeline:
         job = self._job

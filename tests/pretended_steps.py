@@ -124,3 +124,44 @@ def count_step(
             collectives,
             trainer.exchange.sent_bytes - sent,
         )
+
+
+def measure(world_size: int, *, dtype: str = "float32", leave_one_out: bool = False) -> float:
+    """KNN accuracy of the pixels of noise, measured while a network has averaged buffers."""
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from cluster.exchange import Exchange
+    from cluster.phases import Phases
+    from instdisc.model.backbone import build_embedder
+    from instdisc.model.label_free import raw_pixels
+    from instdisc.model.voters import choose_voters
+    from instdisc.settings.model import BackboneConfig
+    from instdisc.settings.run import KnnMonitorConfig
+    from instdisc.training.buffers import Buffers
+    from instdisc.training.monitor import Queries, embed_rows, knn_accuracy
+    from pipelines.batch import Batch
+    from tests import pretend_gpu
+
+    device = torch.device("cuda", 0)
+    with pretend_gpu.PretendGpu(), torch.no_grad():
+        exchange = Exchange(0, world_size, Phases(device))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        network = build_embedder(BackboneConfig(name="resnet8", embedding_dim=16), 32).eval().to(device)
+        batches = (
+            Batch(torch.randn(1, 20, 3, 32, 32, device=device), torch.arange(first, first + 20))
+            for first in (0, 20, 40)
+        )
+        buffers = Buffers(network, exchange)
+        with buffers.averaged():
+            (rows,), present = embed_rows(batches, 60, [raw_pixels], device)
+        assert all(not isinstance(value, pretend_gpu.OnGpu) for value in buffers.statistics().values())
+        assert isinstance(present, pretend_gpu.OnGpu)
+        voters = choose_voters(np.arange(60) % 3, leave_one_out=leave_one_out)
+        places = torch.arange(60, device=device)
+        queries = Queries(F.normalize(rows, dim=1), places % 3, places if leave_one_out else None, 3)
+        shard = rows.to(getattr(torch, dtype)), places
+        found = knn_accuracy(exchange, KnnMonitorConfig(), voters, queries, shard)
+    assert found is not None
+    return found.top1

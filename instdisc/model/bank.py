@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,13 +30,17 @@ def random_unit_rows(
         (stop - start, dim), each row uniform on the sphere; made block by block, so that nothing else is as large.
     """
     rows = torch.empty(stop - start, dim, dtype=dtype, device=device)
-    generator = torch.Generator()
-    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
-        generator.manual_seed(derive_seed(seed, "bank", block))
+
+    def draw(block: int) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bank", block))
         values = torch.randn(_BLOCK_ROWS, dim, generator=generator)
         first = block * _BLOCK_ROWS
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = F.normalize(values[low - first : high - first], dim=1)
+
+    # PyTorch draws random numbers in one thread, a core of a GPU's many.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(draw, range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS))))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,35 @@ class Records:
                 changed = {"neighbors_changed": neighbors_changed} if name == TRAINED else {}
                 self._append({**self._measured("label_free", epoch), "of": name, **each._asdict(), **changed})
 
+    def best(self, steps: Sequence[int]) -> int | None:
+        """Of these steps the one after which the number of `--snapshots.keep-best` was best, the last of equal ones.
+
+        None if none of them was measured, or none is to be kept. Rank 0 knows it.
+        """
+        values = self._values()
+        measured = [step for step in steps if step in values]
+        return max(measured, key=lambda step: (values[step], step), default=None)
+
+    def _best_snapshot(self, kept: Sequence[int]) -> dict[str, Any] | None:
+        step = self.best(kept)
+        if step is None:
+            return None
+        number = self._trainer.config.snapshots.keep_best
+        return {"by": number, "step": step, "value": self._values()[step]}
+
+    def _values(self) -> dict[int, float]:
+        """The number by which the best snapshot is kept, by the steps after which it was measured."""
+        number = self._trainer.config.snapshots.keep_best
+        if number is None or not self._trainer.worker.is_rank_zero:
+            return {}
+        steps_per_epoch = self._total_steps // self._trainer.config.training.epochs
+        field = "knn_top1_recomputed" if number == "knn" else number
+        return {
+            line["epoch"] * steps_per_epoch: line[field]
+            for line in self._run.measurements()
+            if line.get(field) is not None
+        }
+
     def measurement(self, epoch: int, measured: Measured) -> None:
         """Record what was measured after `epoch`, unless a start of this run has done so."""
         accuracies = measured.accuracies
@@ -133,6 +162,7 @@ class Records:
         measured: Measured | None,
         clock: Clock,
         means: Mapping[str, float],
+        kept: Sequence[int],
     ) -> dict[str, Any]:
         """The summary of a finished run, which rank 0 also writes.
 
@@ -142,6 +172,7 @@ class Records:
             measured: After the last step; None if nothing could be.
             clock: That timed the steps.
             means: Of the last step.
+            kept: Steps of the snapshots that are left.
 
         Collectives: an all-reduce; every rank must call.
         """
@@ -154,6 +185,7 @@ class Records:
             "knn_protocol": monitor.protocol,
             **monitor.counts(None if measured is None else measured.accuracies["recomputed"]),
             "loss": means.get("loss"),
+            "best_snapshot": self._best_snapshot(kept),
             "init_weights": config.init.weights,
             "epochs": config.training.epochs,
             "steps": self._trainer.steps,

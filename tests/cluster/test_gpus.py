@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,16 @@ def test_processes_that_reserved_no_gpu_use_none(
     assert may_use_gpu()  # here, where nothing is reserved at all
     config = ActorsConfig(num_actors=1, gpus_per_actor=0)
     assert list(share_out(on_a_node_with_gpus, None, [None], config)) == [False]
+
+
+@pytest.mark.parametrize(
+    ("visible", "ordered"),
+    [("0,1,10,11,2", "0,1,2,10,11"), ("3", "3"), ("GPU-b,GPU-a", "GPU-b,GPU-a"), ("", "")],
+)
+def test_gpus_are_numbered_as_their_ids_are(
+    monkeypatch: pytest.MonkeyPatch, visible: str, ordered: str
+) -> None:
+    """Ray sorts them as text and ranks by number; NCCL takes the one whose index is the local rank."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus.order_visible_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ordered

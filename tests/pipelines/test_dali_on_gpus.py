@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from nvidia.dali import Pipeline, backend
 from pipelines import dali
 from pipelines.augment import Augmentation
 from pipelines.batch import LoaderJob
-from tests.pipelines.images import fail, in_order, photos
+from tests.pipelines.images import collector, fail, in_order, load, photos
+from tests.pipelines.test_corrupt_images import spoil
 
 
 def test_nvjpeg_decodes_parts_of_images_with_smooth_chroma() -> None:
@@ -54,3 +56,19 @@ def test_the_decoders_know_the_options_that_are_used(operator: str) -> None:
     schema = backend.GetSchema(operator)
     for option in ("jpeg_fancy_upsampling", "adjust_orientation", "hw_decoder_load"):
         assert schema.HasArgument(option)
+
+
+def test_a_broken_image_costs_few_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each has decoders of its own: one that serves until then, two trials, and one that goes on."""
+    made = []
+
+    def counted(**options: Any) -> Pipeline:
+        made.append(options)
+        return Pipeline(**options)
+
+    monkeypatch.setattr(dali, "Pipeline", counted)
+    manifest, found = photos(tmp_path, 40), []
+    spoil(manifest, {17})
+    load(manifest, in_order(40, 40), "dali", on_corrupt=collector(found))
+    assert [row for row, _, _ in found] == [17]
+    assert len(made) == 4

@@ -17,7 +17,7 @@ from instdisc.settings.objectives import (
     SoftmaxConfig,
     SpreadingConfig,
 )
-from tests.pretended_steps import OBJECTIVES, count_step
+from tests.pretended_steps import OBJECTIVES, count_step, measure
 
 CASES: list[tuple[ObjectiveConfig, dict[str, Any]]] = [
     *OBJECTIVES.values(),
@@ -114,3 +114,12 @@ def careless() -> tuple[list[str], str]:
         except RuntimeError as mixed:
             error = str(mixed)
     return [name.partition(" at ")[0] for name in pretend_gpu.waits.elements()], error
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, "float32"), (1, "bfloat16"), (8, "float32")])
+def test_a_measurement_mixes_no_devices(
+    pretending: ProcessPoolExecutor, world_size: int, dtype: str, leave_one_out: bool
+) -> None:
+    found = pretending.submit(measure, world_size, dtype=dtype, leave_one_out=leave_one_out).result()
+    assert 0 <= found <= 1
