@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -80,7 +81,8 @@ def measured(name: str, seed: int, epochs: int, run_dir: Path) -> list[dict[str,
     lines = read_lines(run_dir / "metrics.jsonl")
     accuracy = {line["epoch"]: line["knn_top1_recomputed"] for line in lines if line["kind"] == "knn"}
     accuracy[0] = next(line["untrained"] for line in lines if line["kind"] == "baselines")
-    losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "train"}
+    # Lines come every ten steps: the last one of an epoch stands for its end.
+    losses = {math.ceil(line["epoch"]): line["loss"] for line in lines if line["kind"] == "train"}
     points = [
         {"run": name, "seed": seed, "knn": accuracy[line["epoch"]], "loss": losses.get(line["epoch"]), **line}
         for line in lines
@@ -116,14 +118,13 @@ def table(points: list[dict[str, Any]]) -> str:
     ]
     for number, sign in NUMBERS.items():
         within = [each for run in runs.values() if (each := correlation(run, number)) is not None]
-        chosen = max(
-            (point for point in last if point.get(number) is not None), key=lambda p: sign * p[number]
-        )
+        known = (point for point in last if point.get(number) is not None)
+        chosen = max(known, key=lambda point: sign * point[number], default=None)
         cells = [
             _text(correlation(points, number)),
-            f"{_text(statistics.median(within))} ({_text(min(within))})",
+            f"{_text(statistics.median(within))} ({_text(min(within))})" if within else "–",
             _text(correlation(last, number)),
-            f"{100 * (best - chosen['knn']):.1f} ({chosen['run']})",
+            f"{100 * (best - chosen['knn']):.1f} ({chosen['run']})" if chosen else "–",
         ]
         lines.append(f"| {number}{' (turned)' if sign < 0 else ''} | {' | '.join(cells)} |")
     shown = ["knn", "instance_recall_1", "instance_recall_10", "effective_rank", "alignment", "uniformity"]

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
@@ -94,6 +94,7 @@ class SnapshotWriter:
         attempt: Name that no earlier start of this run had and all ranks agree on, of letters, digits, `.`, `_`
             and `-`.
         keep: Committed snapshots to keep, at least 1.
+        best: Which of the committed steps, ascending, to keep besides the newest, or None; rank 0's thread calls it.
         timeout_s: How long rank 0 waits for the other ranks' parts before the snapshot fails.
     """
 
@@ -105,6 +106,7 @@ class SnapshotWriter:
         attempt: str,
         *,
         keep: int = 2,
+        best: Callable[[Sequence[int]], int | None] = lambda steps: None,
         timeout_s: float = 600.0,
     ) -> None:
         if keep < 1:
@@ -112,7 +114,7 @@ class SnapshotWriter:
         _check_name("attempt", attempt)
         self._storage = Storage.at(url)
         self._partition, self._rank, self._attempt = partition, rank, attempt
-        self._keep, self._timeout_s = keep, timeout_s
+        self._keep, self._best, self._timeout_s = keep, best, timeout_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._pending: deque[Future[SnapshotReport]] = deque()
         self._buffers: dict[str, Tensor] = {}
@@ -300,8 +302,9 @@ class SnapshotWriter:
                 raise SnapshotError(f"closed before rank {missing[0]} had written its part")
 
     def _remove_old(self, committed: int) -> None:
-        """Remove all but the newest commits, and what interrupted writes left before this commit."""
-        kept = {*committed_steps(self._storage)[-self._keep :], committed}
+        """Remove all but the newest commits and the best, and what interrupted writes left before this commit."""
+        there = committed_steps(self._storage)
+        kept = {*there[-self._keep :], committed, self._best(there)}
         for step in steps(self._storage):
             if step < committed and step not in kept:
                 remove_step(self._storage, step)

@@ -15,7 +15,8 @@ import pytest
 import tyro
 import yaml
 
-from instdisc import embed, evaluate, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, export, inspect, plan, search, train
+from instdisc.comparison.points import plan_points
 from instdisc.settings.recipes import RECIPES
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -30,8 +31,18 @@ DOCUMENTS = sorted(
         ),
     )
 )
+
+
+def parse_comparison(arguments: Sequence[str]) -> None:
+    """Parse a comparison and all of its points."""
+    recipe, config, options = compare.parse(arguments)
+    if recipe is not None:
+        plan_points(recipe, config, options, train.parse)
+
+
 PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.main,
+    "compare": compare.main,
     "embed": embed.main,
     "evaluate": evaluate.main,
     "search": search.main,
@@ -41,6 +52,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
 }
 PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.parse,
+    "compare": parse_comparison,
     "embed": embed.parse,
     "evaluate": evaluate.parse,
     "search": lambda arguments: tyro.cli(search.SearchConfig, args=arguments),

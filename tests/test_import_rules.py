@@ -175,7 +175,16 @@ def test_training_imports_nothing_of_evaluation() -> None:
 
 def test_the_programs_stand_apart() -> None:
     files = {path.name for path in (ROOT / "instdisc").glob("*.py")}
-    programs = {"embed.py", "train.py", "evaluate.py", "search.py", "export.py", "inspect.py", "plan.py"}
+    programs = {
+        "compare.py",
+        "embed.py",
+        "train.py",
+        "evaluate.py",
+        "search.py",
+        "export.py",
+        "inspect.py",
+        "plan.py",
+    }
     assert files == {"__init__.py"} | programs
 
 

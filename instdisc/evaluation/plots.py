@@ -1,4 +1,4 @@
-"""Line charts and histograms as SVG, coloured by the style sheet of the page that holds them."""
+"""Line charts, histograms and bars as SVG, coloured by the style sheet of the page that holds them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
 _TICKS = 6
+_BAR, _NAMES, _VALUES = 26, 240, 90
+COLOURS = 8
+"""That the style sheet has."""
 
 
 class Series(NamedTuple):
@@ -160,3 +163,40 @@ def _chart(title: str, x_axis: Axis, y_axis: Axis, content: Sequence[Markup]) ->
         Markup("</svg>"),
     ]
     return Markup("\n").join(parts)
+
+
+def bar_chart(
+    title: str, bars: Sequence[tuple[str, float, float | None]], *, percent: bool = False
+) -> Markup:
+    """A horizontal bar for each value, from zero, with a whisker for its deviation.
+
+    Args:
+        title: For screen readers.
+        bars: Name, value and deviation, if there is one; from top to bottom.
+        percent: Whether values are shares.
+    """
+    axis = axis_over(
+        title, [0.0, *(value + (deviation or 0) for _, value, deviation in bars)], percent=percent
+    )
+    height = _TOP + _BAR * len(bars)
+
+    def place(value: float) -> float:
+        return _NAMES + (value - axis.low) / (axis.high - axis.low) * (WIDTH - _NAMES - _VALUES)
+
+    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, title)]
+    name_of = '<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+    bar = '<rect class="bar" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}: {}</title></rect>'
+    value_of = '<text class="tick" x="{:.1f}" y="{}">{}</text>'
+    whisker = '<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
+    for number, (name, value, deviation) in enumerate(bars):
+        y, text = _TOP + _BAR * number, axis.text(value)
+        width = max(place(value) - place(0), 0)
+        parts += [
+            Markup(name_of).format(_NAMES - 8, y + 15, name),
+            Markup(bar).format(place(0), y + 3, width, _BAR - 8, name, text),
+            Markup(value_of).format(place(value + (deviation or 0)) + 8, y + 15, text),
+        ]
+        if deviation:
+            ends = (place(value - deviation), place(value + deviation))
+            parts.append(Markup(whisker).format(*ends, y + 12, y + 12))
+    return Markup("\n").join([*parts, Markup("</svg>")])

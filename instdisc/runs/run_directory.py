@@ -255,6 +255,11 @@ class RunDirectory:
         """Lines of the metrics file with numbers without labels, in their order."""
         return [row for row in read_lines(self.journal) if row["kind"] == "label_free"]
 
+    def measurements(self) -> list[dict[str, Any]]:
+        """Lines of the metrics file with what was measured of the network in training, with and without labels."""
+        rows = read_lines(self.journal)
+        return [row for row in rows if row["kind"] == "knn" or row.get("of") == "trained"]
+
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
         return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))

@@ -120,6 +120,10 @@ class KnnMonitorConfig(Ranged):
     """Measure raw pixels and the untrained network too: one more pass over the images."""
 
 
+BestBy = Literal["knn", "instance_recall_1", "instance_recall_10", "effective_rank"]
+"""Numbers of a measurement of which more is better."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SnapshotConfig(Ranged):
     """Snapshots, from which a run resumes after an interruption, and which are its result."""
@@ -131,10 +135,13 @@ class SnapshotConfig(Ranged):
     """Steps between two snapshots; one more is taken at the end and when the run is asked to stop."""
     keep: Count = 2
     """How many of the newest snapshots to keep."""
+    keep_best: BestBy | None = None
+    """Keep the best measured snapshot too, by this number of the measurements every `--knn.every` epochs: kNN accuracy,
+    which needs labels, or one that needs none. The summary names it (`best_snapshot`); runs resume from the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Ranged):
     """Everything that a run depends on."""
 
     data: DataConfig
@@ -161,6 +168,7 @@ class RunConfig:
         Raises:
             ValueError: With what to change.
         """
+        super().__post_init__()
         training, workers = self.training, self.launch.num_workers
         # Otherwise the number of workers is known only when they have been found.
         if workers is not None and self.launch.min_workers is None:

@@ -34,6 +34,7 @@ _ADDED: dict[int, dict[str, Any]] = {
         "data.cache": None,
         "data.cache_bytes": 100_000_000_000,
         "knn.max_rows": 0,
+        "snapshots.keep_best": None,
         "init": {},
         "optimizer.backbone_rate_scale": 1.0,
         "optimizer.frozen_epochs": 0.0,

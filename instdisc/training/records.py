@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Records:
         self._trainer, self._run, self._metrics = trainer, run, metrics
         self._total_steps = total_steps
         self._sent_bytes = 0
+        self.train_seconds = 0.0
+        """Of all steps so far; noted with every measurement."""
 
     def say(self, message: str) -> None:
         """Tell the user, through the journal that the progress bar follows."""
@@ -44,6 +46,7 @@ class Records:
     def timing(self, seconds: float, waited: float) -> None:
         """Record the metrics of a step that took `seconds`, of which it `waited` for images."""
         metrics, trainer = self._metrics, self._trainer
+        self.train_seconds += seconds
         metrics.observe("step_seconds", seconds)
         metrics.observe("data_wait_seconds", waited)
         for phases in trainer.phases.finish_step():
@@ -77,6 +80,7 @@ class Records:
                     "step": report.step,
                     "total_steps": self._total_steps,
                     "epoch": self._epoch(report.step),
+                    "train_seconds": self.train_seconds,
                     "learning_rate": report.learning_rate,
                     "images_per_second": images_per_second,
                     "loader_wait_fraction": waited,
@@ -105,7 +109,36 @@ class Records:
         for name, each in numbers.items():
             if each is not None and (epoch, name) not in known:
                 changed = {"neighbors_changed": neighbors_changed} if name == TRAINED else {}
-                self._append({"kind": "label_free", "epoch": epoch, "of": name, **each._asdict(), **changed})
+                self._append({**self._measured("label_free", epoch), "of": name, **each._asdict(), **changed})
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """Of these steps the one after which the number of `--snapshots.keep-best` was best, the last of equal ones.
+
+        None if none of them was measured, or none is to be kept. Rank 0 knows it.
+        """
+        values = self._values()
+        measured = [step for step in steps if step in values]
+        return max(measured, key=lambda step: (values[step], step), default=None)
+
+    def _best_snapshot(self, kept: Sequence[int]) -> dict[str, Any] | None:
+        step = self.best(kept)
+        if step is None:
+            return None
+        number = self._trainer.config.snapshots.keep_best
+        return {"by": number, "step": step, "value": self._values()[step]}
+
+    def _values(self) -> dict[int, float]:
+        """The number by which the best snapshot is kept, by the steps after which it was measured."""
+        number = self._trainer.config.snapshots.keep_best
+        if number is None or not self._trainer.worker.is_rank_zero:
+            return {}
+        steps_per_epoch = self._total_steps // self._trainer.config.training.epochs
+        field = "knn_top1_recomputed" if number == "knn" else number
+        return {
+            line["epoch"] * steps_per_epoch: line[field]
+            for line in self._run.measurements()
+            if line.get(field) is not None
+        }
 
     def measurement(self, epoch: int, measured: Measured) -> None:
         """Record what was measured after `epoch`, unless a start of this run has done so."""
@@ -119,7 +152,7 @@ class Records:
                 knn_k=recomputed.k,
             )
         if self._trainer.worker.is_rank_zero and not self._run.has_accuracy(epoch):
-            entry = {"kind": "knn", "epoch": epoch, **journal_entry(accuracies, "knn_top1_")}
+            entry = {**self._measured("knn", epoch), **journal_entry(accuracies, "knn_top1_")}
             self._append({**entry, "readout": measured.readout})
 
     def summary(
@@ -129,6 +162,7 @@ class Records:
         measured: Measured | None,
         clock: Clock,
         means: Mapping[str, float],
+        kept: Sequence[int],
     ) -> dict[str, Any]:
         """The summary of a finished run, which rank 0 also writes.
 
@@ -138,6 +172,7 @@ class Records:
             measured: After the last step; None if nothing could be.
             clock: That timed the steps.
             means: Of the last step.
+            kept: Steps of the snapshots that are left.
 
         Collectives: an all-reduce; every rank must call.
         """
@@ -150,6 +185,7 @@ class Records:
             "knn_protocol": monitor.protocol,
             **monitor.counts(None if measured is None else measured.accuracies["recomputed"]),
             "loss": means.get("loss"),
+            "best_snapshot": self._best_snapshot(kept),
             "init_weights": config.init.weights,
             "epochs": config.training.epochs,
             "steps": self._trainer.steps,
@@ -206,6 +242,9 @@ class Records:
             },
             "label_free_images": newest.get(TRAINED, {}).get("images"),
         }
+
+    def _measured(self, kind: str, epoch: int) -> dict[str, Any]:
+        return {"kind": kind, "epoch": epoch, "train_seconds": self.train_seconds}
 
     def _epoch(self, step: int) -> float:
         return step * self._trainer.config.training.epochs / self._total_steps

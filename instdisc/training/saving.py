@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,19 @@ class RunSnapshots:
         config: Settings.
         url: Directory of the snapshots.
         run_id: Tells this run from others with the same settings.
+        best: Which of some steps to keep besides the newest.
 
     Collectives: one all-reduce; every rank must call.
     """
 
     def __init__(
-        self, trainer: Trainer, manifest: Manifest, config: RunConfig, url: str | Path, run_id: str | None
+        self,
+        trainer: Trainer,
+        manifest: Manifest,
+        config: RunConfig,
+        url: str | Path,
+        run_id: str | None,
+        best: Callable[[Sequence[int]], int | None],
     ) -> None:
         self._trainer, self._manifest, self._config, self._url = trainer, manifest, config, url
         self._run_id = run_id
@@ -75,7 +83,7 @@ class RunSnapshots:
         bits = int.from_bytes(np.random.default_rng().bytes(7)) if rank == 0 else 0
         attempt = int(trainer.exchange.sum(torch.tensor(bits, device=trainer.worker.device)))
         self._writer = SnapshotWriter(
-            url, trainer.partition, rank, f"attempt-{attempt:x}", keep=config.snapshots.keep
+            url, trainer.partition, rank, f"attempt-{attempt:x}", keep=config.snapshots.keep, best=best
         )
         start, stop = trainer.bank.start, trainer.bank.stop
         self._images: dict[str, Any] = {

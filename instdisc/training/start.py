@@ -329,6 +329,10 @@ def _label_free(summary: dict[str, Any]) -> list[str]:
     for name, text in names.items():
         values = (numbers[name][of] for of in ("raw_pixels", "start", "trained"))
         lines.append(f"  {text:<30}" + "".join(f"{_number(name, value):>11}" for value in values))
+    if summary["knn_top1"] is None:
+        lines.append(
+            "  none of these is known to say how good embeddings are: compare recall with other runs on these images"
+        )
     return lines
 
 

@@ -13,7 +13,7 @@ from cluster.exchange import Announcement
 from cluster.group import Worker
 from cluster.metrics import Endpoint, Metrics, exported
 from cluster.snapshot_writer import SnapshotReport
-from cluster.snapshots import take_over
+from cluster.snapshots import snapshot_steps, take_over
 from cluster.stopping import Stopped, is_deliberate
 from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.metrics import TRAINING
@@ -100,6 +100,11 @@ class TrainingRun:
         self.given_weights = run.given_weights()
         self.trainer = Trainer(worker, config, len(self.manifest), self.given_weights)
         self.monitor = KnnMonitor(self.trainer, self.manifest, test, self._on_corrupt)
+        if config.snapshots.keep_best == "knn" and not self.monitor.possible:
+            raise ConfigError(
+                "--snapshots.keep-best is knn, which needs labels, and the training images have none: "
+                "instance_recall_1 needs none"
+            )
         self.label_free = LabelFreeMonitor(self.trainer, self.manifest, self._on_corrupt)
         self.order = Order(
             num_instances=len(self.manifest),
@@ -133,7 +138,9 @@ class TrainingRun:
             self.run.store_epochs(self.config.training.epochs)
         self.trainer.exchange.barrier()
         run_id = self.run.settings().get("run_id")
-        self.snapshots = RunSnapshots(self.trainer, self.manifest, self.config, self.url, run_id)
+        self.snapshots = RunSnapshots(
+            self.trainer, self.manifest, self.config, self.url, run_id, self.records.best
+        )
         try:
             return self._complete()
         finally:
@@ -144,6 +151,7 @@ class TrainingRun:
         if progress is None:
             self._begin()
         self.clock = Clock(progress.train_seconds if progress else 0.0)
+        self.records.train_seconds = self.clock.train_seconds
         self.means = progress.means if progress else {}
         if self.worker.is_rank_zero:
             self.metrics.set(snapshot_timestamp_seconds=self.snapshots.committed_time)
@@ -166,7 +174,9 @@ class TrainingRun:
         if reason is None:
             try:
                 measured = self._measure(self.config.training.epochs)
-                return self.records.summary(self.recipe, self.monitor, measured, self.clock, self.means)
+                asked = self.worker.is_rank_zero and self.config.snapshots.keep_best
+                kept = snapshot_steps(self.url) if asked else []
+                return self.records.summary(self.recipe, self.monitor, measured, self.clock, self.means, kept)
             except MeasurementStopped as stopped:
                 reason = str(stopped)
                 self._tell_stopping(reason)

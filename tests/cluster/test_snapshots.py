@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
-from cluster.snapshots import SnapshotError, open_snapshot, seal
+from cluster.snapshots import SnapshotError, open_snapshot, seal, snapshot_steps
 from tests.cluster.snapshot_ranks import assert_holds, save, table_rows, write, writers
 
 NUM_ROWS = 1_003  # blocks of 32, the last one not full
@@ -183,3 +184,19 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got step 1 after 2"):
         writer.save(1, {})
     writer.close()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    asked = []
+
+    def best(steps: Sequence[int]) -> int | None:
+        asked.append(list(steps))
+        return 2 if 2 in steps else None
+
+    writer = SnapshotWriter(tmp_path, Partition(NUM_ROWS, 1), 0, "first", keep=1, best=best)
+    for step in range(1, 5):
+        writer.save(step, {"rows": np.zeros((NUM_ROWS, 2), np.float32)})
+    writer.close()
+    assert [report.error for report in writer.poll()] == [None] * 4
+    assert asked == [[1], [1, 2], [2, 3], [2, 3, 4]]
+    assert snapshot_steps(tmp_path) == [2, 4]

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError, WorkerLostError
 from cluster.stopping import RunStopped
-from instdisc import embed, evaluate, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, export, inspect, plan, search, train
 from instdisc.common import command
 from instdisc.common.errors import ConfigError, NonFiniteError
 from pipelines.errors import DataError
@@ -26,6 +26,7 @@ from tests.ray_cluster import CHECKOUT
 Main = Callable[[Sequence[str] | None], int]
 
 PROGRAMS: dict[str, tuple[Main, list[str]]] = {
+    "compare": (compare.main, ["--report", "SOURCE"]),
     "train": (train.main, ["sample", "--num-workers", "0", "--data.path", "SOURCE"]),
     "embed": (embed.main, ["SOURCE", "--output", "index", "--num-actors", "0"]),
     "evaluate": (evaluate.main, ["SOURCE", "--num-actors", "0"]),
@@ -68,6 +69,7 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("name", "positionals"),
     [
         ("train", ""),
+        ("compare", "[--vary STR] [--recipes STR] [--run-dir PATH] [--report [PATH [PATH ...]]]"),
         ("embed", "[RUN]"),
         ("evaluate", "RUN_OR_INDEX"),
         ("search", "RUN_OR_INDEX IMAGE [IMAGE ...]"),
@@ -170,6 +172,7 @@ def test_the_same_cause_has_the_same_status(
             raise raised
 
     own = {
+        "compare": compare,
         "embed": embed,
         "train": train,
         "evaluate": evaluate,
@@ -215,6 +218,8 @@ def test_a_reader_that_closes_the_output_is_no_error_to_speak_of() -> None:
         ["export", "--help"],
         ["inspect", "--help"],
         ["plan", "--help"],
+        ["compare", "--help"],
+        ["compare", "sample", "--vary", "training.epochs=0,1"],
     ],
     ids=" ".join,
 )

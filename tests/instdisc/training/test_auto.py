@@ -13,7 +13,7 @@ import torchvision
 from instdisc.common.errors import ConfigError
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.auto import AutoConfig, command_line, plain
-from instdisc.settings.run import RunConfig
+from instdisc.settings.run import DataConfig, RunConfig
 from instdisc.train import main, parse
 from instdisc.training import auto
 from instdisc.training.start import open_all_images
@@ -132,3 +132,8 @@ def test_every_kind_of_option_is_said() -> None:
     auto_config = parse(["auto", *arguments, "--minutes", "3"])[1]
     assert isinstance(auto_config, AutoConfig)
     assert not isinstance(plain(auto_config), AutoConfig)
+
+
+def test_no_minutes_are_refused() -> None:
+    with pytest.raises(ValueError, match="minutes is 0, expected above 0"):
+        AutoConfig(data=DataConfig(path="images"), minutes=0)

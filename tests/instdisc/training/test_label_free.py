@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.snapshots import snapshot_steps
 from instdisc.evaluate import main as evaluate
 from instdisc.model import label_free
 from instdisc.model.label_free import LabelFree, raw_pixels
@@ -129,4 +130,44 @@ def test_a_summary_of_an_earlier_release_is_reported_without_them(tmp_path: Path
         name: value for name, value in summary.items() if not name.startswith("label_free")
     }
     assert "without labels" in report(summary, RunDirectory(run_dir))
+    trust = "none of these is known to say how good"
+    assert trust in report(summary, RunDirectory(run_dir))
+    assert trust not in report(
+        {**summary, "knn_top1": 0.5, "knn_protocol": "test-set"}, RunDirectory(run_dir)
+    )
     assert "without labels" not in report(earlier, RunDirectory(run_dir))
+
+
+@pytest.mark.parametrize("number", ["knn", "instance_recall_10"])
+def test_the_best_measured_snapshot_is_kept_beside_the_newest(tmp_path: Path, number: str) -> None:
+    images, out = write_pictures(tmp_path / "images", 24, classes=2), tmp_path / "run"
+    options = [
+        "--data.path",
+        str(images),
+        "--data.test-path",
+        "None",
+        "--knn.every",
+        "1",
+        "--run-dir",
+        str(out),
+    ]
+    options += ["--snapshots.keep", "1", "--snapshots.keep-best", number, "--optimizer.learning-rate", "1"]
+    field = "knn_top1_recomputed" if number == "knn" else number
+    for epochs in ("4", "6"):  # the second command resumes, and goes by what the first one measured too
+        assert train(["sample", *SMALL, *options, "--training.epochs", epochs]) == 0
+        lines = RunDirectory(out).measurements()
+        values = {line["epoch"] * 3: line[field] for line in lines if field in line}
+        assert list(values) == [3 * epoch for epoch in range(1, int(epochs) + 1)]
+        kept = snapshot_steps(out / "snapshots")
+        best = summary_of(out)["best_snapshot"]
+        assert best["by"] == number
+        assert best["value"] == values[best["step"]] == max(values[step] for step in kept)
+        assert kept[-1] == 3 * int(epochs)
+        assert len(kept) <= 2
+
+
+def test_keeping_the_best_by_labels_needs_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_pictures(tmp_path / "images", 16)
+    options = ["--data.path", str(images), "--data.test-path", "None", "--run-dir", str(tmp_path / "run")]
+    assert train(["sample", *SMALL, *options, "--snapshots.keep-best", "knn"]) == 2
+    assert "instance_recall_1 needs none" in capsys.readouterr().err
