@@ -11,6 +11,7 @@ from pipelines.batch import Batch
 from pipelines.decode import CONTRAST, CorruptImage, nearly_constant
 from pipelines.manifest import Manifest
 from pipelines.reader import ImageReader
+from pipelines.settings import CacheConfig
 
 _GRID = 16  # samples to a side of a view that are looked at
 _MOST_NAMED = 3
@@ -21,9 +22,11 @@ logger = logging.getLogger(__name__)
 class ContrastWatch:
     """Looks at the views that pass, on the CPU: where one is flat, its image is decoded whole, once, and judged."""
 
-    def __init__(self, manifest: Manifest, augmentation: Augmentation) -> None:
+    def __init__(
+        self, manifest: Manifest, augmentation: Augmentation, cache: CacheConfig | None = None
+    ) -> None:
         self._manifest = manifest
-        self._reader = ImageReader(manifest)
+        self._reader = ImageReader(manifest, cache)
         gain = (1 + augmentation.brightness) * (1 + augmentation.contrast)
         self._levels = 255 * np.array(augmentation.std)  # one unit of a normalised channel
         self._flat = CONTRAST * gain  # views may have more contrast than their images
@@ -35,10 +38,11 @@ class ContrastWatch:
         step = max(1, batch.images.shape[-1] // _GRID)
         samples = batch.images.numpy()[..., ::step, ::step].reshape(*batch.images.shape[:3], -1)
         spans = (samples.max(axis=-1) - samples.min(axis=-1)) * self._levels  # (V, B, 3)
-        for row in batch.instance_ids.numpy()[(spans < self._flat).all(axis=(0, 2))].tolist():
-            if row >= 0 and row not in self._judged:
-                self._judged.add(row)
-                self._judge(row)
+        flat = batch.instance_ids.numpy()[(spans < self._flat).all(axis=(0, 2))].tolist()
+        rows = [row for row in dict.fromkeys(flat) if row >= 0 and row not in self._judged]
+        self._judged.update(rows)
+        for row, data in zip(rows, self._reader.read_many(rows), strict=True):
+            self._judge(row, data)
 
     def close(self) -> None:
         """Tell what was found."""
@@ -46,9 +50,9 @@ class ContrastWatch:
         tell_nearly_constant([self._manifest.name(row) for row in self._found])
         self._found.clear()
 
-    def _judge(self, row: int) -> None:
+    def _judge(self, row: int, data: bytes | CorruptImage) -> None:
         try:
-            if nearly_constant(self._reader.decode(row)):
+            if isinstance(data, bytes) and nearly_constant(self._reader.decode(row, data)):
                 self._found.append(row)
         except CorruptImage:
             pass  # since it was loaded

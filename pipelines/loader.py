@@ -79,7 +79,7 @@ def open_loader(
         cache=cache,
     )
     # A batch on a GPU is not looked at: that would make its step wait.
-    watch = ContrastWatch(manifest, augmentation) if training and device.type == "cpu" else None
+    watch = ContrastWatch(manifest, augmentation, cache) if training and device.type == "cpu" else None
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
         return _OneAhead(HostLoader(job), Handover(device), watch)
