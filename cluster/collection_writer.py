@@ -188,7 +188,7 @@ def without(collection: Collection, rows: NDArray[np.int64]) -> list[BlockEntry]
 def runs_to_merge(
     blocks: Sequence[BlockEntry], block_rows: int, *, everything: bool = False
 ) -> list[tuple[int, int]]:
-    """Which runs of neighboring blocks to write anew, as half-open ranges of their numbers.
+    """Which runs of neighboring blocks to rewrite, as half-open ranges of their numbers.
 
     By default those of which a quarter or more was removed, and small ones once there are many: over many changes a row
     is then copied a few times, however many rows there are.
@@ -219,7 +219,7 @@ def merged(
     block_rows: int,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> list[BlockEntry]:
-    """The blocks of a collection with some runs of them written anew, without removed rows and in full blocks.
+    """The blocks of a collection with some runs of them rewritten, without removed rows and in full blocks.
 
     Args:
         collection: What is there.

@@ -37,8 +37,8 @@ class WorkerGroup:
         return sum(min(slots, 1) if self.strategy == "STRICT_SPREAD" else slots for slots in per_node)
 
     def __str__(self) -> str:
-        size = f"{self.cpus:g} CPUs" + (f" and {self.gpus} GPU" if self.gpus else "")
-        return f"{self.num_workers} workers of {size} each ({self.strategy})"
+        size = f"{self.cpus:g} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus} GPU" if self.gpus else "")
+        return f"{self.num_workers} worker{'s' * (self.num_workers != 1)} of {size} each ({self.strategy})"
 
 
 def choose_group(
@@ -106,7 +106,8 @@ def describe(nodes: Sequence[Node]) -> str:
 def amounts(node: Node) -> str:
     """Return the CPUs and GPUs of a node in words: `16 CPUs and 2 GPUs`."""
     gpus = node.get("GPU", 0.0)
-    return f"{node.get('CPU', 0.0):g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    cpus = node.get("CPU", 0.0)
+    return f"{cpus:g} CPU{'s' * (cpus != 1)}" + (f" and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "")
 
 
 def _total(nodes: Sequence[Node], resource: str) -> int:

@@ -135,7 +135,7 @@ def _add(url: str, index: Collection | None, config: EmbedConfig) -> Collection:
     changed = _commit(url, index, [*kept, *entries], attributes, files)
     added = sum(entry.num_rows for entry in entries) - len(plan.replaced)
     print(
-        f"{added:,} images added, {len(plan.replaced):,} embedded anew, {plan.present:,} were there, "
+        f"{added:,} images added, {len(plan.replaced):,} embedded again, {plan.present:,} were there, "
         f"{len(skipped):,} cannot be decoded"
     )
     return changed

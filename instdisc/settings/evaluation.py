@@ -211,7 +211,7 @@ class SearchConfig(Ranged):
     k: Count = 10
     """Nearest rows for each image."""
     readout: Readout = "plain"
-    """`whitened` compares in a space whose directions all count alike; for that all training images are embedded anew,
+    """`whitened` compares in a space whose directions all count alike; for that all training images are embedded again,
     unless there is an index. `readout` in the run's summary.json names the better one."""
     output: Path = Path("search.png")
     """The drawing: a line for each image, with its nearest rows to the right."""

@@ -176,7 +176,7 @@ def test_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert refused(LaunchConfig(num_workers=3)) == (
-        "asked for 3 workers of 1 CPUs each (PACK), but the cluster has room for 2: 1 node with 2 CPUs; "
+        "asked for 3 workers of 1 CPU each (PACK), but the cluster has room for 2: 1 node with 2 CPUs; "
         "ask for --num-workers 2 or fewer, or for less with --cpus-per-worker"
     )
     assert "lower --cpus-per-worker" in refused(LaunchConfig(cpus_per_worker=3))
@@ -209,7 +209,7 @@ def test_wait_for_busy_resources_is_bounded(tmp_path: Path, caplog: pytest.LogCa
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
         assert placement_group([{"CPU": 2}]).wait(60)
-        with pytest.raises(ClusterError, match=r"waited 2 s for 1 workers .* free are 0 CPUs"):
+        with pytest.raises(ClusterError, match=r"waited 2 s for 1 worker .* free are 0 CPUs"):
             launch(describe_worker, 1.0, LaunchConfig(num_workers=1, wait_s=2), name="test", storage=tmp_path)
         assert ray.is_initialized()  # whoever connected shall disconnect
 

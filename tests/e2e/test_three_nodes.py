@@ -38,7 +38,7 @@ def ended_on_one_node(run: Path, program: subprocess.Popen[str]) -> dict[str, An
     said, _ = program.communicate(timeout=300)
     assert program.returncode == 0, said
     assert "restart 1 of 3" in said
-    assert "starting 1 workers of 1 CPUs each (STRICT_SPREAD)" in said
+    assert "starting 1 worker of 1 CPU each (STRICT_SPREAD)" in said
     assert "resuming from the snapshot of step" in said
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (39, 1)

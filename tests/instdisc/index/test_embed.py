@@ -96,7 +96,7 @@ def test_the_images_of_an_index_are_those_of_its_manifest(
 
 
 def test_other_images_and_then_more(embed: Embed, opened: Opened, trained: Path, images: Path) -> None:
-    """New ones become rows, of new classes too; those that changed are embedded anew; the rest stays."""
+    """New ones become rows, of new classes too; those that changed are embedded again; the rest stays."""
     done(embed(trained, "--data.path", images), "30 images added")
     before = opened()
     solid(images / "more", {"grey": (120, 120, 120)}, 2)
@@ -104,7 +104,7 @@ def test_other_images_and_then_more(embed: Embed, opened: Opened, trained: Path,
     (images / "more").rmdir()
     Image.new("RGB", (32, 32), "white").save(images / "red" / "3.png")
     refused(embed(trained, "--data.path", images), "lacks 3 of these 32 images: say --append")
-    done(embed("--append", "--data.path", images), "2 images added, 1 embedded anew, 29 were there")
+    done(embed("--append", "--data.path", images), "2 images added, 1 embedded again, 29 were there")
     index = opened()
     keys = index.read("keys").tolist()
     assert keys == [
@@ -132,13 +132,13 @@ def test_a_name_that_means_another_image_is_told_apart(
         picture(5).save(other / name)
     shutil.copy(images / "red" / "1.png", other / "1.png")
     embed(trained, "--data.path", images)
-    done(embed("--append", "--data.path", other.parent), "2 images added, 0 embedded anew, 1 were there")
+    done(embed("--append", "--data.path", other.parent), "2 images added, 0 embedded again, 1 were there")
     assert opened().read("keys").tolist()[30:] == [f"{other}/0.png", "red/same.png"]
     # The two loaders resize to the same pixels up to rounding.
     assert opened().read("embeddings") == pytest.approx(vectors_of(trained, opened()), abs=1e-3)
     done(embed("--append", "--data.path", other.parent), "nothing to embed")
     picture(6).save(other / "0.png")
-    done(embed("--append", "--data.path", other.parent), "0 images added, 1 embedded anew, 2 were there")
+    done(embed("--append", "--data.path", other.parent), "0 images added, 1 embedded again, 2 were there")
 
 
 def test_images_are_removed_by_key_pattern_and_file(
@@ -170,7 +170,7 @@ def test_names_to_remove_that_are_unknown_are_printed(embed: Embed, opened: Open
 def test_removed_images_come_back(embed: Embed, opened: Opened, trained: Path, images: Path) -> None:
     embed(trained, "--data.path", images)
     embed("--remove", "red/*")
-    done(embed("--append", "--data.path", images), "10 images added, 0 embedded anew, 20 were there")
+    done(embed("--append", "--data.path", images), "10 images added, 0 embedded again, 20 were there")
     assert sorted(opened().read("keys")) == sorted(Manifest.load(trained / "manifest").keys)
     embed("--remove", "*")
     done(embed("--append", "--data.path", images), "30 images added")
