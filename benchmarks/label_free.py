@@ -78,6 +78,8 @@ def measured(name: str, seed: int, epochs: int, run_dir: Path) -> list[dict[str,
     options = [*RUNS[name], *COMMON, "--training.epochs", str(epochs), "--training.seed", str(seed)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         status = train([*options, "--run-dir", str(run_dir), "--overwrite"])
+    if status == 130:
+        raise KeyboardInterrupt
     lines = read_lines(run_dir / "metrics.jsonl")
     accuracy = {line["epoch"]: line["knn_top1_recomputed"] for line in lines if line["kind"] == "knn"}
     accuracy[0] = next(line["untrained"] for line in lines if line["kind"] == "baselines")

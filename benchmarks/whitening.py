@@ -18,11 +18,12 @@ import torch
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.evaluation.context import Evaluation
 from instdisc.model import whitening
+from instdisc.model.label_free import raw_pixels
 from instdisc.model.voters import Voters
 from instdisc.model.votes import Accuracy, count_hits, shard_top_k
 from instdisc.settings.evaluation import EvaluationConfig
 from instdisc.train import main as train
-from instdisc.training.monitor import coarse_pixels, raw_pixels
+from instdisc.training.monitor import coarse_pixels
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Tables = tuple[torch.Tensor, torch.Tensor]

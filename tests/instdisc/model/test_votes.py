@@ -13,11 +13,12 @@ from cluster.exchange import Exchange
 from cluster.group import Worker
 from cluster.partition import Partition
 from instdisc.model.bank import random_unit_rows
+from instdisc.model.label_free import raw_pixels
 from instdisc.model.voters import choose_voters
 from instdisc.model.votes import Accuracy, count_hits, ranks_of, shard_top_k, weighted_votes
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import DataConfig, KnnMonitorConfig, RunConfig, TrainingConfig
-from instdisc.training.monitor import KnnMonitor, Measured, Queries, knn_accuracy, raw_pixels
+from instdisc.training.monitor import KnnMonitor, Measured, Queries, knn_accuracy
 from instdisc.training.trainer import Trainer
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
