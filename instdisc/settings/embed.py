@@ -39,7 +39,7 @@ class EmbedConfig(Ranged):
     """The index: a directory, or a URL that fsspec opens."""
     data: IndexedDataConfig = field(default_factory=IndexedDataConfig)
     append: bool = False
-    """Add images to the index, and embed those again that changed since they were added; all others stay as they are."""
+    """Add images to the index; those that changed since they were added are embedded again, the others stay."""
     remove: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY [KEY ...]")] = ()
     """Remove images: keys as the index has them, patterns such as 'cat/*', or @FILE with one of either per line. Keys
     that are unknown are printed."""
