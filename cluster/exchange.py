@@ -51,19 +51,19 @@ class Exchange:
         self.world_size = world_size
         self.sent_bytes = 0
 
-    def announce(self, ids: Tensor, *, flag: bool) -> Announcement:
-        """Begin to tell all ranks the ids of this rank's batch, and whether it raises a flag.
+    def announce(self, ids: Tensor, *, flag: int) -> Announcement:
+        """Begin to tell all ranks the ids of this rank's batch, and a flag.
 
         Both are known to the host, and what follows from them is host's work: they travel between the hosts (by gloo,
         whatever device the group is for) while the devices compute.
 
         Args:
             ids: int64 (B,) on the CPU; B the same on every rank.
-            flag: Anything that concerns all ranks as soon as it does one.
+            flag: Anything that concerns all ranks as soon as it does one; 0 for nothing, the largest counts.
 
         Collectives: one all-gather on the CPU, which `Announcement` waits for; every rank must call.
         """
-        mine = torch.cat([ids, torch.tensor([int(flag)])])
+        mine = torch.cat([ids, torch.tensor([flag])])
         if self.world_size == 1:
             return Announcement(mine[None], None)
         everything = mine.new_empty(self.world_size, len(mine))
@@ -224,9 +224,9 @@ class Announcement:
         return self._arrived()[:, :-1]
 
     @property
-    def flag(self) -> bool:
-        """Whether any rank raised its flag."""
-        return bool(self._arrived()[:, -1].any())
+    def flag(self) -> int:
+        """The largest flag of all ranks."""
+        return int(self._arrived()[:, -1].max())
 
     def _arrived(self) -> Tensor:
         if self._work is not None:

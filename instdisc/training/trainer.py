@@ -107,17 +107,16 @@ class Trainer:
         # Tables that an objective keeps beside the bank begin as the bank does.
         self.objective = build_objective(self.config.objective, self.partition.num_rows, self.bank)
 
-    def announce(self, instance_ids_B: Tensor, *, stop: bool = False) -> Announcement:
+    def announce(self, instance_ids_B: Tensor, *, flag: int = 0) -> Announcement:
         """Begin to tell all ranks which images this rank's next batch has, while the devices are still busy.
 
         Args:
             instance_ids_B: int64 (B,) on the CPU, -1 for an image that could not be decoded; it gets no weight.
-            stop: This rank asks all to stop after the step with this batch, which the announcement's `flag` then says
-                on all of them.
+            flag: Something that all ranks are to know: the announcement's `flag` is the largest of all ranks.
 
         Collectives: one all-gather between the hosts; every rank must call.
         """
-        return self.exchange.announce(instance_ids_B, flag=stop)
+        return self.exchange.announce(instance_ids_B, flag=flag)
 
     def step(
         self, images_VBCHW: Tensor, announced: Announcement, learning_rate: float, *, frozen: bool = False

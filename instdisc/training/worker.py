@@ -8,6 +8,8 @@ import math
 import time
 from typing import Any
 
+import torch
+
 from cluster.errors import SnapshotError, SnapshotWriteError
 from cluster.exchange import Announcement
 from cluster.group import Worker
@@ -27,12 +29,16 @@ from instdisc.training.optim import learning_rate
 from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
 from instdisc.training.trainer import Trainer
+from pipelines.errors import DataError
 from pipelines.loader import Batch, Loader, open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Order
 from pipelines.places import Place
 
 logger = logging.getLogger(__name__)
+
+_STOP, _NO_BATCH = 1, 2  # what ranks tell each other: stop after this step, or before it
+_UNREADABLE = "images that could not be read"
 
 Job = tuple[str, RunConfig, RunDirectory]
 """Name of the recipe, settings, and the run directory, in which a new run is prepared."""
@@ -118,6 +124,7 @@ class TrainingRun:
         self.corrupt: set[Place] = set()
         self.records = Records(self.trainer, run, metrics, self.total_steps)
         self._warned_of_slow_snapshots = False
+        self._failure: DataError | None = None
         rows = self.trainer.bank.rows
         metrics.set(
             world_size=worker.world_size,
@@ -171,6 +178,12 @@ class TrainingRun:
         self._tell_stopping(reason)
         if self.trainer.steps:
             self._save_now()
+        if reason == _UNREADABLE:
+            self.trainer.exchange.barrier()  # the others are ended once a rank has failed, so all save first
+        if self._failure is not None:
+            raise DataError(
+                f"{self._failure}; what was done is saved, and the same command resumes from step {self.trainer.steps}"
+            )
         if reason is None:
             try:
                 measured = self._measure(self.config.training.epochs)
@@ -256,6 +269,10 @@ class TrainingRun:
             due = False  # a snapshot, which waits for the one before it
             batch, announced = self._next(loader)
             while True:
+                if batch is None or announced.flag == _NO_BATCH:
+                    self.trainer.wait()
+                    self._read(leave=0)
+                    return _UNREADABLE
                 self._launch(batch, announced)
                 done = self.trainer.steps
                 last = done == self.total_steps or announced.flag
@@ -275,12 +292,20 @@ class TrainingRun:
                 batch, announced = self._next(loader)
                 self._read(leave=1)  # while the device works on the step after it
 
-    def _next(self, loader: Loader) -> tuple[Batch, Announcement]:
-        """The next batch, announced to all ranks, with the question whether to stop after its step."""
-        with self.clock.waiting():
-            batch = next(loader)
+    def _next(self, loader: Loader) -> tuple[Batch | None, Announcement]:
+        """The next batch, announced to all ranks, with the question whether to stop after its step.
+
+        None if this rank has none, as its images cannot be read: then all ranks save what was done before.
+        """
+        try:
+            with self.clock.waiting():
+                batch = next(loader)
+        except DataError as error:
+            self._failure = error
+            nothing = torch.full((self.trainer.local_batch,), -1)
+            return None, self.trainer.announce(nothing, flag=_NO_BATCH)
         self._reason = self.worker.stop_requested() if self.worker.is_rank_zero else None
-        return batch, self.trainer.announce(batch.instance_ids, stop=self._reason is not None)
+        return batch, self.trainer.announce(batch.instance_ids, flag=_STOP if self._reason else 0)
 
     def _launch(self, batch: Batch, announced: Announcement) -> None:
         optimizer, epoch = self.config.optimizer, self.trainer.steps / self.order.steps_per_epoch

@@ -23,7 +23,8 @@ from instdisc.train import parse
 from instdisc.training.worker import Job, train_on_worker
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
-from tests.instdisc.program import SMALL, write_pictures
+from pipelines.errors import DataError
+from tests.instdisc.program import SMALL, bank_of, write_pictures
 from tests.ray_cluster import free_port, wait_until
 
 
@@ -33,8 +34,8 @@ def job(tmp_path: Path) -> Job:
     return prepare(tmp_path, classes=0)
 
 
-def prepare(tmp_path: Path, classes: int) -> Job:
-    images = write_pictures(tmp_path / "images", 40, classes)
+def prepare(tmp_path: Path, classes: int, *more: str, count: int = 40) -> Job:
+    images = write_pictures(tmp_path / "images", count, classes)
     options = [
         *SMALL,
         "--data.path",
@@ -43,6 +44,7 @@ def prepare(tmp_path: Path, classes: int) -> Job:
         "None",
         "--metrics.port",
         str(free_port()),
+        *more,
     ]
     recipe, config = parse(["sample", *options])
     run = RunDirectory(tmp_path / "run")
@@ -161,3 +163,26 @@ def test_that_the_last_snapshot_failed_is_read_before_the_end(job: Job) -> None:
         ended.set()
         reader.join()
     assert seen[-1] == 1
+
+
+def test_images_that_cannot_be_read_any_more_cost_nothing_that_was_done(tmp_path: Path) -> None:
+    """As when their storage goes away: the state is saved, and the run ends as if it had not been interrupted."""
+    once = ["--training.epochs", "1"]  # of 30 steps, more than are loaded ahead; files once opened remain so
+    whole = prepare(tmp_path / "whole", 0, *once, count=240)
+    train_on_worker(worker(0, lambda: None), whole)
+    job = prepare(tmp_path, 0, *once, count=240)
+    run, images, away = job[2], tmp_path / "images", tmp_path / "away"
+
+    def unmount() -> None:
+        if not away.exists() and any(row["kind"] == "train" for row in read_lines(run.journal)):
+            images.rename(away)
+
+    with pytest.raises(DataError, match=r"images.*what was done is saved, and the same command") as ended:
+        train_on_worker(worker(0, unmount), job)
+    saved = newest_step(run.snapshots)
+    assert saved is not None
+    assert 1 <= saved < 30
+    assert str(ended.value).endswith(f"step {saved}")
+    away.rename(images)
+    assert not isinstance(train_on_worker(worker(0, lambda: None), job), Stopped)
+    assert (bank_of(run.path) == bank_of(whole[2].path)).all()
