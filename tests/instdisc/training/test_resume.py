@@ -63,7 +63,7 @@ class StopAfter:
         self.steps, self.asked = steps, 0
 
     def __call__(self) -> str | None:
-        if inspect.stack()[2].function == "_until_stopped":
+        if inspect.stack()[2].function == "until_stopped":
             return None
         self.asked += 1
         return "the test" if self.asked >= self.steps else None
