@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import pytest
 import s3fs
 
+from tests.ray_cluster import free_port
+
 
 @contextmanager
 def s3_server() -> Iterator[str]:
     """An S3 server on a free port of the loopback; its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:

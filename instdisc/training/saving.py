@@ -63,7 +63,7 @@ class RunSnapshots:
         config: Settings.
         url: Directory of the snapshots.
         run_id: Tells this run from others with the same settings.
-        best: Which of some steps to keep besides the newest.
+        best: Which of some steps to keep besides the newest; by default none.
 
     Collectives: one all-reduce; every rank must call.
     """
@@ -75,7 +75,7 @@ class RunSnapshots:
         config: RunConfig,
         url: str | Path,
         run_id: str | None,
-        best: Callable[[Sequence[int]], int | None],
+        best: Callable[[Sequence[int]], int | None] = lambda steps: None,
     ) -> None:
         self._trainer, self._manifest, self._config, self._url = trainer, manifest, config, url
         self._run_id = run_id

@@ -63,8 +63,8 @@ def snapshot_content(run: RunDirectory) -> dict[str, Any]:
 
 
 def measured(run: RunDirectory) -> list[dict[str, Any]]:
-    """The lines of the metrics file without times and messages."""
-    timings = ("images_per_second", "loader_wait_fraction")
+    """The lines of the metrics file without times, messages and what is compared with the measurement before."""
+    timings = ("images_per_second", "loader_wait_fraction", "train_seconds", "neighbors_changed")
     rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
     return [
         {name: value for name, value in row.items() if name not in timings}

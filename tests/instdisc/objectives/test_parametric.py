@@ -18,10 +18,10 @@ def two_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     result, objective, bank = step(rank, world_size, config, kind, num_instances, DIM)
     _, ids = batch(kind, num_instances, DIM)
-    objective.update(RATE, len(ids))
+    objective.update(RATE, len(ids), torch.tensor(True))
     weights = objective.tables()["weights"].clone()
     # The momentum goes on without a gradient.
-    objective.update(RATE, len(ids))
+    objective.update(RATE, len(ids), torch.tensor(True))
     assert torch.equal(bank.rows, rows_like(kind, num_instances, DIM)[bank.start : bank.stop])
     return result.loss_Q, result.gradient_QD, torch.stack([weights, objective.tables()["weights"]])
 
