@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import s3fs
 
-from tests.ray_cluster import free_port
+# Takes a port that is free at that moment, says which, and serves until its input ends.
+_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
 
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """An S3 server on a free port of the loopback; its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    """An S3 server on a port of the loopback that it chose itself; its URL."""
+    command = [sys.executable, "-c", _SERVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    break
-                except OSError:
-                    assert server.poll() is None
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            assert url, "the server ended before it served"
+            yield url
         finally:
             server.terminate()
 
