@@ -308,10 +308,10 @@ def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:
         while True:
             step = max(committed_steps(storage), default=None)
             if step is None:
-                if "://" not in storage.url and not Path(storage.url).exists():
-                    raise SnapshotError(f"{url}: no committed snapshot: the directory does not exist")
+                is_there = "://" in storage.url or Path(storage.url).exists()
                 raise SnapshotError(
-                    f"{url}: no committed snapshot; give the directory that holds the step-… folders of a run"
+                    f"{url}: no committed snapshot{'' if is_there else ', for it does not exist'}; give the directory "
+                    "of a run, or the one that holds its step-… folders"
                 )
             try:
                 return _open(storage.below(step_folder(step)), check_sizes)

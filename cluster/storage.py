@@ -74,7 +74,7 @@ class Storage:
         """Whether there is such a file or folder. Raises if that cannot be determined, unlike fsspec's own."""
         try:
             self._system.info(self._path(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 

@@ -37,8 +37,12 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
 """Exit status by class of error, the first match counts: 2 for what the user can fix, 1 for the cluster or a disk."""
 
 
-class _JoinedHelp:
-    """A rule for tyro: its own, but the help of a field is one line, which tyro then wraps.
+class _RefusedError(Exception):
+    """What a class of settings says of its values: no ValueError, which tyro would report in words of its own."""
+
+
+class _OurStructs:
+    """A rule for tyro: its own, but the help of a field is one line, and errors of settings are passed on.
 
     By itself tyro keeps the line breaks of docstrings below fields, as their lines are indented.
     """
@@ -56,7 +60,16 @@ class _JoinedHelp:
             self._asking = False
         if not isinstance(spec, StructConstructorSpec):
             return None
-        return dataclasses.replace(spec, fields=tuple(map(self._joined, spec.fields)))
+
+        def instantiate(*values: Any, **named: Any) -> Any:
+            try:
+                return spec.instantiate(*values, **named)
+            except ValueError as error:
+                raise _RefusedError(str(error)) from error
+
+        return dataclasses.replace(
+            spec, fields=tuple(map(self._joined, spec.fields)), instantiate=instantiate
+        )
 
     @staticmethod
     def _joined(field: StructFieldSpec) -> StructFieldSpec:
@@ -84,7 +97,7 @@ def read_options(
         SystemExit: Help was asked for (status 0); an unknown option or a value of the wrong kind (status 2).
     """
     registry = ConstructorRegistry()
-    registry.struct_rule(_JoinedHelp())
+    registry.struct_rule(_OurStructs())
     try:
         values: T = tyro.cli(
             settings,
@@ -94,10 +107,19 @@ def read_options(
             registry=registry,
             **options,
         )
-    except ValueError as error:
-        # tyro itself reports those of groups of options, but not those of options without a group.
-        raise ConfigError(str(error)) from error
+    except _RefusedError as error:
+        raise ConfigError(_with_flag(str(error), arguments)) from error
     return values
+
+
+def _with_flag(message: str, arguments: Sequence[str]) -> str:
+    """A message that begins with the name of a field, with the option that was typed for it instead."""
+    name, _, rest = message.partition(" ")
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.lstrip("-").rpartition(".")[2].replace("-", "_") == name:
+            return f"{flag} {rest}"
+    return message
 
 
 def run(

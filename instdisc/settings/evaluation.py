@@ -222,4 +222,4 @@ class SearchConfig(Ranged):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.images:
-            raise ValueError("images is (), expected one or more: name an image to search for")
+            raise ValueError("got no images, expected one or more: name an image to search for")

@@ -60,10 +60,12 @@ def test_unknown_recipe_option_backbone_and_values(run: Run, tmp_path: Path) -> 
     refused(run(images, "--no-such-option", "1"), "no-such-option")
     refused(run(images, "--backbone.name", "resnet19"), "resnet19", "did you mean", "resnet18")
     refused(run(images, "--backbone.name", "vit_b_16"), "32 pixels")
-    refused(run(images, "--objective.temperature", "0"), "temperature")
-    refused(run(images, "--bank.momentum", "1.5"), "momentum")
-    refused(run(images, "--training.epochs", "0"), "epochs")
-    refused(run(images, "--augmentation.crop-scale", "0", "1"), "crop_scale")
+    refused(run(images, "--objective.temperature", "0"), "error: --objective.temperature is 0.0, expected")
+    refused(run(images, "--bank.momentum", "1.5"), "error: --bank.momentum is 1.5, expected")
+    refused(run(images, "--training.epochs", "0"), "error: --training.epochs is 0, expected at least 1")
+    refused(
+        run(images, "--augmentation.crop-scale", "0", "1"), "error: --augmentation.crop-scale is (0.0, 1.0)"
+    )
 
 
 def test_a_recipes_test_images_are_for_its_training_images() -> None:
