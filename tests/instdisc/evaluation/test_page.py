@@ -129,7 +129,7 @@ def test_text_is_escaped() -> None:
             {"edges": [-1, 0, 1], "pairs": {name: {"counts": [1, 3], "mean": 0.2}}}
         ),
         tables=[page.Table(name, (name,), [(name,)], name)],
-        galleries=[(name, [Example(query=picture, neighbors=(picture,))])],
+        galleries=[(name, name, [Example(query=picture, neighbors=(picture,))])],
         footer=name,
     )
     text = page.render(contents)
