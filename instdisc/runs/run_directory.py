@@ -45,6 +45,7 @@ class RunDirectory:
     config.json           the configuration
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
+    images.json           by what a resumed run tells that neither has changed
     init.safetensors      the weights that the network began with, if any were given
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may be listed more than once
@@ -67,6 +68,7 @@ class RunDirectory:
         self.path = path.absolute()
         self.manifest = self.path / "manifest"
         self.test_manifest = self.path / "test_manifest"
+        self.images = self.path / "images.json"
         self.init_weights = self.path / "init.safetensors"
         self.journal = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
@@ -153,6 +155,7 @@ class RunDirectory:
         return [
             self.manifest,
             self.test_manifest,
+            self.images,
             self.init_weights,
             self.journal,
             self.corrupt_images,
@@ -263,6 +266,20 @@ class RunDirectory:
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
         return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
+
+    def unchanged_images(self, witness: str) -> tuple[Manifest, Manifest | None] | None:
+        """The training and the test images, if they have not changed since the witness of them was stored."""
+        try:
+            if json.loads(self.images.read_text()) != {"witness": witness}:
+                return None
+            test = Manifest.load(self.test_manifest) if self.test_manifest.exists() else None
+            return Manifest.load(self.manifest), test
+        except (OSError, ValueError):  # of a version that stored none, or damaged: they are listed again
+            return None
+
+    def store_witness(self, witness: str) -> None:
+        """Note what changes when the images or the settings that choose them do."""
+        write_json(self.images, {"witness": witness})
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""

@@ -33,6 +33,7 @@ _ADDED: dict[int, dict[str, Any]] = {
         "data.label_key": None,
         "data.cache": None,
         "data.cache_bytes": 100_000_000_000,
+        "data.rescan": False,
         "knn.max_rows": 0,
         "snapshots.keep_best": None,
         "init": {},
