@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,22 +288,12 @@ def _needed(collection: Collection) -> set[str]:
     return names | {str(piece[0]) for piece in collection.document["files"].values()}
 
 
-def _blocks(storage: Storage) -> set[str]:
-    return {f"{BLOCKS}/{name}" for name in storage.below(BLOCKS).folders()}
-
-
 def _delete_unneeded(storage: Storage, after: Collection, retired_before: set[str]) -> None:
     """Delete what the state before the last one needed, and what interrupted changes left of no use to anybody."""
     kept = _needed(after) | set(after.document["retired"])
-    there = _blocks(storage)
+    there = {f"{BLOCKS}/{name}" for name in storage.below(BLOCKS).folders()}
     gone = {name for name in there if name.startswith(f"{BLOCKS}/{_MERGED}")} | (there & retired_before)
     for folder in (REMOVED, FILES):
         gone |= {f"{folder}/{name}" for name in storage.below(folder).sizes()}
     for name in sorted(gone - kept):
         storage.remove(name)
-
-
-def chunks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Rows start … stop - 1 of each block."""
-    for start in range(0, num_rows, block_rows):
-        yield start, min(num_rows, start + block_rows)

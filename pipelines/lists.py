@@ -21,29 +21,9 @@ LISTS = (".csv", ".tsv", ".txt")
 _DELIMITERS = (",", ";", "\t")
 # Names of columns, the likeliest first; compared in lower case, `_` for spaces and dashes.
 _PATHS = (
-    *(
-        "path",
-        "file_path",
-        "filepath",
-        "image_path",
-        "imagepath",
-        "img_path",
-        "file",
-        "filename",
-        "file_name",
-    ),
-    *(
-        "fname",
-        "image_file",
-        "image_filename",
-        "img_file",
-        "image",
-        "images",
-        "img",
-        "image_name",
-        "imagename",
-    ),
-    *("img_name", "name", "uri", "url", "image_id", "imageid", "img_id", "id"),
+    *("path", "file_path", "filepath", "image_path", "imagepath", "img_path", "file", "filename"),
+    *("file_name", "fname", "image_file", "image_filename", "img_file", "image", "images", "img"),
+    *("image_name", "imagename", "img_name", "name", "uri", "url", "image_id", "imageid", "img_id", "id"),
 )
 _LABELS = (
     *("label", "labels", "class", "class_name", "classname", "class_label", "label_name", "category"),

@@ -29,11 +29,11 @@ def open_loader(
     requests: Iterable[Request],
     *,
     augmentation: Augmentation,
-    training: bool,
-    views: int,
-    seed: int,
     device: torch.device,
     config: LoaderConfig,
+    training: bool = False,
+    views: int = 1,
+    seed: int = 0,
     on_corrupt: OnCorrupt | None = None,
     cache: CacheConfig | None = None,
 ) -> Loader:
@@ -44,11 +44,11 @@ def open_loader(
         requests: Which images to load, from `Order.requests` or any other source; may be endless, is consumed a
             few batches ahead. Batches may differ in size, but each that is larger than all before costs time.
         augmentation: Size, normalisation and, in training, the random variation of the images.
+        device: Where the images go; DALI also decodes there.
+        config: How they are produced.
         training: Random views if true, else the centre of each image.
         views: Views per image, V; 1 in evaluation.
         seed: Key of the random views.
-        device: Where the images go; DALI also decodes there.
-        config: How they are produced.
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
             loader, before the batch is returned; a warning is logged by default.
         cache: Where tars of object storage are kept on this node, if they are.

@@ -72,12 +72,7 @@ def _refuse_compressed(path: Place, start: bytes) -> None:
 
 
 def _members(
-    path: Place,
-    size: int,
-    file: IO[bytes],
-    position: int,
-    bar: Bar,
-    look: Callable[[Member], None],
+    path: Place, size: int, file: IO[bytes], position: int, bar: Bar, look: Callable[[Member], None]
 ) -> tuple[dict[str, Member], int]:
     """The members from a position up to an end mark, and where that is."""
     members: dict[str, Member] = {}

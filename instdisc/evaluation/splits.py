@@ -1,4 +1,4 @@
-"""Choices among labelled rows: a balanced share of every class, and some of the classes."""
+"""The same share of every class of labelled rows."""
 
 from __future__ import annotations
 
