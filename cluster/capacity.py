@@ -106,8 +106,8 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
             cpus = group.cpus
         elif config.autoscaling:
             raise ClusterError(
-                f"the cluster has {describe(nodes) or 'no nodes'} and will grow: say with --cpus-per-worker how many "
-                "CPUs each of the elastic workers gets"
+                f"the cluster has {describe(nodes) or 'no nodes'} and will grow: set "
+                "--cpus-per-worker, the CPUs that each of the elastic workers gets"
             )
     return dataclasses.replace(config, cpus_per_worker=cpus, gpus_per_worker=group.gpus)
 

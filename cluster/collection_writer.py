@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +151,9 @@ def commit(url: str, before: Collection | None, change: Change) -> Collection:
     storage = Storage(url)
     now = open_collection(url) if is_collection(url) else None
     if (now and now.identity) != (before and before.identity):
-        raise SnapshotWriteError(f"{url}: another process has changed it meanwhile: run the command again")
+        raise SnapshotWriteError(
+            f"{url}: another process has changed it in the meantime: run the command again"
+        )
     document = dict(preview(url, before, change).document)
     with writable(url):
         for name, data in change.files.items():
@@ -165,7 +167,9 @@ def commit(url: str, before: Collection | None, change: Change) -> Collection:
     try:
         _delete_unneeded(storage, committed, set(before.document["retired"]) if before else set())
     except Exception as failure:  # every file system that fsspec opens has errors of its own
-        logger.warning("%s: what is no longer needed stays: %s: %s", url, type(failure).__name__, failure)
+        logger.warning(
+            "%s: cannot delete what is no longer needed: %s: %s", url, type(failure).__name__, failure
+        )
     return committed
 
 
@@ -297,3 +301,9 @@ def _delete_unneeded(storage: Storage, after: Collection, retired_before: set[st
         gone |= {f"{folder}/{name}" for name in storage.below(folder).sizes()}
     for name in sorted(gone - kept):
         storage.remove(name)
+
+
+def chunks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """Rows start … stop - 1 of each block."""
+    for start in range(0, num_rows, block_rows):
+        yield start, min(num_rows, start + block_rows)

@@ -244,7 +244,7 @@ class SnapshotWriter:
             self._remove_old(save.step)
         except Exception as failure:
             logger.warning(
-                "%s: old snapshots stay: %s: %s", self._storage.url, type(failure).__name__, failure
+                "%s: cannot remove old snapshots: %s: %s", self._storage.url, type(failure).__name__, failure
             )
         return sum(size for size, _ in document["pieces"].values())
 

@@ -90,7 +90,7 @@ class StopSignals:
         ).start()
 
     def _wait(self, number: int, reason: str, ask: Callable[[str], None], answered: threading.Event) -> None:
-        warning = "%s: the workers save and stop, which may take %g s; a second signal kills them"
+        warning = "%s: the workers are saving and stopping, which may take %g s; a second signal kills them"
         logger.warning(warning, reason, self.grace_s)
         try:
             ask(reason)

@@ -227,7 +227,9 @@ def _text(path: Path) -> str:
         try:
             return content.decode("utf-16")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no UTF-16 text, as its first bytes say: save it as UTF-8") from error
+            raise DataError(
+                f"{path} is not UTF-16 text, although its first bytes say so: save it as UTF-8"
+            ) from error
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
         raise DataError(f"{path}, line {line}: holds a zero byte, expected a list of paths as UTF-8 text")

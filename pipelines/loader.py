@@ -36,6 +36,7 @@ def open_loader(
     seed: int = 0,
     on_corrupt: OnCorrupt | None = None,
     cache: CacheConfig | None = None,
+    watches_contrast: bool = True,
 ) -> Loader:
     """Open a loader over a stream of requests.
 
@@ -52,10 +53,10 @@ def open_loader(
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
             loader, before the batch is returned; a warning is logged by default.
         cache: Where tars of object storage are kept on this node, if they are.
+        watches_contrast: Whether, in training on the CPU, closing it warns of the images that are nearly constant.
 
     Returns:
-        An iterator over `Batch`, to be closed (it is a context manager). In training on the CPU it then warns once
-        of the images it loaded that are nearly constant. On a GPU batches are to be taken in the thread, and on the
+        An iterator over `Batch`, to be closed (it is a context manager). On a GPU batches are to be taken in the thread, and on the
         stream, that will use them: see `pipelines.handover`.
 
     Raises:
@@ -79,7 +80,8 @@ def open_loader(
         cache=cache,
     )
     # A batch on a GPU is not looked at: that would make its step wait.
-    watch = ContrastWatch(manifest, augmentation, cache) if training and device.type == "cpu" else None
+    watches_contrast = watches_contrast and training and device.type == "cpu"
+    watch = ContrastWatch(manifest, augmentation, cache) if watches_contrast else None
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
         return _OneAhead(HostLoader(job), Handover(device), watch)
@@ -129,4 +131,4 @@ class _OneAhead(Loader):
 
 
 def _warn(row: int, name: str, reason: str) -> None:
-    logger.warning("image %s (row %d) is left out: %s", name, row, reason)
+    logger.warning("skipping image %s (row %d): %s", name, row, reason)

@@ -53,7 +53,7 @@ def archives(
         if _block(file, end) == bytes(_BLOCK):
             yield members
         elif position > 0 and not members:
-            logger.warning("%s: the %d bytes after its end mark are no tar", path, size - position)
+            logger.warning("%s: the %d bytes after its end mark are not a tar archive", path, size - position)
             return
         else:  # tarfile takes any block that it cannot read for the end
             raise DataError(

@@ -215,7 +215,7 @@ def _compare_normalization(config: RunConfig, theirs: Normalization | None) -> N
         return
     (mean, std) = (" ".join(f"{value:g}" for value in values) for values in theirs)
     logger.warning(
-        "the weights were trained on images normalised otherwise: --augmentation.mean %s --augmentation.std %s "
-        "does as they expect",
+        "the weights were trained with another normalization of the images; to match it: --augmentation.mean %s "
+        "--augmentation.std %s",
         *(mean, std),
     )
