@@ -107,7 +107,7 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
         elif config.autoscaling:
             raise ClusterError(
                 f"the cluster has {describe(nodes) or 'no nodes'} and will grow: set "
-                "--cpus-per-worker, the CPUs that each of the elastic workers gets"
+                "--cpus-per-worker, how many CPUs each of the elastic workers gets"
             )
     return dataclasses.replace(config, cpus_per_worker=cpus, gpus_per_worker=group.gpus)
 

@@ -56,8 +56,8 @@ def open_loader(
         watches_contrast: Whether, in training on the CPU, closing it warns of the images that are nearly constant.
 
     Returns:
-        An iterator over `Batch`, to be closed (it is a context manager). On a GPU batches are to be taken in the thread, and on the
-        stream, that will use them: see `pipelines.handover`.
+        An iterator over `Batch`, to be closed (it is a context manager). On a GPU batches are to be taken in the
+        thread, and on the stream, that will use them: see `pipelines.handover`.
 
     Raises:
         DataError: If DALI is requested and not installed.

@@ -301,5 +301,6 @@ def _opened(scheme: str) -> Any:
         raise DataError(f"{scheme}:// URLs need {package}") from error
     except ValueError as error:
         raise DataError(
-            f"{scheme}:// is not a kind of URL that fsspec knows: {without_secrets(error)}; it knows s3, gs, az, https, …"
+            f"{scheme}:// is not a kind of URL that fsspec knows: {without_secrets(error)}; it knows s3, gs, az, "
+            "https, …"
         ) from error
