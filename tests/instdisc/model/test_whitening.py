@@ -72,7 +72,7 @@ def test_the_leading_directions_are_those_of_the_whole_decomposition(count: int)
     rows = stretched(count, 200).double()
     centred = rows - rows.mean(dim=0)
     covariance = centred.T @ centred / count
-    values, axes = _leading(covariance, count)
+    values, axes = whitening._leading(covariance, count)
     exact, all_axes = torch.linalg.eigh(covariance)
     expected = min(128, count - 1)
     assert len(values) == expected
