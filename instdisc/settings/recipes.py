@@ -20,6 +20,15 @@ from pipelines.augment import Augmentation
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
+_SAMPLE = RunConfig(
+    data=DataConfig(path="sample", test_path="sample:test"),
+    augmentation=Augmentation(image_size=32, training_size=24, hue=0.1, mean=_CIFAR_MEAN, std=_CIFAR_STD),
+    backbone=BackboneConfig(name="resnet8"),
+    objective=SpreadingConfig(key_gradient=True),
+    optimizer=OptimizerConfig(learning_rate=0.06, schedule="cosine", warmup_epochs=3, weight_decay=5e-4),
+    training=TrainingConfig(epochs=46, batch_size=128),
+    knn=KnnMonitorConfig(every=10),
+)
 _CIFAR10_NPID = RunConfig(
     data=DataConfig(path="cifar10", test_path="cifar10:test"),
     augmentation=Augmentation(image_size=32, flip_probability=0.0, mean=_CIFAR_MEAN, std=_CIFAR_STD),
@@ -46,19 +55,7 @@ RECIPES: dict[str, Recipe] = {
         "5,000 bundled CIFAR-10 images, ResNet-8, two views of every image told apart within the batch, at 24 pixels "
         "in training and 32 in evaluation: a few minutes on two cores. Settings of this project; the README has the "
         "accuracy, measured.",
-        RunConfig(
-            data=DataConfig(path="sample", test_path="sample:test"),
-            augmentation=Augmentation(
-                image_size=32, training_size=24, hue=0.1, mean=_CIFAR_MEAN, std=_CIFAR_STD
-            ),
-            backbone=BackboneConfig(name="resnet8"),
-            objective=SpreadingConfig(key_gradient=True),
-            optimizer=OptimizerConfig(
-                learning_rate=0.06, schedule="cosine", warmup_epochs=3, weight_decay=5e-4
-            ),
-            training=TrainingConfig(epochs=46, batch_size=128),
-            knn=KnnMonitorConfig(every=10),
-        ),
+        _SAMPLE,
     ),
     "cifar10-npid": Recipe(
         "CIFAR-10, ResNet-18, NCE with 4,096 negatives, 200 epochs. Temperature, bank momentum and the missing "
