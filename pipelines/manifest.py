@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.errors import DataError
-from pipelines.places import Place, place
+from pipelines.places import Place, below, place
 from pipelines.strings import StringTable, printable
 from pipelines.whole import written_whole
 
@@ -171,6 +171,11 @@ class Manifest:
             widths=np.where(swapped, given.heights, given.widths),
             upright=False,
         )
+
+    def file(self, row: int) -> Path | None:
+        """The local file that is the image of a row; None where it is a member of a tar or lies at a URL."""
+        path = below(self.root, self.sources[int(self.source_index[row])])
+        return path if isinstance(path, Path) and self._is_file(row) else None
 
     def _is_file(self, row: int) -> bool:
         return self.keys[row] == self.sources[int(self.source_index[row])]

@@ -70,9 +70,11 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[RayCluster]:
-    """A Ray head node with 2 CPUs, a dashboard and token authentication, shared by all tests of the session.
+    """A Ray head node with 2 CPUs, a dashboard and token authentication, shared by all tests of a file.
+
+    Not of the session: its log monitor alone, idle, takes a twentieth of a core.
 
     In the test process, or in one that it starts with `env=os.environ | ray_cluster.environment`, point Ray to it:
 

@@ -178,6 +178,7 @@ def test_the_programs_stand_apart() -> None:
     programs = {
         "compare.py",
         "embed.py",
+        "explore.py",
         "train.py",
         "evaluate.py",
         "search.py",

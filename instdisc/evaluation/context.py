@@ -30,6 +30,9 @@ from instdisc.model.voters import Voters, choose_voters
 from instdisc.model.whitening import Whitening
 from instdisc.settings.evaluation import EvaluationConfig, Readout
 from pipelines.manifest import Manifest
+from pipelines.scan import progress_bar
+
+_ROWS_AT_A_TIME = 65_536
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Evaluation:
         self.source = Source(config.source)
         self._open = contextlib.ExitStack()
         self._endpoint: Endpoint | None = None
+        self._others: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
         self._voters_found: dict[Readout, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
 
     def __enter__(self) -> Self:
@@ -190,6 +194,43 @@ class Evaluation:
     @cached_property
     def _all_recomputed(self) -> npt.NDArray[np.float32]:
         return self.compute(self.source.train)
+
+    @property
+    def compared_rows(self) -> RowSource:
+        """All rows, as they are stored or, with --recompute, as the network embeds the images now."""
+        if self.config.recompute:
+            return ArrayRows(self._all_recomputed)
+        return TableRows(self.source.snapshot, "embeddings")
+
+    def nearest_others(self, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The k most similar other rows of every row; what was found is kept, so that asking for fewer costs nothing.
+
+        Returns:
+            Scores float32 (N, at most k), largest first, and rows, int64; minus infinity and -1 where there are no
+            more, and throughout for an image that cannot be decoded.
+
+        Raises:
+            ConfigError: There is only one row.
+        """
+        rows = self.compared_rows
+        if rows.num_rows < 2:
+            raise ConfigError("there is only one image, which has no others to be compared with: embed more")
+        k = min(k, rows.num_rows - 1)
+        if self._others is None or self._others[0].shape[1] < k:
+            scores = np.full((rows.num_rows, k), -np.inf, np.float32)
+            found = np.full((rows.num_rows, k), -1, np.int64)
+            with (
+                TopK(rows, self.config.actors, self.metrics) as top_k,
+                progress_bar(True, rows.num_rows, " images compared") as bar,
+            ):
+                for start in range(0, rows.num_rows, _ROWS_AT_A_TIME):
+                    stop = min(start + _ROWS_AT_A_TIME, rows.num_rows)
+                    block = rows.read(start, stop).astype(np.float32, copy=False)
+                    own = start + np.flatnonzero(np.isfinite(block[:, 0]))
+                    scores[own], found[own] = top_k.search(block[own - start], k, excluded=own)
+                    bar.update(stop - start)
+            self._others = scores, found
+        return self._others[0][:, :k], self._others[1][:, :k]
 
     def search(
         self,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from pipelines.reader import ImageReader
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
+    from instdisc.evaluation.source import Source
 
 GONE = "not where it was"
 """Why there is no picture of an image that moved or was deleted."""
@@ -33,7 +35,9 @@ class Picture(NamedTuple):
     """`data:` URI; empty where the image cannot be decoded."""
     similarity: float | None = None
     agrees: bool | None = None
-    """Whether it is of the query's class; None for the query itself."""
+    """Whether it is of the query's class; None where that is not asked."""
+    link: str = ""
+    """`file:` URI of the whole image; empty where it is not a file of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Example:
 
     query: Picture
     neighbors: tuple[Picture, ...]
+    role: str = "query"
+    """What the query is, in a word."""
 
 
 class Thumbnails:
@@ -53,7 +59,7 @@ class Thumbnails:
     """
 
     def __init__(self, manifest: Manifest, side: int) -> None:
-        self._side = side
+        self._side, self._manifest = side, manifest
         self._reader = ImageReader(manifest)
 
     def __enter__(self) -> Thumbnails:
@@ -82,6 +88,11 @@ class Thumbnails:
         buffer = io.BytesIO()
         image.save(buffer, kind, optimize=True, quality=85)
         return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    def link(self, row: int) -> str:
+        """The whole image of a row as a `file:` URI, empty if it is not a file of its own."""
+        path = self._manifest.file(row)
+        return path.absolute().as_uri() if path is not None else ""
 
 
 def agreement(
@@ -112,7 +123,7 @@ def agreement(
 def best_and_worst(
     evaluation: Evaluation, *, count: int, neighbors: int, side: int, temperature: float
 ) -> tuple[list[Example], list[Example]]:
-    """The queries whose neighbors agree most and least with their class, the most extreme first.
+    """The queries whose neighbors agree most and least with their class, the most extreme of each class in turn.
 
     Args:
         evaluation: With queries that are images.
@@ -127,15 +138,19 @@ def best_and_worst(
     rows = np.where(voters >= 0, evaluation.voters.rows[voters], -1)
     labels = np.where(rows >= 0, bank_labels[rows], -1)
     agreements = agreement(scores, labels, queries.labels, temperature=temperature)
-    order = np.argsort(-agreements, kind="stable")
-    count = min(count, len(order) // 2 or 1)
+    count = min(count, len(agreements) // 2 or 1)
     with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.source.train, side) as stored:
 
         def example(query: int) -> Example:
             row = int(queries.rows[query])
             names, label = queries.manifest.class_names, int(queries.manifest.labels[row])  # type: ignore[union-attr]
             return Example(
-                query=Picture(queries.manifest.name(row), names[label], asked.uri(row)),  # type: ignore[union-attr]
+                query=Picture(
+                    queries.manifest.name(row),  # type: ignore[union-attr]
+                    names[label],
+                    asked.uri(row),
+                    link=asked.link(row),
+                ),
                 neighbors=tuple(
                     Picture(
                         evaluation.source.train.name(row),
@@ -143,12 +158,66 @@ def best_and_worst(
                         stored.uri(row),
                         float(score),
                         bool(bank_labels[row] == queries.labels[query]),
+                        stored.link(row),
                     )
                     for row, score in zip(rows[query].tolist(), scores[query], strict=True)
                     if row >= 0  # where fewer rows count, the last ones are none
                 ),
             )
 
-        best = [example(query) for query in order[:count].tolist()]
-        worst = [example(query) for query in order[::-1][:count].tolist()]
+        best = [example(query) for query in in_turn(-agreements, queries.labels)[:count].tolist()]
+        worst = [example(query) for query in in_turn(agreements, queries.labels)[:count].tolist()]
     return best, worst
+
+
+def in_turn(values: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Positions of the smallest value of every class, then of the second smallest of every class, and so on.
+
+    Args:
+        values: float64 (Q,).
+        labels: int64 (Q,).
+
+    Returns:
+        int64 (Q,).
+    """
+    order = np.lexsort((values, labels))
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-2))
+    place = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    return order[np.lexsort((values[order], place))]
+
+
+def found_examples(
+    source: Source, found: Sequence[Mapping[str, Any]], *, role: str, neighbors: int, side: int
+) -> list[Example]:
+    """What a protocol found, as pictures.
+
+    Args:
+        source: Where the images are.
+        found: Each with a `row` of the bank, its `others` and their `similarities`; negative others are none.
+        role: What the rows are, in a word.
+        neighbors: Others shown of each.
+        side: Of the pictures, in pixels.
+    """
+    shown = [
+        (each["row"], [other for other in each["others"] if other >= 0][:neighbors], each["similarities"])
+        for each in found
+    ]
+    rows = np.unique([row for row, others, _ in shown for row in (row, *others)]).astype(np.int64)
+    images = source.images(rows)
+    labels = [images.class_names[label] if label >= 0 else "" for label in images.labels.tolist()]
+    with Thumbnails(images, side) as stored:
+        pictures = {
+            row: Picture(images.name(place), labels[place], stored.uri(place), link=stored.link(place))
+            for place, row in enumerate(rows.tolist())
+        }
+    return [
+        Example(
+            query=pictures[row],
+            neighbors=tuple(
+                pictures[other]._replace(similarity=similarity)
+                for other, similarity in zip(others, similarities, strict=False)
+            ),
+            role=role,
+        )
+        for row, others, similarities in shown
+    ]

@@ -10,15 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from instdisc.common.files import read_lines, write_text
-from instdisc.evaluation.gallery import Example, best_and_worst
+from instdisc.evaluation.gallery import Example, best_and_worst, found_examples
 from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
-from instdisc.settings.evaluation import PageConfig
+from instdisc.settings.evaluation import PROTOCOL_NAMES, PageConfig
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
     from instdisc.evaluation.source import Source
 
-_RESULTS = ("knn", "linear", "finetune", "unseen", "statistics", "label-free")
+_RESULTS = tuple(name for name in PROTOCOL_NAMES if name != "page")
 _KNN_CURVES = {"knn_top1_recomputed": "recomputed embeddings", "knn_top1_bank": "memory bank"}
 _BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrained network"}
 
@@ -50,14 +50,15 @@ class Page:
     tiles: Sequence[tuple[str, str]]
     charts: Sequence[Chart]
     tables: Sequence[Table]
-    galleries: Sequence[tuple[str, Sequence[Example]]]
+    galleries: Sequence[tuple[str, str, Sequence[Example]]]
+    """Each with a title and a note."""
     footer: str
 
 
 def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     """Write `index.html` into the output directory.
 
-    Without labels there is no gallery.
+    Without labels no query is best or worst, and there is no gallery of those.
 
     Raises:
         ConfigError: Only a snapshot is at hand, which has neither images nor curves; an index has images.
@@ -65,7 +66,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     results, source = _read_results(evaluation), evaluation.source
     run = source.run if source.index is None else None
     metrics, summary = (read_lines(run.journal), run.read_summary() or {}) if run else ([], {})
-    galleries: list[tuple[str, Sequence[Example]]] = []
+    galleries = _explored(source, results, config)
     if (source.train.labels >= 0).any() and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
             evaluation,
@@ -74,7 +75,11 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
             side=config.thumbnail,
             temperature=config.temperature,
         )
-        galleries = [("Nearest rows of the best queries", best), ("Nearest rows of the worst queries", worst)]
+        galleries = [
+            ("Nearest rows of the best queries", "Of every class in turn.", best),
+            ("Nearest rows of the worst queries", "Of every class in turn.", worst),
+            *galleries,
+        ]
     html = render(
         Page(
             title=run.path.name if run else source.snapshot.url.rpartition("/")[2],
@@ -89,8 +94,47 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     )
     path = evaluation.output / "index.html"
     write_text(path, html)
-    pictures = sum(1 + len(example.neighbors) for _, examples in galleries for example in examples)
+    pictures = sum(1 + len(example.neighbors) for *_, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
+
+
+def _explored(
+    source: Source, results: Mapping[str, Any], config: PageConfig
+) -> list[tuple[str, str, Sequence[Example]]]:
+    """Galleries of what was found without queries."""
+    galleries: list[tuple[str, str, Sequence[Example]]] = []
+
+    def add(title: str, note: str, role: str, found: Sequence[Mapping[str, Any]]) -> None:
+        if found:
+            examples = found_examples(
+                source, found, role=role, neighbors=config.neighbors, side=config.thumbnail
+            )
+            galleries.append((title, note, examples))
+
+    if "duplicates" in results:
+        found = results["duplicates"]
+        note = (
+            f"{found['groups']:,} groups of images with a similarity of {found['threshold']:.3f} or more; "
+            f"{found['images'] - found['groups']:,} images could go. All are listed in duplicates.csv, the image to "
+            "keep first."
+        )
+        add("Near duplicates", note, "to keep", found["shown"][: config.examples])
+    if "strangers" in results:
+        found = results["strangers"]
+        note = f"Those least similar to their {found['neighbors']} nearest others; more of them in strangers.csv."
+        add("Strangers, with what is nearest", note, "stranger", found["shown"][: config.examples])
+    for found in list(results.get("clusters", {"clusters": {}})["clusters"].values())[:1]:
+        central = [
+            {
+                "row": rows[0]["row"],
+                "others": [each["row"] for each in rows[1:]],
+                "similarities": [each["similarity"] for each in rows[1:]],
+            }
+            for rows in found["central"]
+        ]
+        note = "The images nearest to the center of each, the largest cluster first; all are in clusters.csv."
+        add(f"{len(central)} clusters", note, "center", central)
+    return galleries
 
 
 def _subtitle(source: Source) -> str:
@@ -128,6 +172,8 @@ def tiles(results: Mapping[str, Any], embedding_dim: int) -> list[tuple[str, str
         found.append((f"linear probe on {best}, top-1", _percent(linear["stages"][best]["probe"]["top1"])))
     if "1" in (unseen := results.get("unseen", {"recall": {}}))["recall"]:
         found.append(("Recall@1, held-out classes", _percent(unseen["recall"]["1"])))
+    if duplicates := results.get("duplicates"):
+        found.append(("near duplicates that could go", f"{duplicates['images'] - duplicates['groups']:,}"))
     if statistics := results.get("statistics"):
         found.append((f"effective rank of {embedding_dim}", f"{statistics['effective_rank']:.1f}"))
         found.append(("alignment (lower is better)", f"{statistics['alignment']:.3f}"))
@@ -213,6 +259,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         "finetune": _finetune_table,
         "unseen": _unseen_table,
         "label-free": _label_free_table,
+        "clusters": _clusters_table,
     }
     return [maker(results[name]) for name, maker in makers.items() if name in results]
 
@@ -296,6 +343,21 @@ def _unseen_table(unseen: Mapping[str, Any]) -> Table:
         f"{unseen['images']:,} images of {len(unseen['classes'])} classes, {seen} of them seen in training."
     )
     return Table("Retrieval among held-out classes", columns, [row], note)
+
+
+def _clusters_table(found: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            f"{len(each['sizes'])}",
+            f"{each['sizes'][0]:,}",
+            f"{each['sizes'][-1]:,}",
+            f"{each['mean_similarity']:.2f}",
+            "–" if each["nmi"] is None else _percent(each["nmi"]),
+        )
+        for each in found["clusters"].values()
+    ]
+    columns = ("clusters", "largest", "smallest", "mean similarity", "NMI with the classes")
+    return Table("Clusters", columns, rows, "Spherical k-means; the similarity is that to the center.")
 
 
 def _percent(value: float, digits: int = 1) -> str:

@@ -6,7 +6,18 @@ import logging
 from typing import Any
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation import finetune, knn, label_free, linear, page, statistics, unseen
+from instdisc.evaluation import (
+    clusters,
+    duplicates,
+    finetune,
+    knn,
+    label_free,
+    linear,
+    page,
+    statistics,
+    strangers,
+    unseen,
+)
 from instdisc.evaluation.context import Evaluation, ProtocolFunction
 from instdisc.settings.evaluation import EvaluateConfig
 from pipelines.errors import DataError
@@ -20,6 +31,9 @@ PROTOCOLS: dict[str, ProtocolFunction] = {
     "unseen": unseen.run,
     "statistics": statistics.run,
     "label-free": label_free.run,
+    "duplicates": duplicates.run,
+    "strangers": strangers.run,
+    "clusters": clusters.run,
     "page": page.run,
 }
 """One for each of `instdisc.settings.evaluation.PROTOCOL_NAMES`. The field of `EvaluateConfig` of the same name, with _

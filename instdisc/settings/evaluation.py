@@ -16,7 +16,10 @@ from pipelines.settings import LoaderConfig
 Readout = Literal["plain", "whitened"]
 """How embeddings are compared: as they are, or whitened by the mean and covariance of the training images."""
 
-PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "label-free", "page")
+EXPLORED = ("duplicates", "strangers", "clusters")
+"""The protocols that tell what is in a collection; `instdisc.explore` runs them and the page."""
+
+PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "label-free", *EXPLORED, "page")
 """Run in this order, whatever the order they are asked for in: the page shows what the others found."""
 
 
@@ -151,6 +154,39 @@ class LabelFreeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DuplicatesConfig(Ranged):
+    """Images that are the same but for format, size, crop or color."""
+
+    threshold: Annotated[float | None, Range(above=-1, at_most=1, usual="0.8 to 0.98")] = None
+    """The cosine from which on two images are taken for one. By default the one that tells slightly varied copies of up
+    to 2,048 images best from their nearest other images."""
+    neighbors: Count = 10
+    """Nearest other images of each that are compared with it."""
+    seed: int = 0
+    """Seed of the copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrangersConfig(Ranged):
+    """Images that are far from all others."""
+
+    neighbors: Count = 10
+    """Nearest other images whose mean distance counts."""
+    count: Count = 1_000
+    """Images listed, the strangest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustersConfig(Ranged):
+    """Clusters by spherical k-means."""
+
+    counts: Annotated[tuple[int, ...], Range(at_least=2)] = (10, 30, 100)
+    """Numbers of clusters, each by itself; those with fewer than four images per cluster are skipped."""
+    seed: int = 0
+    """Seed of the first centers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PageConfig(Ranged):
     """The page, made of the results of all protocols that lie in the output directory."""
 
@@ -177,6 +213,9 @@ class EvaluateConfig:
     unseen: UnseenConfig = field(default_factory=UnseenConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     label_free: LabelFreeConfig = field(default_factory=LabelFreeConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    strangers: StrangersConfig = field(default_factory=StrangersConfig)
+    clusters: ClustersConfig = field(default_factory=ClustersConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
     def __post_init__(self) -> None:

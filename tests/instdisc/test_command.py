@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError, WorkerLostError
 from cluster.stopping import RunStopped
-from instdisc import compare, embed, evaluate, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, train
 from instdisc.common import command
 from instdisc.common.errors import ConfigError, NonFiniteError
 from pipelines.errors import DataError
@@ -29,6 +29,7 @@ PROGRAMS: dict[str, tuple[Main, list[str]]] = {
     "compare": (compare.main, ["--report", "SOURCE"]),
     "train": (train.main, ["sample", "--num-workers", "0", "--data.path", "SOURCE"]),
     "embed": (embed.main, ["SOURCE", "--output", "index", "--num-actors", "0"]),
+    "explore": (explore.main, ["SOURCE", "--num-actors", "0"]),
     "evaluate": (evaluate.main, ["SOURCE", "--num-actors", "0"]),
     "search": (search.main, ["SOURCE", "IMAGE"]),
     "export": (export.main, ["SOURCE", "--format", "safetensors"]),

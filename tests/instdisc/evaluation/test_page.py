@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -61,12 +62,16 @@ def test_nothing_is_loaded_from_elsewhere(made: Path) -> None:
     parser.feed(text)
     links = [
         value
-        for _, attributes in parser.tags
+        for tag, attributes in parser.tags
+        if tag != "a"
         for name, value in attributes.items()
         if name in ("src", "href", "xlink:href", "srcset", "data", "action")
     ]
     assert len(links) == 31
     assert all(link is not None and link.startswith("data:") for link in links)
+    opened = [attributes["href"] for tag, attributes in parser.tags if tag == "a"]
+    assert len(opened) == 30  # each picture opens its file
+    assert all(link is not None and Path(unquote(urlsplit(link).path)).is_file() for link in opened)
     assert "url(" not in text
     assert "@import" not in text
 
@@ -129,7 +134,7 @@ def test_text_is_escaped() -> None:
             {"edges": [-1, 0, 1], "pairs": {name: {"counts": [1, 3], "mean": 0.2}}}
         ),
         tables=[page.Table(name, (name,), [(name,)], name)],
-        galleries=[(name, [Example(query=picture, neighbors=(picture,))])],
+        galleries=[(name, name, [Example(query=picture, neighbors=(picture,))])],
         footer=name,
     )
     text = page.render(contents)
