@@ -169,8 +169,7 @@ def test_corrupt_images_are_logged_by_default(
     with caplog.at_level(logging.WARNING):
         load(manifest, in_order(4, 4, epochs=2), backend, on_corrupt=None)
     assert [record.message for record in caplog.records] == [
-        f"image 0002 (row 2) is left out: has changed since the images were listed: "
-        f"8 bytes instead of {manifest.sizes[2]}"
+        f"skipping image 0002 (row 2): has changed since the images were listed: 8 bytes instead of {manifest.sizes[2]}"
     ]
 
 
