@@ -67,6 +67,8 @@ def _unseen(images: str, folder: str, reported: str) -> Recipe:
                 squash=True,
                 jitter_probability=0.0,
                 grayscale_probability=0.0,
+                mean=(0.5, 0.5, 0.5),  # torchvision's weights of GoogLeNet expect these
+                std=(0.5, 0.5, 0.5),
             ),
             backbone=BackboneConfig(name="googlenet"),
             init=InitConfig(weights="torchvision"),
