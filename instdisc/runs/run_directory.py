@@ -18,7 +18,7 @@ from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
 from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import append_line, read_lines, write_json, write_text
+from instdisc.common.files import append_line, parse_object, read_lines, write_json, write_text
 from instdisc.common.values import differences
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
@@ -33,6 +33,14 @@ NETWORK = "network.safetensors"
 """The file of a snapshot that holds the network."""
 NETWORK_SETTINGS = ("backbone", "augmentation")
 """The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
+
+_ALWAYS_THERE = (
+    ("backbone", "name", "embedding_dim"),
+    ("data",),
+    ("snapshots", "url"),
+    ("training", "epochs"),
+)
+"""Groups of settings that every version wrote, each with the settings that are read without the rest."""
 
 _CLEARED = "cleared"
 """In the prepared run: the run before it has been removed."""
@@ -242,7 +250,7 @@ class RunDirectory:
         """Drop the lines of steps after `step`, which will be written again."""
         kept = [
             line
-            for line in self.journal.read_text().splitlines(keepends=True)
+            for line in self.journal.read_text(errors="replace").splitlines(keepends=True)
             if _step_of(line, steps_per_epoch) <= step
         ]
         write_text(self.journal, "".join(kept))
@@ -250,22 +258,22 @@ class RunDirectory:
     def baselines(self) -> dict[str, float | None]:
         """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
         for row in read_lines(self.journal):
-            if row["kind"] == "baselines":
+            if row.get("kind") == "baselines":
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
 
     def label_free(self) -> list[dict[str, Any]]:
         """Lines of the metrics file with numbers without labels, in their order."""
-        return [row for row in read_lines(self.journal) if row["kind"] == "label_free"]
+        return [row for row in read_lines(self.journal) if row.get("kind") == "label_free"]
 
     def measurements(self) -> list[dict[str, Any]]:
         """Lines of the metrics file with what was measured of the network in training, with and without labels."""
         rows = read_lines(self.journal)
-        return [row for row in rows if row["kind"] == "knn" or row.get("of") == "trained"]
+        return [row for row in rows if row.get("kind") == "knn" or row.get("of") == "trained"]
 
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
-        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
+        return any(row.get("kind") == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
 
     def unchanged_images(self, witness: str) -> tuple[Manifest, Manifest | None] | None:
         """The training and the test images, if they have not changed since the witness of them was stored."""
@@ -293,7 +301,7 @@ class RunDirectory:
             saved = newest_step(self.settings()["snapshots"]["url"] or self.snapshots) or 0
         except (ConfigError, SnapshotError) as error:
             return f"it is unknown what was saved ({error})"
-        done = max((row["step"] for row in read_lines(self.journal) if row["kind"] == "train"), default=0)
+        done = max((row["step"] for row in read_lines(self.journal) if row.get("kind") == "train"), default=0)
         lost = f"; at least {done - saved} steps after it are lost" if done > saved else ""
         return f"the next run resumes from step {saved}{lost}"
 
@@ -307,7 +315,13 @@ class RunDirectory:
             settings: dict[str, Any] = json.loads(self.config.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} holds no run: {error}") from error
-        if "snapshots" not in settings:
+        try:
+            missing = [
+                name for group, *names in _ALWAYS_THERE for name in names if name not in settings[group]
+            ]
+        except (KeyError, TypeError):
+            missing = ["settings"]
+        if missing or not isinstance(settings.get("recipe"), str):
             raise ConfigError(f"{self.config} was not written by instdisc: choose another --run-dir")
         return settings
 
@@ -336,9 +350,9 @@ class RunDirectory:
             epochs: That the run is to have; by default what its settings say, which rise when it is made longer.
         """
         try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text())
+            summary = parse_object(self.summary.read_bytes()) or {}
             length = self.settings()["training"]["epochs"] if epochs is None else epochs
-        except (OSError, ValueError):
+        except (OSError, ConfigError):
             return None
         return summary if summary.get("epochs") == length else None
 
@@ -350,7 +364,7 @@ class RunDirectory:
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
-        return len({row["name"] for row in read_lines(self.corrupt_images)})
+        return len({row["name"] for row in read_lines(self.corrupt_images) if "name" in row})
 
 
 def network_settings(snapshot: Tables) -> tuple[BackboneConfig, Augmentation]:
@@ -390,9 +404,8 @@ def load_network(snapshot: Tables) -> Embedder:
 
 def _step_of(line: str, steps_per_epoch: int) -> float:
     """The step of a line of the metrics file; a line without one belongs to the start."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # cut short by the end of the process that wrote it
+    row = parse_object(line)
+    if row is None or "kind" not in row:  # cut short by the end of the process that wrote it, or damaged
         return math.inf
     if row["kind"] == "train":
         return float(row["step"])
