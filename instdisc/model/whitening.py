@@ -82,10 +82,9 @@ def _eigen(covariance_DD: Tensor, count: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and their vectors: all, or at least the 128 largest where that takes less time."""
     dim = len(covariance_DD)
     if dim <= MOST_COMPONENTS:
-        return torch.linalg.eigh(covariance_DD)
-    if (
-        count <= MOST_COMPONENTS
-    ):  # the rows span so few directions that their images of as many random ones do too
+        return _eigh(covariance_DD)
+    if count <= MOST_COMPONENTS:
+        # The rows span so few directions that what the covariance makes of as many random ones spans them all.
         generator = torch.Generator().manual_seed(0)
         random_DK = torch.randn(dim, MOST_COMPONENTS, dtype=torch.float64, generator=generator)
         basis_DK = torch.linalg.qr(covariance_DD @ random_DK.to(covariance_DD.device))[0]
