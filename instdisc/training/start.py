@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import shlex
@@ -33,6 +35,7 @@ from pipelines.manifest import Manifest
 from pipelines.patterns import is_pattern
 from pipelines.places import is_url
 from pipelines.verify import verify
+from pipelines.witness import witness
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +75,21 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
-        train_images, test_images = images or open_all_images(config)
+        witness = (
+            None if images else _witness(config)
+        )  # before they are listed: what changes meanwhile is noticed
+        found = images
+        if resumes and witness is not None and not config.data.rescan:
+            found = run.unchanged_images(witness)
+        train_images, test_images = found or open_all_images(config)
         if resumes:
             run.continue_with(config, train_images, test_images)
             _check_length(config, run, len(train_images))
         else:
             _refuse_snapshots_of_others(config, run)
             run.prepare(recipe, config, train_images, test_images, weights)
+        if witness is not None and train_images.checksums is not None:
+            (run if resumes else run.next).store_witness(witness)
         labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
         logger.info(
             "%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path
@@ -222,6 +233,23 @@ def open_all_images(config: RunConfig) -> Images:
     return train_images, test_images
 
 
+def _witness(config: RunConfig) -> str | None:
+    """What changes when the files of the images or the settings that choose them do; None where that cannot be told."""
+    parts = [json.dumps(config.data.chosen_by())]
+    classes = config.data.classes
+    if classes is not None and Path(classes).expanduser().is_file():
+        parts.append(str(Path(classes).expanduser().stat().st_mtime_ns))
+    for named in filter(None, (config.data.path, config.data.test_path)):
+        try:
+            part = witness(resolve(named, root=config.data.root, download=config.data.download))
+        except DataError:  # which listing them explains
+            return None
+        if part is None:
+            return None
+        parts.append(part)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
 def _has_held_out_images(config: RunConfig) -> bool:
     """Whether the folder with the training images has a split to measure on."""
     try:
@@ -266,6 +294,16 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
     lines = ["", *_accuracies(summary), *_label_free(summary)]
     place, python = _from_here(run.path), _from_here(Path(sys.executable))
+    recipe, config = run.stored_config()
+    commands = {
+        f"evaluate {place} --protocols statistics,page --num-actors 0": "a page of results",
+        f"explore {place} --num-actors 0": "duplicates, strangers and clusters, without labels",
+        f"search {place} IMAGE": "the nearest images to any image file",
+        f"embed {place} --output {_from_here(Path('indexes', run.path.name))}": "an index that images join and leave",
+        f"train {recipe} --help": "every setting",
+    }
+    if config.data.path in SPLITS:
+        commands["train auto --data.path FOLDER --minutes 30"] = "images of your own"
     lines += [
         f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
         f"{summary['train_seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s, "
@@ -274,11 +312,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  {python} -m instdisc.evaluate {place} --protocols statistics,page --num-actors 0     # a page of results",
-        f"  {python} -m instdisc.search {place} IMAGE     # the nearest images",
-        f"  {python} -m instdisc.train sample --help     # every setting",
-        f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",
-        f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER",
+        *(f"  {python} -m instdisc.{command}     # {text}" for command, text in commands.items()),
     ]
     return "\n".join(lines)
 
