@@ -39,7 +39,7 @@ class Exchange:
 
     Args:
         rank: This process, 0 … world_size - 1.
-        world_size: Ranks in the default process group, which must be initialised when there are several.
+        world_size: Ranks in the default process group, which must be initialized when there are several.
         phases: Where the time of the collectives is counted, as `exchange`.
     """
 

@@ -1,4 +1,4 @@
-"""What is done to each image, as numbers both loaders share: crop box, colour factors, flip.
+"""What is done to each image, as numbers both loaders share: crop box, color factors, flip.
 
 All randomness of the augmentation is drawn here, as a pure function of (seed, epoch, row, view). A batch
 therefore does not depend on the world size, the number of threads, the decoder, prefetching or a restart.
@@ -27,7 +27,7 @@ Reals = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training images are varied, and how all images are sized and normalised.
+    """How training images are varied, and how all images are sized and normalized.
 
     The distributions are those of torchvision's `RandomResizedCrop`, `ColorJitter`, `RandomGrayscale`
     and `RandomHorizontalFlip`; a strength of 0 switches its part off.
@@ -56,7 +56,7 @@ class Augmentation:
     jitter_probability: float = 1.0
     """Fraction of the views whose brightness, contrast, saturation and hue are changed."""
     grayscale_probability: float = 0.2
-    """Fraction of the views that lose their colour."""
+    """Fraction of the views that lose their color."""
     flip_probability: float = 0.5
     """Fraction of the views that are mirrored left to right."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -86,7 +86,7 @@ class Augmentation:
 
     @property
     def changes_color(self) -> bool:
-        """Whether training views can differ from the image in colour."""
+        """Whether training views can differ from the image in color."""
         jitters = max(self.brightness, self.contrast, self.saturation, self.hue) > 0
         return (jitters and self.jitter_probability > 0) or self.grayscale_probability > 0
 
@@ -94,7 +94,7 @@ class Augmentation:
 class ViewParameters(NamedTuple):
     """What to do to each of V views of B images; every array has shape (B, V).
 
-    The crop box comes first, in pixels of the stored image, and is resized to the square; then colour, then
+    The crop box comes first, in pixels of the stored image, and is resized to the square; then color, then
     flip.
     """
 
@@ -104,7 +104,7 @@ class ViewParameters(NamedTuple):
     width: npt.NDArray[np.int32]
     brightness: npt.NDArray[np.float32]  # factor, 1 changes nothing
     contrast: npt.NDArray[np.float32]  # factor, 1 changes nothing
-    saturation: npt.NDArray[np.float32]  # factor, 1 changes nothing, 0 is greyscale
+    saturation: npt.NDArray[np.float32]  # factor, 1 changes nothing, 0 is grayscale
     hue: npt.NDArray[np.float32]  # degrees
     flip: npt.NDArray[np.bool_]
 
@@ -158,7 +158,7 @@ def training_views(
 
 
 def evaluation_views(augmentation: Augmentation, heights: Integers, widths: Integers) -> ViewParameters:
-    """Return the one fixed view of each image: a centred square, neutral colours, no flip.
+    """Return the one fixed view of each image: a centered square, neutral colors, no flip.
 
     Args:
         augmentation: Only `image_size` and `squash` matter: above 64 pixels the square's side is 0.875 of the image's
@@ -190,7 +190,7 @@ def evaluation_views(augmentation: Augmentation, heights: Integers, widths: Inte
 def _crop_boxes(
     augmentation: Augmentation, draws: Reals, heights: Integers, widths: Integers
 ) -> tuple[Reals, Reals, Reals, Reals]:
-    """Choose crops as torchvision does: the first attempt that fits, else the largest allowed centre.
+    """Choose crops as torchvision does: the first attempt that fits, else the largest allowed center.
 
     Args:
         augmentation: The ranges of area and aspect ratio.

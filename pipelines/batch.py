@@ -27,10 +27,10 @@ class Batch(NamedTuple):
     """Images ready for the network.
 
     Attributes:
-        images: float32 (V, B, 3, H, W) on the loader's device, normalised, channels-last in memory: the strides
+        images: float32 (V, B, 3, H, W) on the loader's device, normalized, channels-last in memory: the strides
             are those of a contiguous (V, B, H, W, 3) tensor. Who may use them until when, `pipelines.handover` says.
         instance_ids: int64 (B,) on the CPU, as the host has to know them without waiting for a GPU; -1 where the
-            image could not be decoded. Its pixels are then 0, the mean colour: batches keep their shape, and such
+            image could not be decoded. Its pixels are then 0, the mean color: batches keep their shape, and such
             rows should get no weight.
     """
 
@@ -69,7 +69,7 @@ class LoaderJob:
     requests: Iterable[Request]
     """Which images to load; may be endless, is consumed a few batches ahead."""
     augmentation: Augmentation
-    """Size, normalisation and, in training, the random variation of the images."""
+    """Size, normalization and, in training, the random variation of the images."""
     training: bool
     """Random views if true, else the one fixed view of evaluation."""
     views: int
@@ -96,7 +96,7 @@ class LoaderJob:
 
     @property
     def changes_color(self) -> bool:
-        """Whether any view can differ from its image in colour."""
+        """Whether any view can differ from its image in color."""
         return self.training and self.augmentation.changes_color
 
     def view_parameters(self, request: Request) -> ViewParameters:

@@ -28,7 +28,7 @@ class ContrastWatch:
         self._manifest = manifest
         self._reader = ImageReader(manifest, cache)
         gain = (1 + augmentation.brightness) * (1 + augmentation.contrast)
-        self._levels = 255 * np.array(augmentation.std)  # one unit of a normalised channel
+        self._levels = 255 * np.array(augmentation.std)  # one unit of a normalized channel
         self._flat = CONTRAST * gain  # views may have more contrast than their images
         self._judged: set[int] = set()
         self._found: list[int] = []

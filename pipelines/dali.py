@@ -1,4 +1,4 @@
-"""The loader on DALI: decoding, cropping, colour and normalisation, on the CPU or on a GPU.
+"""The loader on DALI: decoding, cropping, color and normalization, on the CPU or on a GPU.
 
 DALI is fed with the bytes of the images and the parameters of their views. An image that it cannot decode ends a
 DALI pipeline with all that is under way in it. The loader then finds that image, lets Pillow judge it, and feeds the
@@ -243,7 +243,7 @@ class DaliLoader(Loader):
 
 
 def _graph(job: LoaderJob, decoder: Literal["cpu", "mixed"]) -> list[Any]:
-    """Encoded images and view parameters in, one normalised (H, W, 3) image per view out."""
+    """Encoded images and view parameters in, one normalized (H, W, 3) image per view out."""
     encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
     decoding: dict[str, Any] = {
         "device": decoder,

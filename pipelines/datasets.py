@@ -77,19 +77,24 @@ def _unpack_sample(folder: Path, split: str) -> None:
     packed = _BUNDLED / f"sample-{split}.tar.gz"
     if not packed.exists():
         raise DataError(f"no {packed}: the sample comes with the repository, not with an installed package")
-    with written_whole(folder / CLASS_NAMES) as file:
-        file.write((_BUNDLED / CLASS_NAMES).read_bytes())
-    with gzip.open(packed) as stream, written_whole(folder / f"{split}.tar") as file:
+    with written_whole(folder / CLASS_NAMES) as partial:
+        shutil.copyfile(_BUNDLED / CLASS_NAMES, partial)
+    with (
+        gzip.open(packed) as stream,
+        written_whole(folder / f"{split}.tar") as partial,
+        partial.open("wb") as file,
+    ):
         shutil.copyfileobj(stream, file)
 
 
 def _convert(name: str, split: str, folder: Path, download: bool, show_progress: bool) -> None:
     dataset = _open(name, split, folder.parent, download)
-    with written_whole(folder / CLASS_NAMES) as file:
-        file.write("".join(f"{class_name}\n" for class_name in dataset.classes).encode())
+    with written_whole(folder / CLASS_NAMES) as partial:
+        partial.write_text("".join(f"{class_name}\n" for class_name in dataset.classes))
     with (
         progress_bar(show_progress, len(dataset), " images") as bar,
-        written_whole(folder / f"{split}.tar") as file,
+        written_whole(folder / f"{split}.tar") as partial,
+        partial.open("wb") as file,
     ):
         write_samples(file, _samples(dataset, bar))
 

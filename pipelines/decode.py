@@ -38,7 +38,7 @@ def decode_rgb(data: bytes, height: int, width: int, *, upright: bool = True) ->
     """Decode an image of any mode that Pillow knows to 8-bit RGB.
 
     Samples of more than 8 bits are brought to 8 by `to_bytes`, transparency is dropped, of several frames or pages
-    the first one is taken, CMYK and Lab become sRGB (colour profiles are ignored), and the image is turned as its
+    the first one is taken, CMYK and Lab become sRGB (color profiles are ignored), and the image is turned as its
     EXIF orientation says.
 
     Args:

@@ -1,16 +1,14 @@
 """The headers of many plain image files."""
 
 import errno
-import io
 import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from pipelines.headers import HeaderError, checksum, image_size
+from pipelines.headers import Header, HeaderError, header_of
 from pipelines.manifest import Rejected
 from pipelines.scan import LeftAside, Row, Scan, progress_bar
 from pipelines.strings import printable
@@ -20,15 +18,6 @@ _THREADS = 8
 _CHUNK = 256
 _NOT_REGULAR = "a pipe, socket or device, expected a file"
 _FOLDER = "a folder, expected a file"
-
-
-class Header(NamedTuple):
-    """What is known of an image without decoding it."""
-
-    size: int
-    height: int
-    width: int
-    checksum: int
 
 
 HeaderOrWhyNot = Header | OSError | HeaderError
@@ -77,9 +66,7 @@ def _read_header(path: Path) -> HeaderOrWhyNot:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise HeaderError(_NOT_REGULAR)
-            size = status.st_size
-            height, width = image_size(partial(_head, file), size)
-            return Header(size, height, width, checksum(partial(_part, file.fileno()), size))
+            return header_of(partial(_part, file.fileno()), status.st_size)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a device without hardware
             return HeaderError(_NOT_REGULAR)
@@ -94,8 +81,3 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _part(descriptor: int, start: int, count: int) -> bytes:
     return os.pread(descriptor, count, start)
-
-
-def _head(file: io.FileIO, count: int) -> bytes:
-    file.seek(0)
-    return file.read(count)

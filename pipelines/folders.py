@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.errors import DataError
-from pipelines.files import Header, read_headers, scan_of_files
+from pipelines.files import read_headers, scan_of_files
+from pipelines.headers import Header
 from pipelines.scan import (
     Labels,
     LeftAside,

@@ -16,7 +16,7 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 def hash_words(*keys: int | npt.NDArray[np.integer]) -> Words:
     """Hash integer keys to uniform 64-bit words.
 
-    The keys are absorbed in turn by the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+    The keys are absorbed in turn by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
     pseudorandom number generators"); array keys broadcast against each other.
 
     Args:

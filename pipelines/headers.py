@@ -1,6 +1,8 @@
 """Image sizes from the first bytes of a file, without decoding it."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 from zlib import crc32
 
 from pipelines.containers import DAMAGED, FRAMES, JPEG, PNG, START_OF_SCAN, jpeg_segments
@@ -46,6 +48,20 @@ def image_size(read: Callable[[int], bytes], size: int) -> tuple[int, int]:
         if count >= size:
             break
     raise HeaderError(f"cut short: its {size} bytes end inside the header")
+
+
+class Header(NamedTuple):
+    """What is known of an image without decoding it."""
+
+    size: int
+    height: int
+    width: int
+    checksum: int
+
+
+def header_of(read: Callable[[int, int], bytes], size: int) -> Header:
+    """The header of an image in a file of `size` bytes; see `image_size` and `checksum`."""
+    return Header(size, *image_size(partial(read, 0), size), checksum(read, size))
 
 
 def checksum(read: Callable[[int, int], bytes], size: int) -> int:

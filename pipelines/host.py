@@ -23,7 +23,7 @@ _MID_GRAY = 128.0  # contrast scales the distance from it
 
 
 class _Piece(NamedTuple):
-    pixels: npt.NDArray[np.uint8]  # (V, b, H, W, 3), all done but normalised
+    pixels: npt.NDArray[np.uint8]  # (V, b, H, W, 3), all done but normalized
     failures: dict[int, str]  # row -> reason
 
 
@@ -89,8 +89,8 @@ def _resize(image: Image.Image, side: int) -> Image.Image:
 def color_maps(views: ViewParameters) -> npt.NDArray[np.float64]:
     """Combine hue, saturation, contrast and brightness, in this order, to an affine map of RGB in [0, 255].
 
-    It is the map of DALI's `color_twist`; torchvision's `ColorJitter` differs in its colour space (HSV) and in the
-    centre of the contrast (the image's mean).
+    It is the map of DALI's `color_twist`; torchvision's `ColorJitter` differs in its color space (HSV) and in the
+    center of the contrast (the image's mean).
 
     Returns:
         (B, V, 3, 4): matrices to be applied to columns (red, green, blue, 1).

@@ -44,10 +44,10 @@ def open_loader(
         manifest: Where the images are.
         requests: Which images to load, from `Order.requests` or any other source; may be endless, is consumed a
             few batches ahead. Batches may differ in size, but each that is larger than all before costs time.
-        augmentation: Size, normalisation and, in training, the random variation of the images.
+        augmentation: Size, normalization and, in training, the random variation of the images.
         device: Where the images go; DALI also decodes there.
         config: How they are produced.
-        training: Random views if true, else the centre of each image.
+        training: Random views if true, else the center of each image.
         views: Views per image, V; 1 in evaluation.
         seed: Key of the random views.
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the

@@ -193,7 +193,10 @@ class Manifest:
         rows = pa.record_batch({"key": self.keys.to_arrow(), **columns})
         for name, batch in ((_SOURCES, pa.record_batch({"source": self.sources.to_arrow()})), (_ROWS, rows)):
             # A memory-mapped manifest may be saved over its own files, which stay until they are replaced.
-            with written_whole(directory / name) as file, pa.ipc.new_file(file, batch.schema) as writer:
+            with (
+                written_whole(directory / name) as partial,
+                pa.ipc.new_file(str(partial), batch.schema) as writer,
+            ):
                 writer.write_batch(batch)
         self._save_meta(directory)
 
@@ -211,8 +214,8 @@ class Manifest:
             "class_names": self.class_names,
             "rejected": self.rejected,
         }
-        with written_whole(directory / _META) as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        with written_whole(directory / _META) as partial:
+            partial.write_text(json.dumps(meta, indent=1))
 
     @classmethod
     def load(cls, directory: Path | str, root: Place | str | None = None) -> Self:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pipelines.contents import Content, open_content, read_whole
 from pipelines.errors import DataError
-from pipelines.headers import HeaderError, checksum, image_size, summed
+from pipelines.headers import Header, HeaderError, header_of, summed
 from pipelines.manifest import Rejected
 from pipelines.places import Place, Url
 from pipelines.scan import (
@@ -56,12 +56,6 @@ class TarLabels(NamedTuple):
     def ending(self) -> str:
         """Of the members that hold labels."""
         return ".cls" if self.json_key is None else ".json"
-
-
-class _Header(NamedTuple):
-    height: int
-    width: int
-    checksum: int
 
 
 def scan_tars(paths: Sequence[Place], labels: TarLabels, *, show_progress: bool) -> Scan:
@@ -143,7 +137,7 @@ class _Tar:
     def __init__(self, path: Place, source: int, scan: Scan, labels: TarLabels) -> None:
         self._path, self._source, self._scan, self._labels = path, source, scan, labels
         # Read on the way, by their place; what is not here is read when it is needed.
-        self._headers: dict[int, _Header | HeaderError] = {}
+        self._headers: dict[int, Header | HeaderError] = {}
         self._label_contents: dict[int, bytes] = {}
 
     def scan(self, bar: Bar) -> list[str]:
@@ -309,12 +303,12 @@ def _named(numbers: tuple[str, ...], file: Place) -> tuple[str, ...]:
     return names
 
 
-def _header(read: Callable[[int, int], bytes], member: Member) -> _Header | HeaderError:
+def _header(read: Callable[[int, int], bytes], member: Member) -> Header | HeaderError:
     """What is known of an image from a few bytes of it: `read(position, n)`."""
     try:
         if not member.is_plain:
             raise HeaderError("a link, device or sparse file inside the tar, expected the image itself")
-        return _Header(*image_size(partial(read, 0), member.size), checksum(read, member.size))
+        return header_of(read, member.size)
     except HeaderError as error:
         return error
 

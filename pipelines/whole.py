@@ -5,17 +5,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name, synced, when it is complete; several processes may write the same one."""
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file for `path`: it is synced and renamed at the end of the block, removed after an error.
+
+    Several processes may write the same one.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pipelines.whole import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +51,3 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or not there."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file for `path`: it is synced and renamed at the end of the block, removed after an error."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from instdisc.common.files import written_whole
 from pipelines.manifest import Manifest
 from pipelines.strings import unprinted
+from pipelines.whole import written_whole
 
 
 def image_columns(images: Manifest) -> dict[str, Any]:

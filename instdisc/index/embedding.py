@@ -58,7 +58,7 @@ class Work:
         block_rows: Images for a block.
         dtype: Of the vectors: float32 or float16.
         network: Applied on a GPU where the process has one.
-        augmentation: Size and normalisation; the views are those of evaluation.
+        augmentation: Size and normalization; the views are those of evaluation.
         loader: The loader of training.
     """
 

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.tables import Tables
-from instdisc.common.files import written_whole
 from instdisc.index.images import EMBEDDINGS, KEYS, LABELS
 from instdisc.index.model import Model, model_of
 from instdisc.runs.export import open_exported
 from instdisc.settings.export import ExportConfig
 from pipelines.scan import progress_bar
 from pipelines.strings import unprinted
+from pipelines.whole import written_whole
 
 _ROWS = 65_536  # read at a time
 

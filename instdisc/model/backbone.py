@@ -18,7 +18,7 @@ _SMALL_IMAGE = 64
 
 
 class Embedder(nn.Module):
-    """Images to unit embeddings: `backbone`, whose last layer is the linear embedding head, then L2 normalisation.
+    """Images to unit embeddings: `backbone`, whose last layer is the linear embedding head, then L2 normalization.
 
     Shape: (B, 3, H, W) to float32 (B, D).
     """
@@ -28,7 +28,7 @@ class Embedder(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images; the normalisation is done in float32 whatever the autocast type."""
+        """Embed images; the normalization is done in float32 whatever the autocast type."""
         return F.normalize(self.backbone(images).float(), dim=1)
 
 
@@ -39,7 +39,7 @@ def head_of(backbone: nn.Module) -> tuple[str, nn.Module]:
 
 
 def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:
-    """Build the network, randomly initialised from torch's default generator.
+    """Build the network, randomly initialized from torch's default generator.
 
     With a small stem, networks of torchvision begin with a 3×3 convolution of stride 1 without max-pooling.
 

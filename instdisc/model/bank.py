@@ -73,7 +73,7 @@ class Bank:
 
     @torch.no_grad()
     def update(self, instance_ids: Tensor, embeddings: Tensor, *, momentum: float, sound: Tensor) -> None:
-        """Row ← normalise(momentum · row + (1 - momentum) · embedding), computed in float32.
+        """Row ← normalize(momentum · row + (1 - momentum) · embedding), computed in float32.
 
         Wu et al. 2018 replace the row (momentum 0); their public code mixes with momentum 0.5.
 

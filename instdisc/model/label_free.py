@@ -47,7 +47,7 @@ def usual_views(augmentation: Augmentation) -> Augmentation:
     """How images are varied to be measured: as is usual, whatever a run does, so that its numbers compare with others'.
 
     Args:
-        augmentation: Of the run, for size and normalisation.
+        augmentation: Of the run, for size and normalization.
     """
     names = ("image_size", "training_size", "mean", "std")
     return Augmentation(**{name: getattr(augmentation, name) for name in names})
@@ -57,7 +57,7 @@ def raw_pixels(images: Tensor) -> Tensor:
     """The baseline that learns nothing: unit vectors of the pixels, at most 32×32 of them.
 
     Args:
-        images: float (B, 3, H, W), normalised.
+        images: float (B, 3, H, W), normalized.
 
     Returns:
         float32 (B, 3·side²).
@@ -142,7 +142,7 @@ def uniformity(embeddings_ND: Tensor, *, scale: float = 2.0) -> float:
 
 
 def effective_rank(embeddings_ND: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values, 1 to min(N, D).
+    """Exponential of the entropy of the normalized singular values, 1 to min(N, D).
 
     Roy and Vetterli 2007; RankMe of Garrido et al. 2023 (arXiv 2210.02885, Eq. 1) but for its small constants.
 

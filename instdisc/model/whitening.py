@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 MOST_COMPONENTS = 128
 POWER = 1.0
-"""Of the inverse standard deviations; fixed beforehand. 0 only centres, 1 whitens fully."""
+"""Of the inverse standard deviations; fixed beforehand. 0 only centers, 1 whitens fully."""
 _BLOCK = 8192
 
 
@@ -32,7 +32,7 @@ class Whitening:
 def fit(
     rows_ND: Tensor, total: Callable[[Tensor], Tensor] = lambda each: each, power: float = POWER
 ) -> Whitening:
-    """Centre, keep up to 128 principal components, and divide each by a power of its standard deviation.
+    """Center, keep up to 128 principal components, and divide each by a power of its standard deviation.
 
     The variances are shrunk towards their mean (Ledoit and Wolf 2004), the more the fewer rows there are for the
     dimensions; components in which the rows do not vary are left out.
@@ -109,7 +109,7 @@ def _ledoit_wolf(variances_K: Tensor, fourth: float, count: float) -> float:
 
     Args:
         variances_K: float64 (K,).
-        fourth: Sum of the fourth powers of the lengths of the centred rows.
+        fourth: Sum of the fourth powers of the lengths of the centered rows.
         count: Rows.
     """
     squares = float(variances_K.square().sum())

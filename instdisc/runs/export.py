@@ -15,11 +15,11 @@ from cluster.collection import is_collection, open_collection
 from cluster.snapshots import COMMIT, open_snapshot, snapshot_steps
 from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import written_whole
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder, head_of, without_auxiliary
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.export import ExportConfig
 from instdisc.settings.model import TIMM
+from pipelines.whole import written_whole
 
 _SUFFIXES = {"torchvision": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
 _TOLERANCE = 1e-4

@@ -386,7 +386,7 @@ def network_settings(snapshot: Tables) -> tuple[BackboneConfig, Augmentation]:
 
 
 def load_network(snapshot: Tables) -> Embedder:
-    """The trained network, in evaluation mode on the CPU: normalised images to unit embeddings.
+    """The trained network, in evaluation mode on the CPU: normalized images to unit embeddings.
 
     Raises:
         SnapshotError: There is none in the snapshot, or it is damaged.

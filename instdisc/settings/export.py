@@ -21,7 +21,7 @@ class ExportConfig:
     """A run directory, a directory of snapshots, one snapshot or an index, local or at a URL."""
     format: Annotated[Format, tyro.conf.arg(aliases=["-f"])]
     """torchvision: weights without the head, which load into torchvision's own model. safetensors: all weights, with
-    what is needed to use them as metadata. onnx: the network from normalised images to unit embeddings, for any batch
+    what is needed to use them as metadata. onnx: the network from normalized images to unit embeddings, for any batch
     size. parquet: a row for each image, with its key as text and as bytes, its vector, its class and the identity of
     the network. npy: the same as one structured array of NumPy."""
     output: Path | None = None

@@ -56,14 +56,14 @@ class PlanConfig(Ranged):
     memory_gigabytes: Positive = 80.0
     """Memory of a rank, in 10^9 bytes; a bank that needs more than half of it is marked."""
     gather_bytes_per_second: Positive = 0.9e12
-    """Bytes of rows that a rank reads one by one; `benchmarks/objectives.py` measures it. A guess for a data-centre
+    """Bytes of rows that a rank reads one by one; `benchmarks/objectives.py` measures it. A guess for a data-center
     GPU; two CPU cores reached 7.6e9."""
     flops_per_second: Positive = 110e12
-    """Floating-point operations of a rank's products of queries and rows. A guess for a data-centre GPU; two CPU cores
+    """Floating-point operations of a rank's products of queries and rows. A guess for a data-center GPU; two CPU cores
     reached 154e9."""
     network_flops_per_second: Positive = 70e12
     """Floating-point operations of a rank's network, a multiplication and an addition counted as two;
-    `benchmarks/scaling.py` measures it. A guess for a data-centre GPU."""
+    `benchmarks/scaling.py` measures it. A guess for a data-center GPU."""
     link_bytes_per_second: Positive = 25e9
     """What a rank can send to others; 200 Gbit/s by default."""
     collective_seconds: Amount = 30e-6

@@ -113,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cifar10-spreading": Recipe(
         "CIFAR-10, ResNet-18, two views of every image told apart within the batch of 128, 200 epochs. Augmentation "
-        "(but for the deviations that colours are divided by), temperature, rate and its first drop are those of the "
+        "(but for the deviations that colors are divided by), temperature, rate and its first drop are those of the "
         "public code of Ye et al. 2019, who report 83.6% kNN top-1 (cited, not measured here); the second drop is to a "
         "hundredth here, to a twentieth there.",
         replace(

@@ -127,7 +127,7 @@ class Trainer:
         step on in which they are not, weights, buffers, bank and objective stay as they are.
 
         Args:
-            images_VBCHW: float (V, B, 3, H, W), normalised; as many views as the objective compares.
+            images_VBCHW: float (V, B, 3, H, W), normalized; as many views as the objective compares.
             announced: Their instance ids.
             learning_rate: The rate of this step.
             frozen: Train the head alone.

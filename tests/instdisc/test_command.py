@@ -199,17 +199,7 @@ def test_the_same_cause_has_the_same_status(
         if raised is not None:
             raise raised
 
-    own = {
-        "compare": compare,
-        "embed": embed,
-        "train": train,
-        "evaluate": evaluate,
-        "search": search,
-        "export": export,
-        "inspect": inspect,
-        "plan": plan,
-    }
-    monkeypatch.setattr(own[name], f"_{name}", body)
+    monkeypatch.setattr(f"instdisc.{name}._{name}", body)
     assert PROGRAMS[name][0]([]) == status
 
 
