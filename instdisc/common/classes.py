@@ -1,7 +1,8 @@
-"""Class names of images: matched between two sets of images, and chosen."""
+"""Classes of images: matched between two sets of images, chosen, and parts of every one drawn."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instdisc.common.errors import ConfigError
+from instdisc.common.seeding import derive_seed
 from pipelines.manifest import Manifest
 
 _PARTS = ("all", "first-half", "second-half")
@@ -79,3 +81,56 @@ def choose_classes(class_names: Sequence[str], which: str) -> list[str]:
         wrong = f"names {unknown[0]!r}, which is not a class of the images" if unknown else "names no class"
         raise ConfigError(f"{which} {wrong}: {', '.join(class_names[:5])}, …")
     return chosen
+
+
+def class_balanced_rows(
+    labels: npt.NDArray[np.integer], fraction: float, *, seed: int, at_least: int = 1
+) -> npt.NDArray[np.int64]:
+    """The same share of every class, drawn at random. A smaller fraction's rows are among a larger one's.
+
+    Args:
+        labels: (N,); rows with a negative label are never chosen.
+        fraction: Share of each class, 0 to 1, rounded to whole rows.
+        seed: Of the draw.
+        at_least: Rows per class, as far as it has them.
+
+    Returns:
+        int64 (M,), ascending.
+    """
+    chosen = []
+    for label in np.unique(labels[labels >= 0]).tolist():
+        members = np.flatnonzero(labels == label)
+        generator = np.random.default_rng(derive_seed(seed, "class-balanced", label))
+        count = min(max(round(fraction * len(members)), at_least), len(members))
+        chosen.append(generator.permutation(members)[:count])
+    return np.sort(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)])).astype(np.int64)
+
+
+def part_of_images(manifest: Manifest, fraction: float, seed: int) -> Manifest:
+    """A part of the images, drawn at random: of every class the same share, see `class_balanced_rows`.
+
+    Args:
+        manifest: The images; those without a label count as one class more.
+        fraction: The share, above 0 and at most 1. A smaller one's images are among a larger one's.
+        seed: Of the draw.
+
+    Returns:
+        The part, in the order of `manifest`.
+
+    Raises:
+        ConfigError: It would hold no image of a class, or none at all; names the class with the fewest images.
+    """
+    labels = np.asarray(manifest.labels)
+    rows = class_balanced_rows(labels + 1, fraction, seed=seed, at_least=0)
+    known = labels[labels >= 0] if (labels >= 0).any() else labels
+    missing = sorted(
+        (int((labels == label).sum()), label) for label in np.setdiff1d(known, labels[rows]).tolist()
+    )
+    if missing:
+        count, label = missing[0]
+        of_class = f" of class {manifest.class_names[label]}" if label >= 0 else ""
+        raise ConfigError(
+            f"--data.fraction {fraction:g} takes none of the {count} images{of_class}: give at least "
+            f"{math.ceil(1e4 / count) / 1e4:g}, or choose classes with more images by --data.classes"
+        )
+    return manifest.select(rows)

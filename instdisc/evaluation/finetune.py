@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from instdisc.common.classes import class_balanced_rows
 from instdisc.common.seeding import derive_seed
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.linear import top_k_accuracy
-from instdisc.evaluation.splits import class_balanced_rows
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.evaluation import FinetuneConfig
 from instdisc.settings.model import BackboneConfig

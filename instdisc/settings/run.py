@@ -43,6 +43,9 @@ class DataConfig(Ranged):
     classes: str | None = None
     """Train on images of these classes only: first-half, second-half, or a file that names one class per line; for
     retrieval among classes that were not trained on. kNN accuracy is measured on these classes only."""
+    fraction: Annotated[float, Range(above=0, at_most=1, usual="1")] = 1.0
+    """Train on this part of the images only: of every class where there are labels, so many rounded; drawn by
+    `--training.seed`. A smaller part lies within a larger one. Test images stay whole."""
     root: Path = Path("data")
     """Where named data sets are kept: torchvision's own files, and the tar files made from them."""
     download: bool = False

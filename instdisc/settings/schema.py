@@ -31,6 +31,7 @@ _RENAMED: dict[int, dict[str, str]] = {1: {"probe.neighbours": "knn.k", "probe":
 _ADDED: dict[int, dict[str, Any]] = {
     1: {
         "data.label_key": None,
+        "data.fraction": 1.0,
         "data.cache": None,
         "data.cache_bytes": 100_000_000_000,
         "knn.max_rows": 0,

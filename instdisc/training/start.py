@@ -15,7 +15,7 @@ from cluster.launch import connected, launch
 from cluster.metrics import remove_targets
 from cluster.partition import Partition
 from cluster.snapshots import newest_step, owner_of
-from instdisc.common.classes import choose_classes, labels_among
+from instdisc.common.classes import choose_classes, labels_among, part_of_images
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import check_backbone
 from instdisc.runs.claim import claim, claim_snapshots
@@ -196,8 +196,9 @@ def open_all_images(config: RunConfig) -> Images:
     train_images = _open_images(config, "path")
     num_images, batch_size = len(train_images), config.training.batch_size
     if num_images < batch_size:
+        part = f" with --data.fraction {config.data.fraction:g}" * (config.data.fraction < 1)
         raise ConfigError(
-            f"{config.data.path} holds {num_images} images, fewer than one batch of {batch_size}: set "
+            f"{config.data.path} holds {num_images} images{part}, fewer than one batch of {batch_size}: set "
             f"--training.batch-size to at most {num_images}, and a multiple of the number of workers"
         )
     try:
@@ -248,6 +249,8 @@ def _open_images(config: RunConfig, option: Literal["path", "test_path"]) -> Man
                 )
             names = choose_classes(manifest.class_names, config.data.classes)
             manifest = manifest.of_classes(names)
+        if config.data.fraction < 1 and option == "path":
+            manifest = part_of_images(manifest, config.data.fraction, config.training.seed)
     except DataError as error:
         raise DataError(f"--data.{option.replace('_', '-')}: {error}") from error
     for image in manifest.rejected[:_MOST_NAMED]:

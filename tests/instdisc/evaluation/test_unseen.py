@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from instdisc.common.classes import choose_classes
+from instdisc.common.classes import choose_classes, class_balanced_rows
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.splits import class_balanced_rows
 from instdisc.evaluation.unseen import cluster_nmi, recall_at
 from instdisc.model.bank import random_unit_rows
 
