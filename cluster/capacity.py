@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 import threading
@@ -17,15 +16,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.errors import ClusterError
-from cluster.placement import (
-    Node,
-    WorkerGroup,
-    amounts,
-    choose_group,
-    describe,
-    fitting_groups,
-    require_room,
-)
+from cluster.placement import Node, WorkerGroup, amounts, choose_group, describe, fitting_groups, require_room
 from cluster.settings import LaunchConfig
 from cluster.stopping import draining_nodes
 
@@ -55,9 +46,7 @@ def wait_for_room(
         if groups != before:
             in_turn = itertools.cycle(groups)
         if not restarting and not config.autoscaling:
-            require_room(
-                groups[-1], nodes, "--num-workers" if config.min_workers is None else "--min-workers"
-            )
+            _require_room(groups[-1], nodes, config)
         group = next(in_turn)
         if is_granted(group, group.num_workers, min(slice_s, config.wait_s)):
             return group
@@ -81,7 +70,21 @@ def check_capacity(config: LaunchConfig) -> None:
         return
     nodes = live_nodes()
     smallest = groups_to_try(nodes, config, lambda num_workers: True, restarting=False)[-1]
+    _require_room(smallest, nodes, config)
+
+
+def _require_room(smallest: WorkerGroup, nodes: Sequence[Node], config: LaunchConfig) -> None:
     require_room(smallest, nodes, "--num-workers" if config.min_workers is None else "--min-workers")
+
+
+def _choose(nodes: Sequence[Node], config: LaunchConfig, num_workers: int | None) -> WorkerGroup:
+    return choose_group(
+        nodes,
+        num_workers=num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        strategy=config.strategy,
+    )
 
 
 def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
@@ -93,13 +96,7 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
     Raises:
         ClusterError: The share depends on nodes that have not been added yet.
     """
-    group = choose_group(
-        nodes,
-        num_workers=config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
-        strategy=config.strategy,
-    )
+    group = _choose(nodes, config, config.num_workers)
     cpus = config.cpus_per_worker
     if cpus is None and config.min_workers is not None:
         shares = [node.get("CPU", 0.0) // node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
@@ -109,8 +106,8 @@ def settle_workers(config: LaunchConfig, nodes: Sequence[Node]) -> LaunchConfig:
             cpus = group.cpus
         elif config.autoscaling:
             raise ClusterError(
-                f"the cluster has {describe(nodes) or 'no nodes'} and will grow: say with --cpus-per-worker how many "
-                "CPUs each of the elastic workers gets"
+                f"the cluster has {describe(nodes) or 'no nodes'} and will grow: set "
+                "--cpus-per-worker, how many CPUs each of the elastic workers gets"
             )
     return dataclasses.replace(config, cpus_per_worker=cpus, gpus_per_worker=group.gpus)
 
@@ -176,14 +173,7 @@ def groups_to_try(
     Raises:
         ClusterError: No number of workers is allowed.
     """
-    choose = functools.partial(
-        choose_group,
-        nodes,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
-        strategy=config.strategy,
-    )
-    largest = choose(num_workers=config.num_workers)
+    largest = _choose(nodes, config, config.num_workers)
     is_elastic = config.min_workers is not None
     if not is_elastic and (config.num_workers is not None or not restarting):
         return [largest]
@@ -195,7 +185,7 @@ def groups_to_try(
             f"no number of workers from {fewest} to {most} divides the work evenly: change --min-workers, "
             "--num-workers or the size of the batch"
         )
-    fitting = fitting_groups([choose(num_workers=size) for size in sizes], nodes)
+    fitting = fitting_groups([_choose(nodes, config, size) for size in sizes], nodes)
     return fitting if is_elastic else fitting[:1]
 
 

@@ -151,7 +151,9 @@ def commit(url: str, before: Collection | None, change: Change) -> Collection:
     storage = Storage(url)
     now = open_collection(url) if is_collection(url) else None
     if (now and now.identity) != (before and before.identity):
-        raise SnapshotWriteError(f"{url}: another process has changed it meanwhile: run the command again")
+        raise SnapshotWriteError(
+            f"{url}: another process has changed it in the meantime: run the command again"
+        )
     document = dict(preview(url, before, change).document)
     with writable(url):
         for name, data in change.files.items():
@@ -165,7 +167,9 @@ def commit(url: str, before: Collection | None, change: Change) -> Collection:
     try:
         _delete_unneeded(storage, committed, set(before.document["retired"]) if before else set())
     except Exception as failure:  # every file system that fsspec opens has errors of its own
-        logger.warning("%s: what is no longer needed stays: %s: %s", url, type(failure).__name__, failure)
+        logger.warning(
+            "%s: cannot delete what is no longer needed: %s: %s", url, type(failure).__name__, failure
+        )
     return committed
 
 
@@ -288,14 +292,10 @@ def _needed(collection: Collection) -> set[str]:
     return names | {str(piece[0]) for piece in collection.document["files"].values()}
 
 
-def _blocks(storage: Storage) -> set[str]:
-    return {f"{BLOCKS}/{name}" for name in storage.below(BLOCKS).folders()}
-
-
 def _delete_unneeded(storage: Storage, after: Collection, retired_before: set[str]) -> None:
     """Delete what the state before the last one needed, and what interrupted changes left of no use to anybody."""
     kept = _needed(after) | set(after.document["retired"])
-    there = _blocks(storage)
+    there = {f"{BLOCKS}/{name}" for name in storage.below(BLOCKS).folders()}
     gone = {name for name in there if name.startswith(f"{BLOCKS}/{_MERGED}")} | (there & retired_before)
     for folder in (REMOVED, FILES):
         gone |= {f"{folder}/{name}" for name in storage.below(folder).sizes()}

@@ -21,9 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _timed(
-    collective: Callable[Concatenate[Exchange, P], R],
-) -> Callable[Concatenate[Exchange, P], R]:
+def _timed(collective: Callable[Concatenate[Exchange, P], R]) -> Callable[Concatenate[Exchange, P], R]:
     """Count the time of a collective as the phase `exchange`."""
 
     @functools.wraps(collective)

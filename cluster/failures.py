@@ -196,6 +196,6 @@ def _cause_of_death(failure: Exception, directory: Path) -> str:
     cause = " ".join(report.split()).rpartition("The actor is dead because ")[2]
     cause = cause.partition(" Some common causes")[0].rstrip(".")
     return (
-        f"{cause} (where memory ran out: use fewer workers per node or a smaller batch; NCCL ends a process in which a "
+        f"{cause} (if memory ran out, use fewer workers per node or a smaller batch; NCCL kills a process in which a "
         "collective took longer than --collective-timeout-s)"
     )

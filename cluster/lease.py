@@ -155,7 +155,7 @@ class Lease:
             except Exception as error:  # every file system that fsspec opens has errors of its own
                 if not warned:
                     logger.warning(
-                        "%s/%s cannot be renewed (%s): from %g s on another process may start there",
+                        "%s/%s cannot be renewed (%s): after %g s another process may start there",
                         *(self._storage.url, self._name, error, LAPSE_S),
                     )
                 warned = True

@@ -208,7 +208,15 @@ class SnapshotWriter:
     def _write(self, save: _Save, folder: Storage, pieces: dict[str, tuple[int, int]]) -> None:
         """Write this rank's pieces, then the list of them."""
         try:
-            self._write_tables(save, folder, pieces)
+            write_tables(
+                folder,
+                save.tables,
+                pieces,
+                num_rows=self._partition.num_rows,
+                block=self._partition.block,
+                start=self._partition.start(self._rank),
+                writes_metadata=self._rank == 0,
+            )
             folder.sync(pieces)
             for name, data in save.files.items():
                 folder.write(name, data)
@@ -223,17 +231,6 @@ class SnapshotWriter:
         specs = {name: [list(rows.shape[1:]), dtype] for name, (rows, dtype) in save.tables.items()}
         folder.write(self._part(self._rank), json.dumps({"tables": specs, "pieces": pieces}).encode())
 
-    def _write_tables(self, save: _Save, folder: Storage, pieces: dict[str, tuple[int, int]]) -> None:
-        write_tables(
-            folder,
-            save.tables,
-            pieces,
-            num_rows=self._partition.num_rows,
-            block=self._partition.block,
-            start=self._partition.start(self._rank),
-            writes_metadata=self._rank == 0,
-        )
-
     def _commit(self, save: _Save, folder: Storage) -> int:
         """Wait for all parts, commit, remove what is old; returns the bytes of all ranks."""
         try:
@@ -247,7 +244,7 @@ class SnapshotWriter:
             self._remove_old(save.step)
         except Exception as failure:
             logger.warning(
-                "%s: old snapshots stay: %s: %s", self._storage.url, type(failure).__name__, failure
+                "%s: cannot remove old snapshots: %s: %s", self._storage.url, type(failure).__name__, failure
             )
         return sum(size for size, _ in document["pieces"].values())
 

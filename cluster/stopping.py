@@ -90,16 +90,12 @@ class StopSignals:
         ).start()
 
     def _wait(self, number: int, reason: str, ask: Callable[[str], None], answered: threading.Event) -> None:
-        logger.warning(
-            "%s: the workers save and stop, which may take %g s; a second signal kills them",
-            reason,
-            self.grace_s,
-        )
+        warning = "%s: the workers are saving and stopping, which may take %g s; a second signal kills them"
+        logger.warning(warning, reason, self.grace_s)
         try:
             ask(reason)
-        except (
-            Exception
-        ) as error:  # of any kind: the workers cannot be reached, so killing them is all that is left
+        except Exception as error:
+            # Of any kind: the workers cannot be reached, so killing them is all that is left.
             logger.warning("the workers cannot be asked to stop: %s", error)
         if not answered.wait(self.grace_s):
             logger.warning("the workers have not stopped after %g s: killing them", self.grace_s)

@@ -158,8 +158,7 @@ def _sync_folder(folder: Path) -> None:
         _sync(folder)
     except PermissionError:  # a parent that may be passed through, not read; then it is not new either
         pass
-    except (
-        OSError
-    ) as error:  # some network file systems cannot sync a folder: its entries are durable already
+    except OSError as error:
+        # Some network file systems cannot sync a folder: its entries are durable already.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise

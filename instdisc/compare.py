@@ -52,8 +52,8 @@ def parse(arguments: Sequence[str]) -> tuple[str | None, CompareConfig, list[str
         The recipe, None if existing runs are compared; what to compare; the options of training.
 
     Raises:
-        ConfigError: Neither a recipe nor runs were named, or both.
-        SystemExit: Help was asked for (status 0); a value of the wrong kind (status 2).
+        ConfigError: Neither a recipe nor runs were named, or both; or as `command.read_options`.
+        SystemExit: Help was asked for (status 0).
     """
     recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
     own: list[str] = []

@@ -120,8 +120,8 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
     """Read the command line: perhaps a recipe, and what differs from it.
 
     Raises:
-        ConfigError: An unknown recipe.
-        SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
+        ConfigError: An unknown recipe or option, or a value that cannot be.
+        SystemExit: Help was asked for (status 0).
     """
     recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if recipe is not None and recipe not in RECIPES:

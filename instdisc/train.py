@@ -74,8 +74,8 @@ def parse(arguments: Sequence[str], chosen: RunConfig | None = None) -> tuple[st
         Name of the recipe and its configuration with the overrides; an `AutoConfig` if more is to be chosen.
 
     Raises:
-        ConfigError: An unknown recipe, or a value out of its range.
-        SystemExit: Help was asked for (status 0); an unknown option or a value out of its range (status 2).
+        ConfigError: An unknown recipe or option, or a value that cannot be.
+        SystemExit: Help was asked for (status 0), or no recipe given (status 2).
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

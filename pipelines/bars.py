@@ -14,13 +14,7 @@ def shown_bar(total: int, unit: str) -> tqdm[None]:
     if sys.stderr.isatty():
         return tqdm(total=total, unit=unit, unit_scale=True, delay=1.0)
     return _Lines(
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        delay=_LINE_S,
-        mininterval=_LINE_S,
-        leave=False,
-        ncols=0,
+        total=total, unit=unit, unit_scale=True, delay=_LINE_S, mininterval=_LINE_S, leave=False, ncols=0
     )
 
 

@@ -65,8 +65,8 @@ def check_cache(config: CacheConfig) -> None:
         _open_lock(config.folder).close()
     except OSError as error:
         raise DataError(
-            f"cannot keep tars in {config.folder}: {error.strerror}; name a folder of the node's own disk that may be "
-            "written to"
+            f"cannot keep tars in {config.folder}: {error.strerror}; name a writable folder on the node's own "
+            "disk"
         ) from error
 
 
@@ -139,7 +139,7 @@ class TarCache:
             elif not filled and not told and lock.is_held_for_others(wanted):
                 told = True
                 logger.warning(
-                    "%s is being filled by another run, %s: it keeps none of the tars of this one until that ends",
+                    "%s is being filled by another run, %s: until that ends it keeps none of the tars of this one",
                     *(self._config.folder, lock.holder()),
                 )
             done = filled or all(each.url in self._kept for each in wanted)
@@ -163,7 +163,7 @@ class TarCache:
             self._fill(wanted)
         except OSError as error:
             logger.warning(
-                "%s takes no more: %s; of %d tars %d are kept, images of the others are read from their storage",
+                "%s cannot take more (%s): of %d tars %d are kept; images of the others are read from their storage",
                 *(self._config.folder, error.strerror, len(self._urls), len(self._kept)),
             )
 

@@ -11,9 +11,8 @@ FIRST_CHUNK = 33  # where the chunk after the header of a PNG begins
 APP1, START_OF_SCAN, DAMAGED = 0xE1, 0xDA, 0
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # starts of frame: size and kind of the coding
 _END_OF_IMAGE = 0xD9
-_BETWEEN_SCANS = frozenset(
-    (0xC4, START_OF_SCAN, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))
-)  # tables, comments, the next scan
+# Tables, comments, the next scan.
+_BETWEEN_SCANS = frozenset((0xC4, START_OF_SCAN, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
 
 

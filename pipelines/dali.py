@@ -234,10 +234,7 @@ class DaliLoader(Loader):
         job = self._job
         device_id = job.device.index if job.device.type == "cuda" else None
         pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=job.threads,
-            device_id=device_id,
-            prefetch_queue_depth=depth,
+            batch_size=batch_size, num_threads=job.threads, device_id=device_id, prefetch_queue_depth=depth
         )
         with pipeline:
             pipeline.set_outputs(*_graph(job, "cpu" if device_id is None else "mixed"))

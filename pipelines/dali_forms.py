@@ -21,9 +21,8 @@ from pipelines.containers import (
     png_chunks,
 )
 
-os.environ.setdefault(
-    "PYNVIMGCODEC_VERBOSITY", "0"
-)  # what cannot be parsed is no error: Pillow is asked then
+# What cannot be parsed is no error: Pillow is asked then.
+os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 from nvidia import nvimgcodec
 
 # (codec, channels); all with 8 bits per sample.

@@ -38,10 +38,7 @@ def read_headers(root: Path, names: Sequence[str], *, show_progress: bool) -> li
     """Header of each of the files `names` (relative to `root`, or absolute), or why it has none."""
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     headers: list[HeaderOrWhyNot] = []
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        progress_bar(show_progress, len(names), " images") as bar,
-    ):
+    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(show_progress, len(names), " images") as bar:
         for part in pool.map(partial(_read_headers, root), chunks):
             headers += part
             bar.update(len(part))
@@ -60,18 +57,8 @@ def scan_of_files(
     scan = Scan(root.absolute(), [], [], class_names, [], left_aside)
     for name, header, label in zip(names, headers, labels, strict=True):
         if isinstance(header, Header):
-            scan.rows.append(
-                Row(
-                    len(scan.sources),
-                    name,
-                    0,
-                    header.size,
-                    header.height,
-                    header.width,
-                    label,
-                    header.checksum,
-                )
-            )
+            size, height, width, summed = header
+            scan.rows.append(Row(len(scan.sources), name, 0, size, height, width, label, summed))
             scan.sources.append(name)
         else:
             reason = header.strerror if isinstance(header, OSError) else None

@@ -21,29 +21,9 @@ LISTS = (".csv", ".tsv", ".txt")
 _DELIMITERS = (",", ";", "\t")
 # Names of columns, the likeliest first; compared in lower case, `_` for spaces and dashes.
 _PATHS = (
-    *(
-        "path",
-        "file_path",
-        "filepath",
-        "image_path",
-        "imagepath",
-        "img_path",
-        "file",
-        "filename",
-        "file_name",
-    ),
-    *(
-        "fname",
-        "image_file",
-        "image_filename",
-        "img_file",
-        "image",
-        "images",
-        "img",
-        "image_name",
-        "imagename",
-    ),
-    *("img_name", "name", "uri", "url", "image_id", "imageid", "img_id", "id"),
+    *("path", "file_path", "filepath", "image_path", "imagepath", "img_path", "file", "filename"),
+    *("file_name", "fname", "image_file", "image_filename", "img_file", "image", "images", "img"),
+    *("image_name", "imagename", "img_name", "name", "uri", "url", "image_id", "imageid", "img_id", "id"),
 )
 _LABELS = (
     *("label", "labels", "class", "class_name", "classname", "class_label", "label_name", "category"),
@@ -247,7 +227,9 @@ def _text(path: Path) -> str:
         try:
             return content.decode("utf-16")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no UTF-16 text, as its first bytes say: save it as UTF-8") from error
+            raise DataError(
+                f"{path} is not UTF-16 text, although its first bytes say so: save it as UTF-8"
+            ) from error
     if b"\0" in content:
         line = content.count(b"\n", 0, content.index(b"\0")) + 1
         raise DataError(f"{path}, line {line}: holds a zero byte, expected a list of paths as UTF-8 text")

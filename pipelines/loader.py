@@ -29,13 +29,14 @@ def open_loader(
     requests: Iterable[Request],
     *,
     augmentation: Augmentation,
-    training: bool,
-    views: int,
-    seed: int,
     device: torch.device,
     config: LoaderConfig,
+    training: bool = False,
+    views: int = 1,
+    seed: int = 0,
     on_corrupt: OnCorrupt | None = None,
     cache: CacheConfig | None = None,
+    watches_contrast: bool = True,
 ) -> Loader:
     """Open a loader over a stream of requests.
 
@@ -44,19 +45,19 @@ def open_loader(
         requests: Which images to load, from `Order.requests` or any other source; may be endless, is consumed a
             few batches ahead. Batches may differ in size, but each that is larger than all before costs time.
         augmentation: Size, normalisation and, in training, the random variation of the images.
+        device: Where the images go; DALI also decodes there.
+        config: How they are produced.
         training: Random views if true, else the centre of each image.
         views: Views per image, V; 1 in evaluation.
         seed: Key of the random views.
-        device: Where the images go; DALI also decodes there.
-        config: How they are produced.
         on_corrupt: Called with (row, name, reason) once for each image that cannot be decoded, from a thread of the
             loader, before the batch is returned; a warning is logged by default.
         cache: Where tars of object storage are kept on this node, if they are.
+        watches_contrast: Whether, in training on the CPU, closing it warns of the images that are nearly constant.
 
     Returns:
-        An iterator over `Batch`, to be closed (it is a context manager). In training on the CPU it then warns once
-        of the images it loaded that are nearly constant. On a GPU batches are to be taken in the thread, and on the
-        stream, that will use them: see `pipelines.handover`.
+        An iterator over `Batch`, to be closed (it is a context manager). On a GPU batches are to be taken in the
+        thread, and on the stream, that will use them: see `pipelines.handover`.
 
     Raises:
         DataError: If DALI is requested and not installed.
@@ -79,7 +80,8 @@ def open_loader(
         cache=cache,
     )
     # A batch on a GPU is not looked at: that would make its step wait.
-    watch = ContrastWatch(manifest, augmentation, cache) if training and device.type == "cpu" else None
+    watches_contrast = watches_contrast and training and device.type == "cpu"
+    watch = ContrastWatch(manifest, augmentation, cache) if watches_contrast else None
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if config.backend == "host" or (config.backend == "auto" and not has_dali):
         return _OneAhead(HostLoader(job), Handover(device), watch)
@@ -129,4 +131,4 @@ class _OneAhead(Loader):
 
 
 def _warn(row: int, name: str, reason: str) -> None:
-    logger.warning("image %s (row %d) is left out: %s", name, row, reason)
+    logger.warning("skipping image %s (row %d): %s", name, row, reason)

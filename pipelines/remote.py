@@ -242,7 +242,7 @@ class _Tries:
             seconds = time.monotonic() - self._started
             raise StorageError(
                 f"cannot read {url}: tried {_ATTEMPTS} times in {seconds:.0f} s, the last time: {said}; check "
-                "the storage and the way to it. The same command resumes from the newest snapshot"
+                "the storage and the connection to it. The same command resumes from the newest snapshot"
             ) from None
         logger.log(logging.WARNING if self._failed == 3 else logging.INFO, "%s: %s; trying again", url, said)
         time.sleep(_FIRST_WAIT_S * 2 ** (self._failed - 1))
@@ -301,5 +301,6 @@ def _opened(scheme: str) -> Any:
         raise DataError(f"{scheme}:// URLs need {package}") from error
     except ValueError as error:
         raise DataError(
-            f"{scheme}:// is no kind of URL that fsspec knows: {without_secrets(error)}; it knows s3, gs, az, https, …"
+            f"{scheme}:// is not a kind of URL that fsspec knows: {without_secrets(error)}; it knows s3, gs, az, "
+            "https, …"
         ) from error

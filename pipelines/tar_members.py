@@ -53,7 +53,7 @@ def archives(
         if _block(file, end) == bytes(_BLOCK):
             yield members
         elif position > 0 and not members:
-            logger.warning("%s: the %d bytes after its end mark are no tar", path, size - position)
+            logger.warning("%s: the %d bytes after its end mark are not a tar archive", path, size - position)
             return
         else:  # tarfile takes any block that it cannot read for the end
             raise DataError(
@@ -72,12 +72,7 @@ def _refuse_compressed(path: Place, start: bytes) -> None:
 
 
 def _members(
-    path: Place,
-    size: int,
-    file: IO[bytes],
-    position: int,
-    bar: Bar,
-    look: Callable[[Member], None],
+    path: Place, size: int, file: IO[bytes], position: int, bar: Bar, look: Callable[[Member], None]
 ) -> tuple[dict[str, Member], int]:
     """The members from a position up to an end mark, and where that is."""
     members: dict[str, Member] = {}

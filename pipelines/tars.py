@@ -271,10 +271,9 @@ def _json_label(where: str, content: bytes, key: str) -> str:
         raise DataError(f"{where} holds {str(value)[:40]} at {key!r}, expected a class number or name")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    is_none = (
-        value is None or value != value or (isinstance(value, int) and value < 0)
-    )  # NaN differs from itself
-    return "" if is_none else str(value).strip()
+    if value is None or value != value or (isinstance(value, int) and value < 0):  # NaN differs from itself
+        return ""
+    return str(value).strip()
 
 
 def _folder_labels(where: object, names: Sequence[str], kind: Labels) -> tuple[list[int], tuple[str, ...]]:
@@ -288,13 +287,9 @@ def _folder_labels(where: object, names: Sequence[str], kind: Labels) -> tuple[l
         by_name = {name: number for number, name in enumerate(class_names)}
         return [by_name[name[start:end]] for name, end in zip(names, ends, strict=True)], tuple(class_names)
     if kind == "folders":
+        held = f"{direct[0]} outside of class folders" if direct else f"images of {len(class_names)} folders"
         raise DataError(
-            f'labels="folders" is for folders of images, or tar files of such; {where} holds '
-            + (
-                f"{direct[0]} outside of class folders"
-                if direct
-                else f"the images of {len(class_names)} folders"
-            )
+            f'labels="folders" is for folders of images, or tar files of such; {where} holds {held}'
         )
     if direct and class_names:
         logger.warning(

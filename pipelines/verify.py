@@ -28,14 +28,13 @@ class _Finding(NamedTuple):
 _SOUND, _FLAT = _Finding("", False), _Finding("", True)
 
 
-def verify(manifest: Manifest, *, workers: int | None = None, show_progress: bool = True) -> Manifest:
+def verify(manifest: Manifest, *, show_progress: bool = True) -> Manifest:
     """Decode every image fully, to RGB, with the reader and the decoder that judge images while training.
 
     Warns of images that are nearly constant; they are kept.
 
     Args:
         manifest: What to check.
-        workers: Threads (Pillow decodes without the interpreter lock); None takes one per processor.
         show_progress: Whether to draw a progress bar on standard error if it takes more than a second.
 
     Returns:
@@ -49,7 +48,7 @@ def verify(manifest: Manifest, *, workers: int | None = None, show_progress: boo
     with (
         closing(ImageReader(manifest)) as reader,
         warnings.catch_warnings(),
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes without the interpreter lock
         progress_bar(show_progress, len(manifest), " images") as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow warns of oddities in images that it decodes all the same

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,33 +94,61 @@ def read_options(
         options: Further ones of `tyro.cli`.
 
     Raises:
-        ConfigError: A value is out of its range.
-        SystemExit: Help was asked for (status 0); an unknown option or a value of the wrong kind (status 2).
+        ConfigError: An option is unknown or missing, or a value is of the wrong kind or out of its range.
+        SystemExit: Help was asked for (status 0).
     """
     registry = ConstructorRegistry()
     registry.struct_rule(_OurStructs())
     try:
-        values: T = tyro.cli(
-            settings,
-            args=arguments,
-            prog=f"python -m {program}",
-            description=description,
-            registry=registry,
-            **options,
-        )
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            values: T = tyro.cli(
+                settings,
+                args=arguments,
+                prog=f"python -m {program}",
+                description=description,
+                registry=registry,
+                **options,
+            )
     except _RefusedError as error:
         raise ConfigError(_with_flag(str(error), arguments)) from error
+    except SystemExit as ended:
+        if ended.code:
+            raise ConfigError(f"{_unboxed(said.getvalue())}; see python -m {program} --help") from ended
+        raise
     return values
 
 
+def _unboxed(text: str) -> str:
+    """What a box of tyro's says, on one line: the message, and the option that may have been meant."""
+    plain = " ".join(re.sub("[│╭╮╰╯]", " ", text).split())
+    _, message, *hints = re.split(
+        " ?(?:─{2,}|-{4,}) ?", plain
+    )  # lines of - where the output cannot show others
+    missing = re.match(r"Missing from .*?: (?:-.*?(?=--))?(\S+)", message)
+    meant = re.match(r"Perhaps you meant: (--\S+)", hints[0])
+    said = f"{missing[1]} is missing" if missing else message.removeprefix("Error parsing ").rstrip(".")
+    return f"{said}; did you mean {meant[1]}?" if meant else said
+
+
 def _with_flag(message: str, arguments: Sequence[str]) -> str:
-    """A message that begins with the name of a field, with the option that was typed for it instead."""
+    """A message `NAME is VALUE, …` with the option that was typed for it; of several of that name the one so set."""
     name, _, rest = message.partition(" ")
-    for argument in arguments:
-        flag = argument.partition("=")[0]
+    value = rest.removeprefix("is ").partition(",")[0]
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, given = argument.partition("=")
         if flag.startswith("--") and flag.lstrip("-").rpartition(".")[2].replace("-", "_") == name:
-            return f"{flag} {rest}"
-    return message
+            found.append((flag, given or following))
+    if not found:
+        return message
+    return f"{next((flag for flag, typed in found if _is_same(typed, value)), found[0][0])} {rest}"
+
+
+def _is_same(typed: str, value: str) -> bool:
+    try:
+        return float(typed) == float(value)
+    except ValueError:
+        return typed == value.strip("'")
 
 
 def run(
@@ -166,7 +195,7 @@ def _deleted_directory(error: BaseException) -> str | None:
     """What to say of an error that comes from a working directory that is gone, which names no file itself."""
     if not isinstance(error, FileNotFoundError) or error.filename is not None:
         return None
-    with suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):
         Path.cwd()
         return None
     return (

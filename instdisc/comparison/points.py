@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -62,7 +60,7 @@ def plan_points(recipe: str, config: CompareConfig, options: Sequence[str], pars
         name = re.sub(r"[^\w=.,+-]+", "_", ",".join(parts))
         typed = [word for setting, value in chosen.items() for word in (f"--{setting}", *value.split())]
         place = ["--run-dir", str(config.run_dir / "points" / name)]
-        parsed = _parsed([each, *options, *typed, *place], parse)
+        _, parsed = parse([each, *options, *typed, *place])
         points.append(Point(name=name, recipe=each, varied=chosen, config=parsed))
     return points
 
@@ -73,13 +71,3 @@ def _values(text: str) -> tuple[str, list[str]]:
     if not given or not name.strip() or not all(found):
         raise ConfigError(f"--vary {text!r}: expected NAME=VALUE,VALUE, such as training.seed=0,1,2")
     return name.strip().removeprefix("--"), list(dict.fromkeys(found))
-
-
-def _parsed(arguments: list[str], parse: Parse) -> RunConfig:
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        try:
-            return parse(arguments)[1]
-        except SystemExit as ended:
-            status = ended.code
-    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.getvalue()).split())
-    raise ConfigError(f"{' '.join(arguments)}: {words or f'status {status}'}")

@@ -18,7 +18,7 @@ from instdisc.common.classes import class_balanced_rows
 from instdisc.common.seeding import derive_seed
 from instdisc.evaluation.images import ImageRows, compute_device, embed
 from instdisc.evaluation.linear import top_k_accuracy
-from instdisc.model.backbone import Embedder, build_embedder
+from instdisc.model.backbone import Embedder, build_embedder, head_of
 from instdisc.settings.evaluation import FinetuneConfig
 from instdisc.settings.model import BackboneConfig
 from instdisc.training.optim import build_optimizer, freeze_backbone, learning_rate, set_rate
@@ -153,7 +153,7 @@ def new_classifier(
     if not trained:
         return build_embedder(dataclasses.replace(backbone, embedding_dim=num_classes), image_size).backbone
     network = copy.deepcopy(trained_network.backbone)
-    name, head = list(network.named_modules())[-1]
+    name, head = head_of(network)
     assert isinstance(head, nn.Linear)
     network.set_submodule(name, nn.Linear(head.in_features, num_classes))
     return network
@@ -174,7 +174,6 @@ def _train(job: _FinetuneJob, network: nn.Module, manifest: Manifest, labels: np
         order.requests(num_epochs=epochs),
         augmentation=job.augmentation,
         training=True,
-        views=1,
         seed=config.seed,
         device=device,
         config=job.loader,

@@ -103,8 +103,8 @@ def _add(url: str, index: Collection | None, config: EmbedConfig) -> Collection:
     plan = plan_images(index, manifest, roots, root)
     if index is not None and not config.append and len(plan.rows):
         raise ConfigError(
-            f"{url} holds an index already, which lacks {len(plan.rows)} of these {len(manifest)} images: say --append "
-            "to add them, or choose another --output"
+            f"{url} holds an index already, which lacks {len(plan.rows)} of these {len(manifest)} images: pass "
+            "--append to add them, or choose another --output"
         )
     if index is not None and not len(plan.rows):
         print(f"nothing to embed: all {plan.present:,} images are in the index")
@@ -242,7 +242,7 @@ def _move(index: Collection, root: Path | None) -> Collection:
     roots = roots_of(index)
     if root is None:
         raise ConfigError(
-            f"{index.url} holds an index already: say what to do, --append, --remove, --compact or --verify, "
+            f"{index.url} holds an index already: say what to do: --append, --remove, --compact or --verify, "
             "or where its images moved to with --data.root"
         )
     old, given, new = str(root).rpartition("=")

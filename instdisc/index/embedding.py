@@ -22,7 +22,7 @@ from cluster.collection_writer import write_block, written_block
 from cluster.settings import ActorsConfig
 from instdisc.common.errors import NonFiniteError
 from instdisc.evaluation.images import compute_device
-from instdisc.index.images import EMBEDDINGS, KEYS, columns
+from instdisc.index.images import EMBEDDINGS, columns
 from pipelines.augment import Augmentation
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
@@ -97,19 +97,13 @@ def block_names(
         chosen = slice(start, start + block_rows)
         digest = hashlib.sha256(facts.encode())
         digest.update("\0".join(keys[chosen]).encode())
-        arrays = (
-            manifest.sizes,
-            manifest.offsets,
-            manifest.checksums,
-            manifest.labels,
-            manifest.source_index,
-        )
-        for array in arrays:
+        for name in ("sizes", "offsets", "checksums", "labels", "source_index"):
+            array = getattr(manifest, name)
             digest.update(b"" if array is None else np.ascontiguousarray(array[chosen]).data)
-        name = f"embedded-{digest.hexdigest()[:24]}"
-        while name in taken:  # these images were in the index before, and some of them removed since
-            name += "-again"
-        names.append(name)
+        block = f"embedded-{digest.hexdigest()[:24]}"
+        while block in taken:  # these images were in the index before, and some of them removed since
+            block += "-again"
+        names.append(block)
     return names
 
 
@@ -201,9 +195,6 @@ def write_blocks(work: Work, numbers: Sequence[int], on_rows: OnRows = lambda co
             work.manifest,
             requests,
             augmentation=work.augmentation,
-            training=False,
-            views=1,
-            seed=0,
             device=device,
             config=work.loader,
             on_corrupt=lambda row, _, reason: reasons.__setitem__(row, reason),
@@ -235,14 +226,14 @@ def _write(
     rows = work.rows_of(number)
     vectors, missing, rows = vectors[decoded], rows[~decoded], rows[decoded]
     lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) < 1e-3).all():
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
+    if len(wrong):
         raise NonFiniteError(
-            f"{work.manifest.name(int(rows[~(np.abs(lengths - 1) < 1e-3)][0]))}: the network gives a vector of length "
-            f"{lengths[~(np.abs(lengths - 1) < 1e-3)][0]:g}, expected 1: use another snapshot"
+            f"{work.manifest.name(int(rows[wrong[0]]))}: the network gives a vector of length {lengths[wrong[0]]:g}, "
+            "expected 1: use another snapshot"
         )
     tables: dict[str, Any] = columns(
         work.manifest.select(rows), [work.keys[row] for row in rows.tolist()], work.labels[rows], work.root
     )
-    assert KEYS in tables
     note = [(work.keys[row], reasons.get(row, "cannot be decoded")) for row in missing.tolist()]
     write_block(work.url, work.names[number], {EMBEDDINGS: vectors.astype(work.dtype), **tables}, note)

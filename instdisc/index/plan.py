@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,9 +106,6 @@ def find_removed(index: Collection, named: Sequence[str]) -> tuple[npt.NDArray[n
 
 
 def _match(index: Collection, patterns: Sequence[str]) -> dict[str, list[int]]:
-    import fnmatch
-    import re
-
     matchers = {pattern: re.compile(fnmatch.translate(pattern)) for pattern in patterns}
     matched: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     for number in range(len(index.blocks)):

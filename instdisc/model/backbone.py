@@ -95,15 +95,15 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
             f"backbone.name is {config.name!r}, which is unknown: {hint}use one of {', '.join(CIFAR_RESNETS)} or a "
             f"torchvision classification network: {', '.join(known)}; or timm:NAME"
         )
-    options: dict[str, object] = {}
-    if config.name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
     backbone: nn.Module = torchvision.models.get_model(
-        config.name, weights=None, num_classes=config.embedding_dim, **options
+        config.name,
+        weights=None,
+        num_classes=config.embedding_dim,
+        **without_auxiliary(config.name, init_weights=True),
     )
     if image_size <= _SMALL_IMAGE:
         _shrink_stem(backbone)
-    head = list(backbone.modules())[-1]
+    _, head = head_of(backbone)
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"backbone {config.name} does not end in a linear classifier: use another --backbone.name"
@@ -111,6 +111,12 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
     if head.weight.device.type != "meta" and not head.weight.any():
         head.reset_parameters()  # vision transformers start with a head of zeros, which has no direction
     return backbone
+
+
+def without_auxiliary(name: str, *, init_weights: bool = False) -> dict[str, bool]:
+    """The options with which torchvision builds a network without auxiliary classifiers; none where it has none."""
+    auxiliary = name in ("googlenet", "inception_v3")
+    return {"aux_logits": False, "init_weights": init_weights} if auxiliary else {}
 
 
 def _shrink_stem(backbone: nn.Module) -> None:

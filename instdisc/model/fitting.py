@@ -72,7 +72,7 @@ def fit(
     if faults and not (partial and shaped):
         raise ValueError(f"{'; '.join(faults)}: {_remedy(own, network, head)}")
     how = f"{len(shaped)} of {len(network)} tensors" + (f", named {prefix}…" if prefix else "")
-    how += f"; random or left out: {'; '.join(faults)}" if faults else ""
+    how += f"; random or skipped: {'; '.join(faults)}" if faults else ""
     # Copies, as a file may hold several of them in one piece of memory.
     copies = {
         name: value.to(network[name].dtype).clone(memory_format=torch.contiguous_format)

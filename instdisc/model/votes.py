@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 _BLOCK_ENTRIES = 1 << 24  # similarities held at a time: 64 MB of float32
-_SPARE = (
-    8  # neighbors beyond k, so that of equal similarities at the end the same rows count in every program
-)
+# Neighbors beyond k, so that of equal similarities at the end the same rows count in every program.
+_SPARE = 8
 
 
 def shard_top_k(

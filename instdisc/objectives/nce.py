@@ -22,13 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from instdisc.model.bank import Bank
-from instdisc.objectives.base import (
-    BatchQueries,
-    MergeLogSums,
-    Objective,
-    Result,
-    weighted_rows,
-)
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective, Result, weighted_rows
 from instdisc.settings.objectives import NCEConfig
 
 logger = logging.getLogger(__name__)

@@ -58,10 +58,7 @@ def negative_terms(
     block = min(128, max(4, _BLOCK_NUMBERS // block_dim))
     with torch.cuda.device(rows_SD.get_device()):
         _kernel[(num_queries, parts)](
-            *tensors,
-            *(num_negatives, part, 1 / temperature),
-            *(dim, block_dim, block),
-            enable_fp_fusion=True,
+            *tensors, *(num_negatives, part, 1 / temperature), *(dim, block_dim, block), enable_fp_fusion=True
         )
     terms_GC = terms_PGC.sum(dim=0)
     terms_GC[:, :dim] *= weight / temperature

@@ -13,11 +13,7 @@ from torch import Tensor
 
 from instdisc.model.bank import Bank
 from instdisc.objectives.attention import attend
-from instdisc.objectives.base import (
-    BatchQueries,
-    MergeLogSums,
-    Objective,
-)
+from instdisc.objectives.base import BatchQueries, MergeLogSums, Objective
 from instdisc.settings.objectives import SoftmaxConfig
 
 

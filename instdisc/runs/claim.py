@@ -124,8 +124,8 @@ def _leased(
     except KeyboardInterrupt:
         if taken_by:
             raise ConfigError(
-                f"another {who} has taken {storage.url} ({taken_by[0]}), as this one was suspended or could not write "
-                f"there: one of the two must have {remedy}"
+                f"another {who} has taken {storage.url} ({taken_by[0]}), since this one was suspended or could not "
+                f"write there: give one of the two {remedy}"
             ) from None
         raise
     finally:
@@ -136,5 +136,5 @@ def _leased(
 def _held(place: str, holder: str | None, who: str = "run", remedy: str = "another --run-dir") -> ConfigError:
     holds = f" ({holder})" if holder else ""
     return ConfigError(
-        f"another {who} is writing to {place}{holds}: wait for its end, stop it, or choose {remedy}"
+        f"another {who} is writing to {place}{holds}: wait until it ends, stop it, or choose {remedy}"
     )

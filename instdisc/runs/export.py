@@ -16,7 +16,7 @@ from cluster.snapshots import COMMIT, open_snapshot, snapshot_steps
 from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import written_whole
-from instdisc.model.backbone import CIFAR_RESNETS, Embedder
+from instdisc.model.backbone import CIFAR_RESNETS, Embedder, head_of, without_auxiliary
 from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
 from instdisc.settings.export import ExportConfig
 from instdisc.settings.model import TIMM
@@ -80,12 +80,12 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
         raise ConfigError(
             f"{name} is not a torchvision network: use --format safetensors or onnx, or train one, such as resnet18"
         )
-    head = list(network.backbone.named_modules())[-1][0]
+    head, _ = head_of(network.backbone)
     weights = {
         key: value for key, value in network.backbone.state_dict().items() if not key.startswith(f"{head}.")
     }
     torch.save(weights, path)
-    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options = without_auxiliary(name, init_weights=False)
     with torch.device("meta"):
         plain = torchvision.models.get_model(name, weights=None, **options)
     arguments = "".join(f", {option}={value}" for option, value in options.items())

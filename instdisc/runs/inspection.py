@@ -32,7 +32,7 @@ def inspect(path: str) -> int:
     if is_collection(place):
         return verify(open_collection(place))
     broken: list[str] = []
-    run = None if "://" in path else RunDirectory(Path(path).expanduser())
+    run = None if isinstance(place, str) else RunDirectory(place)
     if run is not None and run.config.exists():
         broken += _inspect_run(run)
         url, manifest = run.settings()["snapshots"]["url"] or str(run.snapshots), run.manifest
@@ -43,7 +43,7 @@ def inspect(path: str) -> int:
         else:
             print("no snapshot yet")
     else:
-        broken += _inspect_snapshots(path, None)
+        broken += _inspect_snapshots(str(place), None)
     for fault in broken:
         print(f"broken: {fault}", file=sys.stderr)
     remedy = "restore the files named, or resume from an earlier snapshot by moving the broken one away"

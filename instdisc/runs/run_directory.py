@@ -275,7 +275,7 @@ class RunDirectory:
         try:
             saved = newest_step(self.settings()["snapshots"]["url"] or self.snapshots) or 0
         except (ConfigError, SnapshotError) as error:
-            return f"what is saved cannot be told ({error})"
+            return f"it is unknown what was saved ({error})"
         done = max((row["step"] for row in read_lines(self.journal) if row["kind"] == "train"), default=0)
         lost = f"; at least {done - saved} steps after it are lost" if done > saved else ""
         return f"the next run resumes from step {saved}{lost}"

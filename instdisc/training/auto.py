@@ -173,6 +173,7 @@ def images_per_second(config: RunConfig, images: Manifest) -> float:
         seed=config.training.seed,
         device=device,
         config=config.loader,
+        watches_contrast=False,  # training tells of them
     ) as loader:
 
         def step() -> None:

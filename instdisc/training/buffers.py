@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +45,14 @@ class Buffers:
 
     def statistics(self) -> dict[str, Tensor]:
         """This rank's running statistics, the buffers of floating point, by name, copied to the CPU."""
-        return {
-            name: part
-            for group in self._statistics
-            for name, part in zip(group.names, group.parts_of(group.flat().cpu()), strict=True)
-        }
+        return self._named(_Group.flat)
 
     def averaged_statistics(self) -> dict[str, Tensor]:
         """The mean of the ranks' running statistics, which each gathered from its own images, on the CPU.
 
         Collectives: one all-reduce for each type of floating point; every rank must call.
         """
-        return {
-            name: part
-            for group in self._statistics
-            for name, part in zip(group.names, group.parts_of(self._mean(group).cpu()), strict=True)
-        }
+        return self._named(self._mean)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -76,6 +68,13 @@ class Buffers:
         finally:
             for group, values in zip(self._statistics, own, strict=True):
                 torch._foreach_copy_(group.buffers, group.parts_of(values))
+
+    def _named(self, values: Callable[[_Group], Tensor]) -> dict[str, Tensor]:
+        return {
+            name: part
+            for group in self._statistics
+            for name, part in zip(group.names, group.parts_of(values(group).cpu()), strict=True)
+        }
 
     def _mean(self, group: _Group) -> Tensor:
         return self._exchange.sum(group.flat()) / self._exchange.world_size

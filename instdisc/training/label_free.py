@@ -96,6 +96,8 @@ class LabelFreeMonitor:
                 device=worker.device,
                 config=trainer.config.loader,
                 on_corrupt=self._on_corrupt,
+                cache=trainer.config.data.tar_cache(),
+                watches_contrast=False,  # training tells of them
             ) as loader:
                 done = 0
                 for images in until_stopped(worker, loader):

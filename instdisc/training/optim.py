@@ -24,10 +24,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> SkippingSGD:
         {"params": head, "rate_scale": 1.0},
     ]
     return SkippingSGD(
-        groups,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        groups, learning_rate=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
 
 

@@ -256,11 +256,10 @@ def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _optimizer_tensors(optimizer: SkippingSGD) -> dict[str, Tensor]:
     """The optimizer's state as `INDEX OF THE PARAMETER.NAME`."""
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, parameter in enumerate(optimizer.parameters())
-        for name, value in optimizer.state[parameter].items()
-    }
+    parameters = enumerate(optimizer.parameters())
+    return _on_cpu(
+        {f"{i}.{name}": value for i, each in parameters for name, value in optimizer.state[each].items()}
+    )
 
 
 def _restore_optimizer(optimizer: SkippingSGD, tensors: dict[str, Tensor]) -> None:

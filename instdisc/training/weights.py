@@ -17,15 +17,9 @@ from torch import Tensor
 from cluster.snapshots import Snapshot, open_snapshot
 from cluster.storage import Storage
 from instdisc.common.errors import ConfigError
-from instdisc.model.backbone import CIFAR_RESNETS, build_embedder, head_of
+from instdisc.model.backbone import CIFAR_RESNETS, build_embedder, head_of, without_auxiliary
 from instdisc.model.fitting import fit, named
-from instdisc.model.timm_networks import (
-    BODY,
-    check_has_weights,
-    classifier_of,
-    normalization_of,
-    timm_body,
-)
+from instdisc.model.timm_networks import BODY, check_has_weights, classifier_of, normalization_of, timm_body
 from instdisc.runs.run_directory import NETWORK, RunDirectory, network_settings
 from instdisc.settings.model import TIMM
 from instdisc.settings.run import RunConfig
@@ -143,18 +137,15 @@ def _read_torchvision(weights: str, name: str) -> _Found:
             f"{Path(torch.hub.get_dir(), 'checkpoints')}"
         ) from error
     with torch.device("meta"):
-        plain = torchvision.models.get_model(name, weights=None, **_without_auxiliary(name))
-    classifier = list(plain.named_modules())[-1][0]
+        plain = torchvision.models.get_model(
+            name, weights=None, **without_auxiliary(name, init_weights=False)
+        )
+    classifier, _ = head_of(plain)
     preset = chosen.transforms()
     normalization: Normalization = (tuple(preset.mean), tuple(preset.std))
-    if _without_auxiliary(name):  # torchvision's own network changes its input to this
+    if without_auxiliary(name):  # torchvision's own network changes its input to this
         normalization = ((0.5,) * 3, (0.5,) * 3)
     return _Found(dict(tensors), normalization, (f"{classifier}.", "aux1.", "aux2.", "AuxLogits."))
-
-
-def _without_auxiliary(name: str) -> dict[str, bool]:
-    auxiliary = name in ("googlenet", "inception_v3")
-    return {"aux_logits": False, "init_weights": False} if auxiliary else {}
 
 
 def _read_place(place: str, name: str) -> _Found:
@@ -224,7 +215,7 @@ def _compare_normalization(config: RunConfig, theirs: Normalization | None) -> N
         return
     (mean, std) = (" ".join(f"{value:g}" for value in values) for values in theirs)
     logger.warning(
-        "the weights were trained on images normalised otherwise: --augmentation.mean %s --augmentation.std %s "
-        "does as they expect",
+        "the weights were trained with another normalization of the images; to match it: --augmentation.mean %s "
+        "--augmentation.std %s",
         *(mean, std),
     )

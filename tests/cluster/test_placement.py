@@ -115,7 +115,7 @@ def test_elastic_workers_keep_their_size() -> None:
     assert cpus(LaunchConfig(num_workers=32, min_workers=8, gpus_per_worker=1), []) == (None, 1)
     assert cpus(LaunchConfig(num_workers=8, min_workers=2), [{"CPU": 3.0}]) == (None, 0)
     for nodes in ([], [{"CPU": 0.0}], [{"CPU": 16.0}] * 0):
-        with pytest.raises(ClusterError, match="--cpus-per-worker how many CPUs"):
+        with pytest.raises(ClusterError, match="--cpus-per-worker, how many CPUs"):
             cpus(LaunchConfig(num_workers=8, min_workers=2, autoscaling=True), nodes)
     assert cpus(LaunchConfig(num_workers=2, min_workers=1, cpus_per_worker=5), [gpu_node]) == (5, 1)
     # Others share what there is at each start.

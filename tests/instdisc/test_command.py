@@ -53,10 +53,37 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_unknown_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        PROGRAMS[name][0]([*PROGRAMS[name][1], "--no-such-option"])
-    assert ended.value.code == 2
-    assert "no-such-option" in "".join(capsys.readouterr())
+    assert PROGRAMS[name][0]([*PROGRAMS[name][1], "--no-such-option"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: Unrecognized options: --no-such-option; see python -m instdisc.")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["plan", "--batch-size", "x"],
+            "error: --batch-size: invalid literal for int() with base 10: 'x'; see",
+        ),
+        (
+            ["plan", "--batch-sizes", "4"],
+            "error: Unrecognized options: --batch-sizes, 4; did you mean --batch-size?",
+        ),
+        (["plan", "--objective", "no"], "error: invalid choice 'no' for argument '--objective'"),
+        (["search"], "error: RUN_OR_INDEX is missing; see python -m instdisc.search --help"),
+        (["export", "run"], "error: --format is missing"),
+        (
+            ["train", "sample", "--knn.temperature", "0.1", "--objective.temperature=0"],
+            "error: --objective.temperature is 0.0, expected at least 0.005",
+        ),
+    ],
+)
+def test_options_that_cannot_be_read(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert PROGRAMS[arguments[0]][0](arguments[1:]) == 2
+    assert capsys.readouterr().err.startswith(message)
 
 
 def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:

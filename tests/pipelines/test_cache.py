@@ -204,7 +204,7 @@ def test_a_full_disk_is_said_once(
         caches = [TarCache(config(tmp_path)) for _ in range(2)]
         for cache in caches:
             cache.want(urls(server))
-        until(lambda: "takes no more: File too large; of 4 tars 1 are kept" in caplog.text)
+        until(lambda: "cannot take more (File too large): of 4 tars 1 are kept" in caplog.text)
         time.sleep(0.3)
         assert [kept(cache, server) for cache in caches] == [[0], [0]]
     finally:

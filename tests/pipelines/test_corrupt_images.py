@@ -169,7 +169,7 @@ def test_corrupt_images_are_logged_by_default(
     with caplog.at_level(logging.WARNING):
         load(manifest, in_order(4, 4, epochs=2), backend, on_corrupt=None)
     assert [record.message for record in caplog.records] == [
-        f"image 0002 (row 2) is left out: is cut short: 8 of {manifest.sizes[2]} bytes"
+        f"skipping image 0002 (row 2): is cut short: 8 of {manifest.sizes[2]} bytes"
     ]
 
 

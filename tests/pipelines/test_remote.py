@@ -186,7 +186,7 @@ def test_what_is_not_there(server: RangeServer) -> None:
         build_manifest(f"{server.url}/x.tar")
     with pytest.raises(DataError, match=r"images lie in uncompressed \.tar files"):
         build_manifest(f"{server.url}/x.tar.gz")
-    with pytest.raises(DataError, match=r"nosuch:// is no kind of URL that fsspec knows"):
+    with pytest.raises(DataError, match=r"nosuch:// is not a kind of URL that fsspec knows"):
         build_manifest("nosuch://host/x.tar")
     with pytest.raises(DataError, match=r"different kinds of storage"):
         build_manifest([f"{server.url}/x.tar", "s3://images/x.tar"])

@@ -99,7 +99,7 @@ def test_tars_joined_by_cat(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
     (tmp_path / "x" / "x.tar").write_bytes(one + b"what else" * 100)
     assert len(build_manifest(tmp_path / "x")) == 2
-    assert "the 900 bytes after its end mark are no tar" in caplog.text
+    assert "the 900 bytes after its end mark are not a tar archive" in caplog.text
 
 
 def test_what_macos_and_others_add_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ def test_broken_images_are_left_out_in_order(odd_images: Path) -> None:
     flipped[len(flipped) // 2] ^= 0xFF
     (odd_images / "flipped.png").write_bytes(flipped)
     manifest = build_manifest(odd_images)
-    sound = verify(manifest, workers=2, show_progress=False)
+    sound = verify(manifest, show_progress=False)
     assert [name for name, _ in sound.rejected] == ["a-cut.jpg", "flipped.png"]
     assert "truncated" in sound.rejected[0].reason
     assert list(sound.keys) == [key for key in manifest.keys if key not in ("a-cut.jpg", "flipped.png")]
@@ -43,7 +43,7 @@ def test_data_that_changed_since_is_left_out(odd_images: Path) -> None:
     (odd_images / "grey.png").write_bytes(png(3, 2).ljust(len(ODD["grey.png"]), b"\0"))
     (odd_images / "rgb.png").write_bytes(ODD["rgb.png"][:-1])
     (odd_images / "rgb.ppm").unlink()
-    reasons = dict(verify(manifest, workers=1).rejected)
+    reasons = dict(verify(manifest).rejected)
     assert len(reasons) == 4
     assert "is 3 x 2 pixels, the manifest says 21 x 34: build it again" in reasons["grey.png"]
     # The last byte decodes nothing, but a loader that gets fewer bytes than promised leaves the image out.

@@ -103,7 +103,7 @@ def test_other_images_and_then_more(embed: Embed, opened: Opened, trained: Path,
     shutil.move(images / "more" / "grey", images / "grey")
     (images / "more").rmdir()
     Image.new("RGB", (32, 32), "white").save(images / "red" / "3.png")
-    refused(embed(trained, "--data.path", images), "lacks 3 of these 32 images: say --append")
+    refused(embed(trained, "--data.path", images), "lacks 3 of these 32 images: pass --append")
     done(embed("--append", "--data.path", images), "2 images added, 1 embedded again, 29 were there")
     index = opened()
     keys = index.read("keys").tolist()

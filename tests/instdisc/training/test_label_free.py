@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cluster.snapshots import snapshot_steps
 from instdisc.evaluate import main as evaluate
@@ -171,3 +172,11 @@ def test_keeping_the_best_by_labels_needs_labels(tmp_path: Path, capsys: pytest.
     options = ["--data.path", str(images), "--data.test-path", "None", "--run-dir", str(tmp_path / "run")]
     assert train(["sample", *SMALL, *options, "--snapshots.keep-best", "knn"]) == 2
     assert "instance_recall_1 needs none" in capsys.readouterr().err
+
+
+def test_measuring_does_not_warn_of_constant_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(4):
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / f"{number}.png")
+    trainer, manifest = make_trainer(0, 1), build_manifest(tmp_path, show_progress=False)
+    LabelFreeMonitor(trainer, manifest, lambda *_: None).measure({TRAINED: trainer.embed})
+    assert "nearly constant" not in caplog.text  # training warns of them, once
