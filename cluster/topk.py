@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cluster.actors import available_threads, choose_actors, connect, get, share_out
 from cluster.errors import ClusterError
 from cluster.settings import ActorsConfig
-from cluster.topk_kernels import BLOCK_ROWS, FaissKernel, Keys, TopKKernel, TorchKernel, from_keys
+from cluster.topk_kernels import BLOCK_ROWS, FaissKernel, TopKKernel, TorchKernel, from_keys
 
 if TYPE_CHECKING:
     from cluster.metrics import Metrics
@@ -108,9 +108,11 @@ class Shard:
             return TorchKernel(rows, self._start, "cuda")
         return FaissKernel(rows, self._start, self._threads)
 
-    def search(self, queries: Floats, first: int, last: int, k: int) -> tuple[str, Keys]:
+    def search(
+        self, queries: Floats, excluded: Ids, first: int, last: int, k: int
+    ) -> tuple[str, npt.NDArray[np.uint64]]:
         """`ready`, and `TopKKernel.search` for queries first … last - 1."""
-        return self.ready(), self._kernel.search(queries[first:last], k)
+        return self.ready(), self._kernel.search(queries[first:last], k, excluded[first:last])
 
 
 def _load(source: RowSource, start: int, stop: int) -> Floats:
@@ -203,12 +205,13 @@ class TopK:
         self._actors = []
         self._session.close()
 
-    def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
+    def search(self, queries: Floats, k: int, *, excluded: Ids | None = None) -> tuple[Floats, Ids]:
         """The k rows with the largest inner product with each query.
 
         Args:
             queries: float32 (Q, D), finite.
             k: At least 1.
+            excluded: int64 (Q,), a row that does not count for the query, negative for none.
 
         Returns:
             Scores float32 (Q, k), descending, and rows int64 (Q, k), ascending where scores are equal. Where fewer than
@@ -219,9 +222,14 @@ class TopK:
             Exception: What reading the source raised.
         """
         queries = np.ascontiguousarray(queries, np.float32)
+        excluded = np.full(len(queries), -1) if excluded is None else np.asarray(excluded, np.int64)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        if self._local is not None:
+            answers = self._search_here(queries, excluded, k)
+        else:
+            answers = self._search_actors(queries, excluded, k)
         asked = time.perf_counter()
-        for first, keys in self._answers(queries, k):
+        for first, keys in answers:
             scores[first : first + len(keys)], rows[first : first + len(keys)] = from_keys(keys)
             if self._metrics is not None:
                 answered = time.perf_counter()
@@ -230,20 +238,27 @@ class TopK:
                 asked = answered
         return scores, rows
 
-    def _answers(self, queries: Floats, k: int) -> Iterator[tuple[int, Keys]]:
+    def _search_here(
+        self, queries: Floats, excluded: Ids, k: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+        assert self._local is not None
+        for first in range(0, len(queries), _QUERIES_AT_A_TIME):
+            _, keys = self._local.search(queries, excluded, first, first + _QUERIES_AT_A_TIME, k)
+            yield first, keys
+
+    def _search_actors(
+        self, queries: Floats, excluded: Ids, k: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
         """Blocks of queries in their order, with the best rows of all actors; a few blocks are under way at a time."""
-        firsts = iter(range(0, len(queries), _QUERIES_AT_A_TIME))
-        if self._local is not None:
-            for first in firsts:
-                yield first, self._local.search(queries, first, first + _QUERIES_AT_A_TIME, k)[1]
-            return
         import ray
 
-        stored = ray.put(queries)
+        stored = ray.put(queries), ray.put(excluded)
+        firsts = iter(range(0, len(queries), _QUERIES_AT_A_TIME))
 
         def submit(first: int) -> tuple[int, list[Any]]:
-            last = first + _QUERIES_AT_A_TIME
-            return first, [actor.search.remote(stored, first, last, k) for actor in self._actors]
+            return first, [
+                actor.search.remote(*stored, first, first + _QUERIES_AT_A_TIME, k) for actor in self._actors
+            ]
 
         under_way = deque(submit(first) for first in itertools.islice(firsts, _IN_FLIGHT))
         while under_way:

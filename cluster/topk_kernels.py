@@ -70,51 +70,55 @@ class TopKKernel(ABC):
         rows[self._missing] = 0
         self._num_rows, self._start = len(rows), start
 
-    def search(self, queries: Floats, k: int) -> Keys:
+    def search(self, queries: Floats, k: int, excluded: npt.NDArray[np.int64]) -> Keys:
         """The k rows of the largest inner product with each query.
 
         Args:
             queries: float32 (Q, D).
             k: At least 1.
+            excluded: int64 (Q,), number in the whole table of a row that does not count, negative for none.
 
         Returns:
             uint64 (Q, k), ascending `to_keys` of scores and numbers in the whole table.
         """
         parts = [slice(first, first + self.chunk) for first in range(0, len(queries), self.chunk)]
-        found = self._each(lambda part: self._search_chunk(queries[part], k), parts)
+        found = self._each(lambda part: self._search_chunk(queries[part], k, excluded[part]), parts)
         return np.concatenate([np.empty((0, k), np.uint64), *found])
 
     def _each(self, function: Any, parts: list[slice]) -> list[Keys]:
         return [function(part) for part in parts]
 
-    def _search_chunk(self, queries: Floats, k: int) -> Keys:
+    def _search_chunk(self, queries: Floats, k: int, excluded: npt.NDArray[np.int64]) -> Keys:
         scores, positions, floors = self._candidates(queries, min(k + _SPARE, self._num_rows))
-        keys = self._counted(scores, positions)
+        keys = self._counted(scores, positions, excluded)
         keys.sort(axis=1)
         if keys.shape[1] < self._num_rows:
             kth = from_keys(keys[:, k - 1])[0]
             incomplete = kth <= floors  # minus infinity: fewer than k of them count
             if incomplete.any():
                 again = np.ones_like(incomplete) if self.by_chunk else incomplete
-                found = self._search_all(queries[again], k)
+                found = self._search_all(queries[again], k, excluded[again])
                 keys[incomplete, :k] = found[incomplete[again]]
         return np.pad(keys[:, :k], ((0, 0), (0, max(0, k - keys.shape[1]))), constant_values=NO_ROW)
 
-    def _search_all(self, queries: Floats, k: int) -> Keys:
+    def _search_all(self, queries: Floats, k: int, excluded: npt.NDArray[np.int64]) -> Keys:
         """The same by looking at every row: for queries with more equal scores at the end than there are spare ones."""
         best = np.full((len(queries), k), NO_ROW)
         for first in range(0, self._num_rows, _SLICE):
             scores, positions = self._all(queries, first, min(first + _SLICE, self._num_rows))
-            keys = np.concatenate([best, self._counted(scores, positions)], axis=1)
+            keys = np.concatenate([best, self._counted(scores, positions, excluded)], axis=1)
             best = np.partition(keys, k - 1, axis=1)[:, :k]
         best.sort(axis=1)
         return best
 
-    def _counted(self, scores: Floats, positions: npt.NDArray[np.int64]) -> Keys:
+    def _counted(
+        self, scores: Floats, positions: npt.NDArray[np.int64], excluded: npt.NDArray[np.int64]
+    ) -> Keys:
         rows = positions + self._start
+        out = rows == excluded[:, None]
         if len(self._missing):
-            rows[np.isin(positions, self._missing)] = -1
-        return to_keys(scores, rows)
+            out |= np.isin(positions, self._missing)
+        return to_keys(scores, np.where(out, -1, rows))
 
     @abstractmethod
     def _candidates(self, queries: Floats, count: int) -> tuple[Floats, npt.NDArray[np.int64], Floats]:

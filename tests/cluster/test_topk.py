@@ -34,20 +34,25 @@ def coarse_rows(count: int, dim: int, seed: int) -> npt.NDArray[np.float32]:
 
 
 def brute_force(
-    queries: npt.NDArray[Any], rows: npt.NDArray[Any], k: int
+    queries: npt.NDArray[Any], rows: npt.NDArray[Any], k: int, excluded: npt.NDArray[np.int64] | None = None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     scores = queries.astype(np.float64) @ rows.astype(np.float64).T
+    if excluded is not None:
+        asked = np.flatnonzero(excluded >= 0)
+        scores[asked, excluded[asked]] = -np.inf
     scores[:, np.isnan(rows).any(axis=1)] = -np.inf
     order = np.lexsort((np.broadcast_to(np.arange(len(rows)), scores.shape), -scores))[:, :k]
     return np.take_along_axis(scores, order, axis=1), order
 
 
-def kernel(name: str, rows: npt.NDArray[np.float32]) -> TopKKernel:
-    return FaissKernel(rows.copy(), 0, 2) if name == "faiss" else TorchKernel(rows.copy(), 0, "cpu")
+def kernel(name: str, rows: npt.NDArray[np.float32], start: int = 0) -> TopKKernel:
+    return FaissKernel(rows.copy(), start, 2) if name == "faiss" else TorchKernel(rows.copy(), start, "cpu")
 
 
-def search(name: str, queries: Any, rows: Any, k: int) -> Found:
-    return from_keys(kernel(name, rows).search(queries, k))
+def search(name: str, *arguments: Any, start: int = 0) -> Found:
+    queries, rows, k, *excluded = arguments
+    out = excluded[0] if excluded else np.full(len(queries), -1)
+    return from_keys(kernel(name, rows, start).search(queries, k, out))
 
 
 class ArrayRows:
@@ -98,8 +103,10 @@ def test_a_kernel_gives_the_same_bits_whatever_its_tiles(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["faiss", "torch"])
 def test_a_bank_of_one_vector_gives_the_first_rows(name: str) -> None:
     rows = np.tile(unit_rows(1, 32, seed=0), (20_000, 1))
-    _, found = search(name, rows[:5], rows, 40)
-    assert found.tolist() == [list(range(40))] * 5
+    _, found = search(name, rows[:5], rows, 40, np.array([-1, 0, 7, 39, 19_999]))
+    assert found[0].tolist() == list(range(40))
+    assert found[1].tolist() == list(range(1, 41))
+    assert found[3].tolist() == [*range(39), 40]
 
 
 @pytest.mark.parametrize("name", ["faiss", "torch"])
@@ -109,12 +116,14 @@ def test_unit_rows_agree_up_to_rounding(name: str, concentrated: bool) -> None:
     if concentrated:  # as in a network that has learned little: all scores within a few thousandths
         rows = rows * np.float32(0.01) + unit_rows(1, 128, seed=3)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    scores, found = search(name, queries, rows, 200)
-    exact, _ = brute_force(queries, rows, 200)
+    excluded = np.arange(300) * 3 - 1
+    scores, found = search(name, queries, rows, 200, excluded)
+    exact, _ = brute_force(queries, rows, 200, excluded)
     np.testing.assert_allclose(scores, exact, rtol=0, atol=1e-6)
     own = np.einsum("qkd,qd->qk", rows[found].astype(np.float64), queries.astype(np.float64))
     np.testing.assert_allclose(own, exact, rtol=0, atol=1e-6)
     assert all(len(set(row)) == 200 for row in found.tolist())
+    assert not (found == excluded[:, None]).any()
 
 
 @pytest.mark.parametrize("name", ["faiss", "torch"])
@@ -163,11 +172,12 @@ def test_any_number_of_actors_gives_the_same_bits(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     queries = np.concatenate([table[:2500:5], unit_rows(4200, 64, seed=1)])
+    excluded = np.concatenate([np.arange(0, 2500, 5), np.full(4200, -1)])
     with TopK(ArrayRows(table), HERE) as here:
-        expected = here.search(queries, 100)
+        expected = here.search(queries, 100, excluded=excluded)
     config = ActorsConfig(num_actors=num_actors, cpus_per_actor=0.5)
     with TopK(ArrayRows(table), config) as top_k:
-        found = top_k.search(queries, 100)
+        found = top_k.search(queries, 100, excluded=excluded)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
 
@@ -199,7 +209,7 @@ def test_a_killed_actor_comes_back_unseen(
     with TopK(PidRows(table, tmp_path), config, metrics) as top_k:
         expected = top_k.search(queries, 50)
         victim = int((tmp_path / "0").read_text())
-        answers = top_k._answers(queries, 50)
+        answers = top_k._search_actors(queries, np.full(len(queries), -1), 50)
         parts = [next(answers)]
         os.kill(victim, signal.SIGKILL)  # with blocks of queries under way
         parts += answers
