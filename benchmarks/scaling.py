@@ -204,7 +204,7 @@ def main() -> None:
             steps, sums[world_size] = measure(world_size, arguments)
             measured[world_size] += steps
     sample = RECIPES["sample"].config
-    network = network_size(sample.backbone.name, IMAGE_SIZE, sample.backbone.embedding_dim)
+    network = network_size(sample.backbone, IMAGE_SIZE)
     medians = {
         world_size: Step(
             *(statistics.median(values) for values in zip(*map(dataclasses.astuple, steps), strict=True))

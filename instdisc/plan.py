@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from instdisc.common import command
 from instdisc.common.errors import ConfigError
+from instdisc.settings.model import BackboneConfig
 from instdisc.settings.plan import PlanConfig
 from instdisc.settings.recipes import RECIPES
 from instdisc.training.costs import cost, network_size, run_cost
@@ -67,7 +68,9 @@ def report(config: PlanConfig) -> str:
 
 def _of_the_run(config: PlanConfig, name: str) -> list[str]:
     """The table of whole steps, snapshots and what is lost."""
-    network = network_size(name, config.image_size, config.embedding_dim)
+    network = network_size(
+        BackboneConfig(name=name, embedding_dim=config.embedding_dim, stem=config.stem), config.image_size
+    )
     lines = [
         f"{name} at {config.image_size} pixels, {network.operations / 1e9:.3g} GFLOP an image forward, "
         f"{network.parameters:,} weights; snapshots as often as loses the least (--snapshots.every-steps)",

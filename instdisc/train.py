@@ -147,7 +147,7 @@ def _parsed(name: str, default: RunConfig, arguments: Sequence[str]) -> RunConfi
         type(default),
         arguments,
         program=f"instdisc.train {name}",
-        description=f"{_all_recipes()[name].description}\n\n{_usual_options()}",
+        description=f"{_all_recipes()[name].description}\n\n{_usual_options(name)}",
         default=default,
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -157,10 +157,14 @@ def _all_recipes() -> dict[str, Recipe]:
     return {AUTO: AUTO_RECIPE, **RECIPES}
 
 
-def _usual_options() -> str:
+def _usual_options(recipe: str) -> str:
+    """The first options of the help, and what the values behind all options are."""
     width = max(map(len, _USUAL_OPTIONS)) + 2
     lines = [f"  {option:<{width}}{text}" for option, text in _USUAL_OPTIONS.items()]
-    return "\n".join(["Usual options; all are below, with the values of this recipe:", *lines])
+    values = (
+        "; defaults of what is chosen are not used" if recipe == AUTO else ", with the values of this recipe"
+    )
+    return "\n".join([f"Usual options; all are below{values}:", *lines])
 
 
 def run_directory(recipe: str, config: RunConfig) -> Path:

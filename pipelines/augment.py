@@ -42,6 +42,9 @@ class Augmentation:
     """Smallest and largest area of the random crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio (width / height) of the random crop."""
+    squash: bool = False
+    """Squash images to a square first, as if they had been resized without keeping their shape: crops, in training and
+    evaluation, then have the shape of the image where `crop_ratio` is 1."""
     brightness: float = 0.4
     """Brightness factors are drawn from [max(0, 1 - brightness), 1 + brightness]."""
     contrast: float = 0.4
@@ -158,8 +161,8 @@ def evaluation_views(augmentation: Augmentation, heights: Integers, widths: Inte
     """Return the one fixed view of each image: a centred square, neutral colours, no flip.
 
     Args:
-        augmentation: Only `image_size` matters: above 64 pixels the square's side is 0.875 of the image's
-            shorter one (the usual 224 of 256), else all of it.
+        augmentation: Only `image_size` and `squash` matter: above 64 pixels the square's side is 0.875 of the image's
+            shorter one (the usual 224 of 256), else all of it; squashed, so much of both sides.
         heights: (B,), heights of the stored images in pixels.
         widths: (B,), their widths.
 
@@ -167,18 +170,20 @@ def evaluation_views(augmentation: Augmentation, heights: Integers, widths: Inte
         The parameters (B, 1).
     """
     ratio = _EVALUATION_CROP if augmentation.image_size > _SMALL_IMAGE else 1.0
-    side = np.maximum(1, np.rint(np.minimum(heights, widths) * ratio)).astype(np.int32)[:, None]
-    neutral = np.ones(side.shape, dtype=np.float32)
+    shorter = np.minimum(heights, widths)
+    whole = (heights, widths) if augmentation.squash else (shorter, shorter)
+    height, width = (np.maximum(1, np.rint(side * ratio)).astype(np.int32)[:, None] for side in whole)
+    neutral = np.ones(height.shape, dtype=np.float32)
     return ViewParameters(
-        top=((heights[:, None] - side) // 2).astype(np.int32),
-        left=((widths[:, None] - side) // 2).astype(np.int32),
-        height=side,
-        width=side,
+        top=((heights[:, None] - height) // 2).astype(np.int32),
+        left=((widths[:, None] - width) // 2).astype(np.int32),
+        height=height,
+        width=width,
         brightness=neutral,
         contrast=neutral,
         saturation=neutral,
         hue=np.zeros_like(neutral),
-        flip=np.zeros(side.shape, dtype=np.bool_),
+        flip=np.zeros(height.shape, dtype=np.bool_),
     )
 
 
@@ -199,8 +204,10 @@ def _crop_boxes(
     areas, ratios, (vertical, horizontal) = np.split(draws, [_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS])
     scale_low, scale_high = augmentation.crop_scale
     log_low, log_high = np.log(augmentation.crop_ratio)
+    # Of a squashed image a square has its shape; areas keep their share whatever the shape.
+    shape: Reals | float = widths / heights if augmentation.squash else 1.0
     target = (scale_low + areas * (scale_high - scale_low)) * heights * widths
-    aspect = np.exp(log_low + ratios * (log_high - log_low))
+    aspect = np.exp(log_low + ratios * (log_high - log_low)) * shape
     attempts = np.rint(np.sqrt([target / aspect, target * aspect]))
     crop_heights, crop_widths = attempts
     fits = (crop_heights > 0) & (crop_heights <= heights) & (crop_widths > 0) & (crop_widths <= widths)
@@ -209,7 +216,8 @@ def _crop_boxes(
     top = np.floor(vertical * (heights - crop_height + 1))
     left = np.floor(horizontal * (widths - crop_width + 1))
 
-    closest = np.clip(widths / heights, *augmentation.crop_ratio)
+    ratio_low, ratio_high = augmentation.crop_ratio
+    closest = np.clip(widths / heights, ratio_low * shape, ratio_high * shape)
     centre_height = np.clip(np.rint(widths / closest), 1, heights)
     centre_width = np.clip(np.rint(heights * closest), 1, widths)
     fitted = fits.any(axis=0)

@@ -58,7 +58,7 @@ class ImageReader:
         """Return the encoded image of a row.
 
         Raises:
-            CorruptImage: If the source alone has gone, may not be read, or ends too early.
+            CorruptImage: If the source alone has gone, may not be read, ends too early, or is a file of another size.
             DataError: If the trouble is not with this file: the manifest's root cannot be reached, the disk or
                 the network fails, or too many files are open.
         """
@@ -80,7 +80,7 @@ class ImageReader:
             source = self._place(int(manifest.source_index[row]))
             offset, size = int(manifest.offsets[row]), int(manifest.sizes[row])
             if not isinstance(source, Url):
-                found[index] = self._read_near(source, offset, size)
+                found[index] = self._read_near(source, row, offset, size)
             elif (kept := self._read_kept(source, offset, size)) is not None:
                 found[index] = kept
             else:
@@ -104,9 +104,15 @@ class ImageReader:
             self._cache.forget(url)
             return None
 
-    def _read_near(self, path: Path, offset: int, size: int) -> bytes | CorruptImage:
+    def _read_near(self, path: Path, row: int, offset: int, size: int) -> bytes | CorruptImage:
         try:
-            return self._open(path).read(offset, size)
+            # Of what may be a file of its own one byte more, which is not there if the file is as it was.
+            found = self._open(path).read(offset, size + (offset == 0))
+            if offset == 0 and len(found) != size and self._manifest.file(row) is not None:
+                return CorruptImage(
+                    f"has changed since the images were listed: {path.stat().st_size} bytes instead of {size}"
+                )
+            return found[:size]
         except OSError as error:
             finding = self._finding(path, error)
             if isinstance(finding, CorruptImage):

@@ -25,6 +25,7 @@ from pipelines.order import Request
 from pipelines.settings import LoaderConfig
 
 _BATCH = 256
+_MOST_NAMED = 10
 
 logger = logging.getLogger(__name__)
 
@@ -80,22 +81,30 @@ class ImageRows:
         network = copy.deepcopy(self.network).to(device).eval()
         chosen = np.arange(start, stop)
         parts = []
+        broken: list[int] = []
+
+        def tell(row: int, name: str, reason: str) -> None:
+            broken.append(row)
+            if len(broken) <= _MOST_NAMED:
+                logger.warning("%s: %s", self.manifest.root / name, reason)
+
         with open_loader(
             self.manifest,
             (Request(0, chosen[first : first + _BATCH]) for first in range(0, len(chosen), _BATCH)),
             augmentation=self.augmentation,
             device=device,
             config=self.loader,
-            on_corrupt=self._warn,
+            on_corrupt=tell,
         ) as loader:
             for batch in loader:
                 rows = self.function(network, batch.images[0]).float()
                 missing = (batch.instance_ids < 0).to(device)
                 parts.append(rows.masked_fill(missing[:, None], torch.nan).cpu().numpy())
+        if len(broken) > _MOST_NAMED:
+            logger.warning(
+                "… and %d more of %d images cannot be decoded", len(broken) - _MOST_NAMED, len(chosen)
+            )
         return np.concatenate(parts)
-
-    def _warn(self, row: int, name: str, reason: str) -> None:
-        logger.warning("%s: %s", self.manifest.root / name, reason)
 
 
 def open_images(paths: Sequence[Path], *, upright: bool) -> Manifest:

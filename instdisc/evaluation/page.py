@@ -238,17 +238,19 @@ def similarity_charts(statistics: Mapping[str, Any] | None) -> list[Chart]:
     """Histograms of the cosine similarity of positive and negative pairs."""
     if statistics is None:
         return []
-    pairs = {name: each for name, each in statistics["pairs"].items() if sum(each["counts"])}
+    described = {"Cosine similarity of pairs": statistics["pairs"]}
+    for name, pairs in statistics.get("attributes", {}).items():
+        described[f"Cosine similarity of pairs, by {name}"] = pairs
+    return [_similarity_chart(title, statistics["edges"], pairs) for title, pairs in described.items()]
+
+
+def _similarity_chart(title: str, edges: Sequence[float], described: Mapping[str, Any]) -> Chart:
+    pairs = {name: each for name, each in described.items() if sum(each["counts"])}
     shares = [
         (name, [count / sum(each["counts"]) for count in each["counts"]]) for name, each in pairs.items()
     ]
-    title = "Cosine similarity of pairs"
     note = "Means: " + ", ".join(f"{name} {each['mean']:.2f}" for name, each in pairs.items()) + "."
-    return [
-        Chart(
-            title, list(pairs), histogram_chart(title, statistics["edges"], shares, "cosine similarity"), note
-        )
-    ]
+    return Chart(title, list(pairs), histogram_chart(title, edges, shares, "cosine similarity"), note)
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from instdisc.common.errors import ConfigError
+from instdisc.evaluation.attributes import read_attributes
 from instdisc.evaluation.images import ImageFunction, compute_device, embed
 from instdisc.model import label_free
 from instdisc.settings.evaluation import StatisticsConfig
@@ -33,9 +34,10 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
     one class.
 
     Raises:
-        ConfigError: Fewer than two images can be decoded.
+        ConfigError: Fewer than two images can be decoded, or the attributes cannot be read.
     """
     train = evaluation.source.train
+    given = None if config.attributes is None else read_attributes(config.attributes, train)
     rows = np.linspace(0, len(train) - 1, min(config.max_images, len(train))).astype(np.int64)
     embeddings = torch.from_numpy(evaluation.compute(train, rows=rows))
     decoded = embeddings[:, 0].isfinite()
@@ -54,6 +56,13 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         pairs |= {"images of one class": same, "images of two classes": different}
     else:
         pairs["different images"] = all_pairs(embeddings, bins=config.bins)
+    attributes: dict[str, dict[str, Pairs]] = {}
+    for name, numbers in (given.labels if given else {}).items():
+        same, different = class_pairs(embeddings, torch.from_numpy(numbers[rows])[decoded], bins=config.bins)
+        attributes[name] = {
+            f"images of one value ({name})": same,
+            f"images of two values ({name})": different,
+        }
     values = {
         "alignment": label_free.alignment(first, second),
         "uniformity": label_free.uniformity(embeddings),
@@ -63,16 +72,24 @@ def run(evaluation: Evaluation, config: StatisticsConfig) -> dict[str, Any]:
         # As text, since numbers below 1 are printed as shares.
         "summary": {
             **{name.replace("_", " "): f"{value:.3f}" for name, value in values.items()},
-            **{f"mean cosine, {name}": f"{each.mean:.3f}" for name, each in pairs.items()},
+            **{
+                f"mean cosine, {name}": f"{each.mean:.3f}"
+                for described in (pairs, *attributes.values())
+                for name, each in described.items()
+            },
+            **(
+                {"unknown keys of attributes": str(given.unknown_keys)}
+                if given and given.unknown_keys
+                else {}
+            ),
         },
         "images": len(embeddings),
         "embedding_dim": embeddings.shape[1],
         **values,
         "edges": np.linspace(-1, 1, config.bins + 1).tolist(),
-        "pairs": {
-            name: {"counts": each.counts.tolist(), "mean": None if math.isnan(each.mean) else each.mean}
-            for name, each in pairs.items()
-        },
+        "pairs": _as_json(pairs),
+        "attributes": {name: _as_json(described) for name, described in attributes.items()},
+        "unknown_keys": given.unknown_keys if given else 0,
     }
 
 
@@ -158,6 +175,13 @@ def all_pairs(embeddings_ND: Tensor, *, bins: int = 100) -> Pairs:
         bins: Intervals of the histogram.
     """
     return _summarize((cosines for cosines, _ in label_free.pairs(embeddings_ND)), bins)
+
+
+def _as_json(pairs: dict[str, Pairs]) -> dict[str, Any]:
+    return {
+        name: {"counts": each.counts.tolist(), "mean": None if math.isnan(each.mean) else each.mean}
+        for name, each in pairs.items()
+    }
 
 
 def _summarize(blocks: Iterable[Tensor], bins: int) -> Pairs:

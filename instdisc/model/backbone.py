@@ -41,15 +41,21 @@ def head_of(backbone: nn.Module) -> tuple[str, nn.Module]:
 def build_embedder(config: BackboneConfig, image_size: int) -> Embedder:
     """Build the network, randomly initialised from torch's default generator.
 
-    For images of 64 pixels or less, networks of torchvision get a 3×3 stem of stride 1 without max-pooling.
+    With a small stem, networks of torchvision begin with a 3×3 convolution of stride 1 without max-pooling.
 
     Args:
         config: Settings.
         image_size: Side of the square images in pixels.
 
     Raises:
-        ConfigError: If the network is unknown, or one of timm that cannot be had.
+        ConfigError: If the network is unknown, has no such stem, or is one of timm that cannot be had.
     """
+    has_choice = config.name not in CIFAR_RESNETS and not config.name.startswith(TIMM)
+    if config.stem != "auto" and not has_choice:
+        raise ConfigError(
+            f"backbone {config.name} has one stem only: leave --backbone.stem {config.stem} out, which is for networks "
+            "of torchvision"
+        )
     if config.name in CIFAR_RESNETS:
         backbone = CIFAR_RESNETS[config.name](config.embedding_dim)
     elif config.name.startswith(TIMM):
@@ -101,7 +107,7 @@ def _torchvision_backbone(config: BackboneConfig, image_size: int) -> nn.Module:
         num_classes=config.embedding_dim,
         **without_auxiliary(config.name, init_weights=True),
     )
-    if image_size <= _SMALL_IMAGE:
+    if config.stem == "small" or (config.stem == "auto" and image_size <= _SMALL_IMAGE):
         _shrink_stem(backbone)
     _, head = head_of(backbone)
     if not isinstance(head, nn.Linear):

@@ -100,7 +100,8 @@ def _remedy(own: Mapping[str, Tensor], network: Mapping[str, Tensor], head: str)
     remedy = "--init.partial begins the layers that do not fit at random"
     if stem in own and own[stem].shape[2:] != network[stem].shape[2:]:
         return (
-            f"images of 64 pixels or less have a stem of their own, see --augmentation.image-size; {remedy}"
+            "they are of another stem, which images of 64 pixels or less choose unless --backbone.stem does: set "
+            f"that, or --augmentation.image-size; {remedy}"
         )
     if weight in own and own[weight].shape[1:] == network[weight].shape[1:] != own[weight].shape:
         return f"set --backbone.embedding-dim {len(own[weight])}; {remedy}"

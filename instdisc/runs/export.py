@@ -37,6 +37,7 @@ def export(config: ExportConfig) -> str:
     facts = {
         "backbone": backbone.name,
         "embedding_dim": backbone.embedding_dim,
+        "stem": backbone.stem,
         "image_size": augmentation.image_size,
         "mean": list(augmentation.mean),
         "std": list(augmentation.std),
@@ -127,7 +128,8 @@ def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> 
             "from safetensors.torch import load_file",
             "from instdisc.model.backbone import build_embedder",
             "from instdisc.settings.model import BackboneConfig",
-            f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']})",
+            f"config = BackboneConfig(name={facts['backbone']!r}, embedding_dim={facts['embedding_dim']}, "
+            f"stem={facts['stem']!r})",
             f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
             "network.backbone.load_state_dict(load_file(FILE))",
             _normalisation(facts),

@@ -141,6 +141,9 @@ class StatisticsConfig(Ranged):
     """Training images, spread evenly, whose embeddings are described; the time grows with the square."""
     bins: Annotated[int, Range(at_least=2)] = 100
     """Intervals of the histograms."""
+    attributes: Path | None = None
+    """A CSV file of key,attribute,value: for each attribute the similarities of images of one value and of two values
+    are described too, as those of classes are. Keys are those of the images."""
     seed: int = 0
     """Seed of the random views."""
 

@@ -22,6 +22,9 @@ class BackboneConfig(Ranged):
     (extra timm) with a linear head on its pooled features."""
     embedding_dim: Annotated[int, Range(at_least=2, usual="128")] = 128
     """D, entries of an embedding."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """First layers of networks of torchvision: small is a 3×3 convolution of stride 1 without max-pooling, standard
+    the published ones; auto is small for images of 64 pixels or less. The papers' networks are small at 96 too."""
 
 
 @dataclass(frozen=True, kw_only=True)

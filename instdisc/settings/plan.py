@@ -49,6 +49,8 @@ class PlanConfig(Ranged):
     network: str | None = None
     """A network, as --backbone.name of training. With one, the time of a whole step, snapshots and losses are estimated
     too. A recipe has one."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """Its first layers, as --backbone.stem of training."""
     image_size: Count = 224
     """Side of the images that the network sees in training, in pixels."""
     memory_gigabytes: Positive = 80.0
@@ -99,5 +101,6 @@ class PlanConfig(Ranged):
             objective=config.objective,
             dtype=config.bank.dtype,
             network=config.backbone.name,
+            stem=config.backbone.stem,
             image_size=config.augmentation.training_size or config.augmentation.image_size,
         )

@@ -36,6 +36,8 @@ _ADDED: dict[int, dict[str, Any]] = {
         "data.cache_bytes": 100_000_000_000,
         "knn.max_rows": 0,
         "snapshots.keep_best": None,
+        "backbone.stem": "auto",
+        "augmentation.squash": False,
         "init": {},
         "optimizer.backbone_rate_scale": 1.0,
         "optimizer.frozen_epochs": 0.0,

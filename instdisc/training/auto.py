@@ -91,7 +91,7 @@ def choose(config: AutoConfig, images: Manifest, given: Callable[[RunConfig], Ru
     name, epochs, weights = chosen.backbone.name, chosen.training.epochs, chosen.init.weights
     reasons = {
         "images": f"{len(images):,}, shorter side {side} pixels (median), {labels}",
-        "machine": f"{machine}, {config.minutes:g} minutes",
+        "machine": f"{machine}, {config.minutes:g} min",
         "network": f"{name} at {chosen.augmentation.image_size} pixels: {why}",
         "start": f"weights of {weights}" if weights else f"random: no weights of {name} at hand",
         "objective": "two views told apart within the batch: learns fastest from few images and epochs",

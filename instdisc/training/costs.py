@@ -111,7 +111,7 @@ def sent_bytes(config: PlanConfig, world_size: int) -> int:
     return round(queries + terms + rows + sums + announced)
 
 
-def network_size(name: str, image_size: int, embedding_dim: int) -> NetworkSize:
+def network_size(backbone: BackboneConfig, image_size: int) -> NetworkSize:
     """Count a network's operations on tensors without memory, and its parameters.
 
     Raises:
@@ -124,7 +124,7 @@ def network_size(name: str, image_size: int, embedding_dim: int) -> NetworkSize:
     from instdisc.model.backbone import build_embedder
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        embedder = build_embedder(BackboneConfig(name=name, embedding_dim=embedding_dim), image_size).eval()
+        embedder = build_embedder(backbone, image_size).eval()
         embedder(torch.empty(1, 3, image_size, image_size))
     return NetworkSize(counter.get_total_flops(), sum(each.numel() for each in embedder.parameters()))
 

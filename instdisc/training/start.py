@@ -266,6 +266,16 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
     """What to print at the end: accuracies, where things are, what to do next."""
     lines = ["", *_accuracies(summary), *_label_free(summary)]
     place, python = _from_here(run.path), _from_here(Path(sys.executable))
+    recipe, config = run.stored_config()
+    commands = {
+        f"evaluate {place} --protocols statistics,page --num-actors 0": "a page of results",
+        f"explore {place} --num-actors 0": "duplicates, strangers and clusters, without labels",
+        f"search {place} IMAGE": "the nearest images to any image file",
+        f"embed {place} --output {_from_here(Path('indexes', run.path.name))}": "an index that images join and leave",
+        f"train {recipe} --help": "every setting",
+    }
+    if config.data.path in SPLITS:
+        commands["train auto --data.path FOLDER --minutes 30"] = "images of your own"
     lines += [
         f"{summary['num_instances']:,} images, {summary['world_size']} worker(s) on {summary['device']}, "
         f"{summary['train_seconds']:.0f} s of training, {summary['images_per_second']:,.0f} images/s, "
@@ -274,11 +284,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
         "",
         "next:",
         f"  head {place}/summary.json {place}/metrics.jsonl",
-        f"  {python} -m instdisc.evaluate {place} --protocols statistics,page --num-actors 0     # a page of results",
-        f"  {python} -m instdisc.search {place} IMAGE     # the nearest images",
-        f"  {python} -m instdisc.train sample --help     # every setting",
-        f"  {python} -m instdisc.train cifar10-npid --data.download     # CIFAR-10, for a GPU",
-        f"  {python} -m instdisc.train imagenet-resnet50-npid --data.path FOLDER",
+        *(f"  {python} -m instdisc.{command}     # {text}" for command, text in commands.items()),
     ]
     return "\n".join(lines)
 

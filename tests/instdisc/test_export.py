@@ -90,6 +90,7 @@ def test_safetensors(trained: Any, capsys: pytest.CaptureFixture[str], tmp_path:
     assert facts == {
         "backbone": "resnet8",
         "embedding_dim": 16,
+        "stem": "auto",
         "image_size": 32,
         "mean": [0.4, 0.5, 0.6],
         "std": [0.2, 0.3, 0.4],

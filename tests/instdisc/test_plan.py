@@ -101,7 +101,7 @@ def test_time_of_an_objective_follows_from_the_rates(
 
 def test_operations_of_a_network_are_those_of_its_layers() -> None:
     """ResNet-8 at 16 pixels: convolutions of 3×3 on maps of 16, 8 and 4 pixels, and the head."""
-    size = costs.network_size("resnet8", 16, DIM)
+    size = costs.network_size(BackboneConfig(name="resnet8", embedding_dim=DIM), 16)
     wide, middle, narrow = 16 * 16, 8 * 8, 4 * 4
     products = 9 * wide * (3 * 16 + 2 * 16 * 16)
     products += 9 * middle * (16 * 32 + 32 * 32) + 9 * narrow * (32 * 64 + 64 * 64)

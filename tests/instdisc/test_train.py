@@ -84,8 +84,9 @@ def test_a_run_leaves_everything_behind(run: Run, tmp_path: Path) -> None:
     assert summary["train_seconds"] > 0
     assert summary["images_per_second"] > 0
     assert summary["knn_protocol"] == "test-set"
-    for text in ("raw pixels", "untrained network", "run directory", "next:"):
+    for text in ("raw pixels", "untrained network", "run directory", "next:", "train sample --help"):
         assert text in said
+    assert f"--output indexes/{out.name} " in said
     snapshot, manifest = RunDirectory(out).open_snapshot(), Manifest.load(out / "manifest")
     assert snapshot.step == 10
     assert snapshot.attributes["manifest_fingerprint"] == manifest.fingerprint

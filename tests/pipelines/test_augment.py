@@ -168,3 +168,20 @@ def test_strengths_of_zero_leave_the_image_alone() -> None:
 def test_wrong_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)
+
+
+def test_crops_of_squashed_images_have_their_shape() -> None:
+    """As a crop of 227 of an image that was resized to 256 by 256."""
+    side = 227 / 256
+    augmentation = Augmentation(image_size=227, crop_scale=(side**2, side**2), crop_ratio=(1, 1), squash=True)
+    ours = draw(augmentation, 512, 1024)
+    assert (ours.height == 454).all()
+    assert (ours.width == 908).all()
+    for start, room in ((ours.top, 512 - 454), (ours.left, 1024 - 908)):
+        assert (start.min(), start.max()) == (0, room)
+        assert abs(start.mean() - room / 2) < 0.02 * room
+    fixed = evaluation_views(augmentation, np.array([512]), np.array([1024]))
+    assert (fixed.top[0, 0], fixed.left[0, 0], fixed.height[0, 0], fixed.width[0, 0]) == (32, 64, 448, 896)
+    free = draw(Augmentation(squash=True), 200, 800)
+    ratios = free.width / free.height / 4
+    assert 0.74 < ratios.min() < 0.77 < 1.3 < ratios.max() < 1.36

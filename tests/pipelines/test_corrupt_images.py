@@ -145,7 +145,7 @@ def test_files_that_vanish_shrink_or_change(tmp_path: Path, backend: str) -> Non
     assert batch.instance_ids.tolist() == [-1, -1, -1, -1, 4]
     reasons = {row: reason for row, _, reason in found}
     assert "No such file" in reasons[0]
-    assert "cut short" in reasons[1]
+    assert "has changed since" in reasons[1]
     assert "cannot be read" in reasons[2]
     assert "is 20 x 20 pixels, the manifest says 61 x 69" in reasons[3]
 
@@ -169,7 +169,7 @@ def test_corrupt_images_are_logged_by_default(
     with caplog.at_level(logging.WARNING):
         load(manifest, in_order(4, 4, epochs=2), backend, on_corrupt=None)
     assert [record.message for record in caplog.records] == [
-        f"skipping image 0002 (row 2): is cut short: 8 of {manifest.sizes[2]} bytes"
+        f"skipping image 0002 (row 2): has changed since the images were listed: 8 bytes instead of {manifest.sizes[2]}"
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation import finetune, linear, statistics, unseen
+from instdisc.evaluation import finetune, linear, page, statistics, unseen
 from instdisc.evaluation.context import Evaluation
 from instdisc.settings.evaluation import EvaluationConfig, QueryConfig
 from tests.instdisc.program import BLUE, RED, solid
@@ -103,8 +103,17 @@ def test_nothing_left_to_retrieve_among(evaluation: Evaluation, tmp_path: Path) 
         unseen.run(evaluation, unseen.UnseenConfig(classes=str(tmp_path / "one")))
 
 
-def test_statistics_of_a_run(evaluation: Evaluation) -> None:
-    result = statistics.run(evaluation, statistics.StatisticsConfig(bins=20))
+def test_statistics_of_a_run(evaluation: Evaluation, tmp_path: Path) -> None:
+    train, names = evaluation.source.train, evaluation.source.class_names
+    rows = [f"{train.keys[row]},kind,{names[label]}" for row, label in enumerate(train.labels) if label >= 0]
+    (tmp_path / "kinds.csv").write_text("\n".join(["key,attribute,value", *rows, "gone,kind,none"]))
+    result = statistics.run(
+        evaluation, statistics.StatisticsConfig(bins=20, attributes=tmp_path / "kinds.csv")
+    )
+    assert list(result["attributes"]["kind"].values()) == [
+        result["pairs"][name] for name in ("images of one class", "images of two classes")
+    ]
+    assert (result["unknown_keys"], len(page.similarity_charts(result))) == (1, 2)
     assert result["images"] == len(evaluation.source.train)  # unlabelled ones included
     assert len(result["edges"]) == 21
     per_class = np.bincount(evaluation.source.bank_labels[evaluation.source.bank_labels >= 0])

@@ -63,3 +63,14 @@ def test_a_network_without_a_linear_classifier() -> None:
 def test_image_size_that_does_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"vit_b_16 cannot take images of 96 pixels.*image-size"):
         check_backbone(BackboneConfig(name="vit_b_16"), 96)
+
+
+def test_the_stem_that_is_set() -> None:
+    def first(stem: str, size: int) -> tuple[int, ...]:
+        network = build_embedder(BackboneConfig(name="resnet18", stem=stem), size).modules()
+        return next(module for module in network if isinstance(module, nn.Conv2d)).kernel_size
+
+    assert [first(stem, 96) for stem in ("auto", "small", "standard")] == [(7, 7), (3, 3), (7, 7)]
+    assert [first(stem, 32) for stem in ("auto", "small", "standard")] == [(3, 3), (3, 3), (7, 7)]
+    with pytest.raises(ConfigError, match=r"resnet8 has one stem only: leave --backbone\.stem standard out"):
+        check_backbone(BackboneConfig(name="resnet8", stem="standard"), 32)
