@@ -134,7 +134,7 @@ def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
         files = [part for part in path if not is_url(part) and not _is_named_like_a_tar(part)]
         if len(files) == len(path):
             return scan_files([str(file) for file in files], show_progress=show_progress)
-    tars = _tars(path)
+    tars = tars_of(path)
     if tars or not isinstance(path, str | Path):
         return scan_tars(tars, labels, show_progress=show_progress)
     path = Path(path).expanduser()
@@ -145,8 +145,8 @@ def _scan(path: Paths, labels: TarLabels, show_progress: bool) -> Scan:
     return scan_list(path, with_labels=labels.kind != "none", show_progress=show_progress)
 
 
-def _tars(path: Paths) -> Sequence[Place]:
-    """The tar files that `path` stands for, none if it is a folder of images or a list.
+def tars_of(path: Paths) -> Sequence[Place]:
+    """The tar files that `path` stands for, as `build_manifest` takes it; none if it is a folder of images or a list.
 
     Raises:
         DataError: It is none of these either.

@@ -71,7 +71,7 @@ def scan_folder(root: Path, *, labels: Labels, show_progress: bool) -> Scan:
         DataError: There is no image, or one outside of class folders.
     """
     left_aside = LeftAside()
-    names = sorted(_walk(root, left_aside))
+    names = sorted(walk(root, left_aside))
     images = []
     for name in names:
         if is_image_name(name):
@@ -126,7 +126,7 @@ def _class_folders(split: Path) -> set[str]:
     return {
         name
         for name in _visible_folders(split)
-        if any(is_image_name(path) for path in _walk(split / name, LeftAside()))
+        if any(is_image_name(path) for path in walk(split / name, LeftAside()))
     }
 
 
@@ -139,7 +139,7 @@ def _is_passed_over(folder: str) -> bool:
     return folder.startswith(".") or folder == _MACOS
 
 
-def _walk(root: Path, left_aside: LeftAside) -> Iterator[str]:
+def walk(root: Path, left_aside: LeftAside) -> Iterator[str]:
     """Paths of all files, relative to `root`. Links to folders are followed, but no folder is entered twice.
 
     What really lies in `root` comes first, so that its names do not depend on links to it.

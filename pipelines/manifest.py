@@ -240,7 +240,7 @@ class Manifest:
                 upright=meta["schema"] != _NOT_TURNED,
                 **fields,
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{directory} holds no usable manifest: {error}; build it again") from error
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:

@@ -34,6 +34,7 @@ def s3_server() -> Iterator[str]:
             assert url, "the server ended before it served"
             yield url
         finally:
+            s3fs.S3FileSystem.clear_instance_cache()  # which would ask this server for files of the next one
             server.terminate()
 
 

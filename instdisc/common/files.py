@@ -28,12 +28,17 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSON-lines file; none if there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    """All whole objects of a JSON-lines file; none if there is no file. Damaged lines are passed over."""
+    rows = [parse_object(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    return [row for row in rows if row is not None]
+
+
+def parse_object(content: bytes | str) -> dict[str, Any] | None:
+    """The JSON object that the content is; None if it is damaged or another JSON value."""
+    with suppress(ValueError, RecursionError):  # text that is not UTF-8 is a ValueError too
+        values = json.loads(content)
+        return values if isinstance(values, dict) else None
+    return None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

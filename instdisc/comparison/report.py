@@ -195,7 +195,7 @@ def _points(outcome: Outcome, kind: str, key: str, axis: str) -> dict[float, tup
     return {
         line["epoch"]: (line[axis], line[key])
         for line in outcome.lines
-        if line["kind"] == kind
+        if line.get("kind") == kind
         and line.get("of", "trained") == "trained"
         and line.get(key) is not None
         and axis in line

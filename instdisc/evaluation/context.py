@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -20,7 +19,7 @@ from cluster.metrics import Endpoint, Metrics, exported
 from cluster.tables import TableRows
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import write_json
+from instdisc.common.files import parse_object, write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
@@ -312,11 +311,11 @@ class Evaluation:
     def read(self, name: str) -> dict[str, Any] | None:
         """What was written under the name for this snapshot, by whichever evaluation; None if nothing was."""
         try:
-            values: dict[str, Any] = json.loads((self.output / f"{name}.json").read_text())
-        except (OSError, ValueError):
+            values = parse_object((self.output / f"{name}.json").read_bytes())
+        except OSError:
             return None
         ours = self._snapshot_identity
-        return values if ours == {key: values.get(key) for key in ours} else None
+        return values if values is not None and ours == {key: values.get(key) for key in ours} else None
 
     @property
     def _snapshot_identity(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def fit(
     for rows_BD in torch.split(rows_ND, _BLOCK):
         centred_BD = rows_BD.double() - mean_D
         products_DD += centred_BD.T @ centred_BD
-    variances_K, axes_DK = _leading(total(products_DD) / count)
+    variances_K, axes_DK = _leading(total(products_DD) / count, count)
     fourth = torch.zeros((), dtype=torch.float64, device=rows_ND.device)
     for rows_BD in torch.split(rows_ND, _BLOCK):
         fourth += ((rows_BD.double() - mean_D) @ axes_DK).square().sum(dim=1).square().sum()
@@ -63,14 +63,46 @@ def fit(
     return Whitening(mean_D.float(), matrix_DK.float())
 
 
-def _leading(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues, float64 (K,), that differ from 0, and their vectors (D, K); at least one."""
-    values, vectors = torch.linalg.eigh(covariance_DD)
+def _leading(covariance_DD: Tensor, count: float) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues, float64 (K,), that differ from 0, and their vectors (D, K); at least one.
+
+    Args:
+        covariance_DD: float64 (D, D).
+        count: Rows that it is of.
+    """
+    values, vectors = _eigen(covariance_DD, count)
     values, vectors = values[-MOST_COMPONENTS:], vectors[:, -MOST_COMPONENTS:]
     varies = values > max(float(values[-1]) * len(covariance_DD) * 1e-12, 1e-30)
     if not varies.any():  # all rows are the same
         return torch.ones_like(values[-1:]), vectors[:, -1:]
     return values[varies], vectors[:, varies]
+
+
+def _eigen(covariance_DD: Tensor, count: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and their vectors: all, or at least the 128 largest where that takes less time."""
+    dim = len(covariance_DD)
+    if dim <= MOST_COMPONENTS:
+        return torch.linalg.eigh(covariance_DD)
+    if (
+        count <= MOST_COMPONENTS
+    ):  # the rows span so few directions that their images of as many random ones do too
+        generator = torch.Generator().manual_seed(0)
+        random_DK = torch.randn(dim, MOST_COMPONENTS, dtype=torch.float64, generator=generator)
+        basis_DK = torch.linalg.qr(covariance_DD @ random_DK.to(covariance_DD.device))[0]
+        values, vectors = _eigh(basis_DK.T @ covariance_DD @ basis_DK)
+        return values, basis_DK @ vectors
+    if covariance_DD.device.type != "cpu":
+        return _eigh(covariance_DD)
+    import scipy.linalg  # not at the top: a machine that measures on GPUs alone need not have it
+
+    leading = (dim - MOST_COMPONENTS, dim - 1)
+    values, vectors = scipy.linalg.eigh(covariance_DD.numpy(), subset_by_index=leading)
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values, vectors
 
 
 def _ledoit_wolf(variances_K: Tensor, fourth: float, count: float) -> float:

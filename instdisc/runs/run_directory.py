@@ -18,7 +18,7 @@ from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
 from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import append_line, read_lines, write_json, write_text
+from instdisc.common.files import append_line, parse_object, read_lines, write_json, write_text
 from instdisc.common.values import differences
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.settings.model import BackboneConfig
@@ -34,6 +34,14 @@ NETWORK = "network.safetensors"
 NETWORK_SETTINGS = ("backbone", "augmentation")
 """The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
 
+_ALWAYS_THERE = (
+    ("backbone", "name", "embedding_dim"),
+    ("data",),
+    ("snapshots", "url"),
+    ("training", "epochs"),
+)
+"""Groups of settings that every version wrote, each with the settings that are read without the rest."""
+
 _CLEARED = "cleared"
 """In the prepared run: the run before it has been removed."""
 
@@ -45,6 +53,7 @@ class RunDirectory:
     config.json           the configuration
     manifest/             the training images; row = instance id
     test_manifest/        the images that kNN accuracy is measured on
+    images.json           by what a resumed run tells that neither has changed
     init.safetensors      the weights that the network began with, if any were given
     metrics.jsonl         a line every few steps and for every measurement
     corrupt_images.jsonl  images left out or skipped, with the reason; an image may be listed more than once
@@ -67,6 +76,7 @@ class RunDirectory:
         self.path = path.absolute()
         self.manifest = self.path / "manifest"
         self.test_manifest = self.path / "test_manifest"
+        self.images = self.path / "images.json"
         self.init_weights = self.path / "init.safetensors"
         self.journal = self.path / "metrics.jsonl"
         self.corrupt_images = self.path / "corrupt_images.jsonl"
@@ -153,6 +163,7 @@ class RunDirectory:
         return [
             self.manifest,
             self.test_manifest,
+            self.images,
             self.init_weights,
             self.journal,
             self.corrupt_images,
@@ -239,7 +250,7 @@ class RunDirectory:
         """Drop the lines of steps after `step`, which will be written again."""
         kept = [
             line
-            for line in self.journal.read_text().splitlines(keepends=True)
+            for line in self.journal.read_text(errors="replace").splitlines(keepends=True)
             if _step_of(line, steps_per_epoch) <= step
         ]
         write_text(self.journal, "".join(kept))
@@ -247,22 +258,36 @@ class RunDirectory:
     def baselines(self) -> dict[str, float | None]:
         """KNN accuracy of raw pixels and the untrained network, by name; empty if they were not measured."""
         for row in read_lines(self.journal):
-            if row["kind"] == "baselines":
+            if row.get("kind") == "baselines":
                 return {name: value for name, value in row.items() if name != "kind"}
         return {}
 
     def label_free(self) -> list[dict[str, Any]]:
         """Lines of the metrics file with numbers without labels, in their order."""
-        return [row for row in read_lines(self.journal) if row["kind"] == "label_free"]
+        return [row for row in read_lines(self.journal) if row.get("kind") == "label_free"]
 
     def measurements(self) -> list[dict[str, Any]]:
         """Lines of the metrics file with what was measured of the network in training, with and without labels."""
         rows = read_lines(self.journal)
-        return [row for row in rows if row["kind"] == "knn" or row.get("of") == "trained"]
+        return [row for row in rows if row.get("kind") == "knn" or row.get("of") == "trained"]
 
     def has_accuracy(self, epoch: int) -> bool:
         """Whether the accuracy after this epoch is in the metrics file."""
-        return any(row["kind"] == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
+        return any(row.get("kind") == "knn" and row["epoch"] == epoch for row in read_lines(self.journal))
+
+    def unchanged_images(self, witness: str) -> tuple[Manifest, Manifest | None] | None:
+        """The training and the test images, if they have not changed since the witness of them was stored."""
+        try:
+            if json.loads(self.images.read_text()) != {"witness": witness}:
+                return None
+            test = Manifest.load(self.test_manifest) if self.test_manifest.exists() else None
+            return Manifest.load(self.manifest), test
+        except (OSError, ValueError):  # of a version that stored none, or damaged: they are listed again
+            return None
+
+    def store_witness(self, witness: str) -> None:
+        """Note what changes when the images or the settings that choose them do."""
+        write_json(self.images, {"witness": witness})
 
     def add_corrupt_image(self, manifest: Manifest, name: str, reason: str) -> None:
         """Note an image that is left out or skipped, under its full path."""
@@ -276,7 +301,7 @@ class RunDirectory:
             saved = newest_step(self.settings()["snapshots"]["url"] or self.snapshots) or 0
         except (ConfigError, SnapshotError) as error:
             return f"it is unknown what was saved ({error})"
-        done = max((row["step"] for row in read_lines(self.journal) if row["kind"] == "train"), default=0)
+        done = max((row["step"] for row in read_lines(self.journal) if row.get("kind") == "train"), default=0)
         lost = f"; at least {done - saved} steps after it are lost" if done > saved else ""
         return f"the next run resumes from step {saved}{lost}"
 
@@ -290,7 +315,13 @@ class RunDirectory:
             settings: dict[str, Any] = json.loads(self.config.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} holds no run: {error}") from error
-        if "snapshots" not in settings:
+        try:
+            missing = [
+                name for group, *names in _ALWAYS_THERE for name in names if name not in settings[group]
+            ]
+        except (KeyError, TypeError):
+            missing = ["settings"]
+        if missing or not isinstance(settings.get("recipe"), str):
             raise ConfigError(f"{self.config} was not written by instdisc: choose another --run-dir")
         return settings
 
@@ -319,9 +350,9 @@ class RunDirectory:
             epochs: That the run is to have; by default what its settings say, which rise when it is made longer.
         """
         try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text())
+            summary = parse_object(self.summary.read_bytes()) or {}
             length = self.settings()["training"]["epochs"] if epochs is None else epochs
-        except (OSError, ValueError):
+        except (OSError, ConfigError):
             return None
         return summary if summary.get("epochs") == length else None
 
@@ -333,7 +364,7 @@ class RunDirectory:
 
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
-        return len({row["name"] for row in read_lines(self.corrupt_images)})
+        return len({row["name"] for row in read_lines(self.corrupt_images) if "name" in row})
 
 
 def network_settings(snapshot: Tables) -> tuple[BackboneConfig, Augmentation]:
@@ -373,9 +404,8 @@ def load_network(snapshot: Tables) -> Embedder:
 
 def _step_of(line: str, steps_per_epoch: int) -> float:
     """The step of a line of the metrics file; a line without one belongs to the start."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # cut short by the end of the process that wrote it
+    row = parse_object(line)
+    if row is None or "kind" not in row:  # cut short by the end of the process that wrote it, or damaged
         return math.inf
     if row["kind"] == "train":
         return float(row["step"])

@@ -59,6 +59,16 @@ class DataConfig(Ranged):
     """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
     first loaded, and has no weight in the loss."""
 
+    rescan: bool = False
+    """List the images again when a run resumes. By default they are only where the names, sizes or times of their files
+    have changed, or where they are given by a list."""
+
+    def chosen_by(self) -> dict[str, Any]:
+        """The settings that decide which images there are, as JSON values."""
+        practical = ("download", "cache", "cache_bytes", "rescan")
+        settings: dict[str, Any] = _jsonable(dataclasses.asdict(self))
+        return {name: value for name, value in settings.items() if name not in practical}
+
     def tar_cache(self) -> CacheConfig | None:
         """Where tars of object storage are kept, None where they are not."""
         if self.cache is None:

@@ -34,6 +34,7 @@ _ADDED: dict[int, dict[str, Any]] = {
         "data.fraction": 1.0,
         "data.cache": None,
         "data.cache_bytes": 100_000_000_000,
+        "data.rescan": False,
         "knn.max_rows": 0,
         "snapshots.keep_best": None,
         "backbone.stem": "auto",
@@ -113,8 +114,8 @@ def _subclasses(kind: type[ObjectiveConfig]) -> Iterator[type[ObjectiveConfig]]:
 
 
 def _schema(stored: Mapping[str, Any], where: str) -> int:
-    schema = int(stored.get("schema", 1))
-    if not 1 <= schema <= SCHEMA:
+    schema = stored.get("schema", 1)
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise ConfigError(
             f"{where} has schema {schema}, and this version reads 1 to {SCHEMA}: use the version that wrote it"
         )
@@ -161,6 +162,10 @@ def _built(kind: type[T], values: Mapping[str, Any], where: str, chosen: Mapping
     fields: dict[str, Any] = {}
     for name, value in values.items():
         hint = chosen.get(name, hints[name])
+        if dataclasses.is_dataclass(hint) != isinstance(value, Mapping):
+            raise ConfigError(
+                f"{where} has {value!r} for {name}: restore the file, or use the version that wrote it"
+            )
         if isinstance(value, Mapping):
             fields[name] = _built(hint, value, f"{where}: {name}", {})
         elif isinstance(value, list):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import shlex
@@ -33,6 +35,7 @@ from pipelines.manifest import Manifest
 from pipelines.patterns import is_pattern
 from pipelines.places import is_url
 from pipelines.verify import verify
+from pipelines.witness import witness
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +75,21 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
-        train_images, test_images = images or open_all_images(config)
+        witness = (
+            None if images else _witness(config)
+        )  # before they are listed: what changes meanwhile is noticed
+        found = images
+        if resumes and witness is not None and not config.data.rescan:
+            found = run.unchanged_images(witness)
+        train_images, test_images = found or open_all_images(config)
         if resumes:
             run.continue_with(config, train_images, test_images)
             _check_length(config, run, len(train_images))
         else:
             _refuse_snapshots_of_others(config, run)
             run.prepare(recipe, config, train_images, test_images, weights)
+        if witness is not None and train_images.checksums is not None:
+            (run if resumes else run.next).store_witness(witness)
         labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
         logger.info(
             "%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path
@@ -220,6 +231,23 @@ def open_all_images(config: RunConfig) -> Images:
                 *(len(missing), missing[0]),
             )
     return train_images, test_images
+
+
+def _witness(config: RunConfig) -> str | None:
+    """What changes when the files of the images or the settings that choose them do; None where that cannot be told."""
+    parts = [json.dumps(config.data.chosen_by())]
+    classes = config.data.classes
+    if classes is not None and Path(classes).expanduser().is_file():
+        parts.append(str(Path(classes).expanduser().stat().st_mtime_ns))
+    for named in filter(None, (config.data.path, config.data.test_path)):
+        try:
+            part = witness(resolve(named, root=config.data.root, download=config.data.download))
+        except DataError:  # which listing them explains
+            return None
+        if part is None:
+            return None
+        parts.append(part)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def _has_held_out_images(config: RunConfig) -> bool:

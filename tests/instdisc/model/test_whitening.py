@@ -65,3 +65,17 @@ def test_ranks_fit_what_one_fits(world_size: int) -> None:
     (expected,) = run_ranks(1, of_rank)
     for found in run_ranks(world_size, of_rank):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("count", [2, 60, 128, 129, 400])
+def test_the_leading_directions_are_those_of_the_whole_decomposition(count: int) -> None:
+    rows = stretched(count, 200).double()
+    centred = rows - rows.mean(dim=0)
+    covariance = centred.T @ centred / count
+    values, axes = whitening._leading(covariance, count)
+    exact, all_axes = torch.linalg.eigh(covariance)
+    expected = min(128, count - 1)
+    assert len(values) == expected
+    torch.testing.assert_close(values, exact[-expected:], rtol=1e-9, atol=1e-12)
+    spanned = all_axes[:, -expected:]
+    torch.testing.assert_close(axes @ axes.T, spanned @ spanned.T, rtol=0, atol=1e-7)
