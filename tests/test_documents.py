@@ -15,7 +15,7 @@ import pytest
 import tyro
 import yaml
 
-from instdisc import compare, embed, evaluate, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, train
 from instdisc.comparison.points import plan_points
 from instdisc.settings.recipes import RECIPES
 
@@ -44,6 +44,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.main,
     "compare": compare.main,
     "embed": embed.main,
+    "explore": explore.main,
     "evaluate": evaluate.main,
     "search": search.main,
     "inspect": inspect.main,
@@ -54,6 +55,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train.parse,
     "compare": parse_comparison,
     "embed": embed.parse,
+    "explore": explore.parse,
     "evaluate": evaluate.parse,
     "search": lambda arguments: tyro.cli(search.SearchConfig, args=arguments),
     "inspect": inspect.parse,

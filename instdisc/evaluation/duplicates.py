@@ -124,8 +124,9 @@ def suggest_threshold(copies: Floats, others: Floats) -> float:
         copies: (M,), similarities of two views of one image.
         others: (M,), similarities of images to their nearest other ones.
     """
-    copies, others = np.sort(copies.astype(np.float64)), np.sort(others.astype(np.float64))
-    candidates = np.unique(np.concatenate([copies, np.nextafter(others, 2)]))
+    copies, others = np.sort(copies), np.sort(others)
+    # In float32, as the similarities that are compared with it: what is just above one of them stays so.
+    candidates = np.unique(np.concatenate([copies, np.nextafter(others, np.float32(2))]))
     candidates = candidates[candidates <= np.median(copies)]
     missed = np.searchsorted(copies, candidates) / len(copies)
     wrong = 1 - np.searchsorted(others, candidates) / len(others)

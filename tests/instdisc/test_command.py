@@ -99,6 +99,7 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train", ""),
         ("compare", "[--vary STR] [--recipes STR] [--run-dir PATH] [--report [PATH [PATH ...]]]"),
         ("embed", "[RUN]"),
+        ("explore", "RUN_OR_INDEX"),
         ("evaluate", "RUN_OR_INDEX"),
         ("search", "RUN_OR_INDEX IMAGE [IMAGE ...]"),
         ("export", "RUN_OR_INDEX"),

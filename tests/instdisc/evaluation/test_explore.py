@@ -1,0 +1,188 @@
+"""What is found in a collection: by formulas in float64 on small arrays, and end to end in a run and in indexes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster import lease
+from instdisc.embed import main as embed
+from instdisc.evaluation.clusters import spherical_k_means
+from instdisc.evaluation.duplicates import group_rows, kept_first, suggest_threshold
+from instdisc.evaluation.source import ArrayRows
+from instdisc.evaluation.strangers import strangeness
+from instdisc.explore import main
+from instdisc.explore import parse as parse_options
+from tests.instdisc.program import write_pictures
+
+HERE = ["--num-actors", "0", "--loader.threads", "1", "--loader.backend", "host"]
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """A table, after a look at whether both forms of it say the same."""
+    table = pq.read_table(file.with_suffix(".parquet")).to_pylist()
+    with file.with_suffix(".csv").open(newline="") as text:
+        written = list(csv.DictReader(text))
+    assert [row["key"] for row in written] == [row["key"] for row in table]
+    return table
+
+
+@pytest.fixture
+def index(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make an index of the images of a folder."""
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.01)
+
+    def index(images: Path) -> str:
+        place = str(tmp_path / "index")
+        assert embed([str(trained), "--data.path", str(images), "--output", place, *HERE]) == 0
+        return place
+
+    return index
+
+
+def test_groups_are_connected_components() -> None:
+    generator = np.random.default_rng(0)
+    for count in (2, 7, 40):
+        vectors = generator.normal(size=(count, 3))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        similar = vectors @ vectors.T
+        np.fill_diagonal(similar, -np.inf)
+        rows = np.argsort(-similar, axis=1)[:, : count - 1]
+        scores = np.take_along_axis(similar, rows, 1).astype(np.float32)
+        found = group_rows(scores, rows, 0.9)
+        reached = (similar >= 0.9) | np.eye(count, dtype=bool)
+        for _ in range(count):
+            reached = reached @ reached
+        alone = reached.sum(axis=1) == 1
+        np.testing.assert_array_equal(found == -1, alone)
+        together = (found[:, None] == found) & ~alone[:, None]
+        np.testing.assert_array_equal(together, reached & ~alone[:, None])
+        sizes = np.bincount(found[found >= 0]) if not alone.all() else np.array([], int)
+        assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
+
+
+def test_missing_neighbors_join_nothing() -> None:
+    scores = np.array([[0.99, -np.inf], [0.99, -np.inf], [-np.inf, -np.inf]], np.float32)
+    assert group_rows(scores, np.array([[1, -1], [0, -1], [-1, -1]]), 0.5).tolist() == [0, 0, -1]
+
+
+def test_the_largest_picture_then_the_largest_file_then_the_first_is_kept() -> None:
+    group = np.array([1, 0, 1, 0, 0, 1])
+    pixels = np.array([4, 9, 4, 9, 16, 4])
+    order, keep = kept_first(group, pixels, np.array([5, 1, 7, 1, 1, 7]))
+    assert order.tolist() == [4, 1, 3, 2, 5, 0]
+    assert keep.tolist() == [True, False, False, True, False, False]
+
+
+def test_the_threshold_has_the_least_cost() -> None:
+    generator = np.random.default_rng(1)
+    copies = generator.uniform(0.8, 1, 200).astype(np.float32)
+    others = generator.uniform(0.5, 0.9, 300).astype(np.float32)
+    found = suggest_threshold(copies, others)
+
+    def cost(threshold: float) -> float:
+        return float((copies < threshold).mean() + 10 * (others >= threshold).mean())
+
+    grid = np.linspace(0, np.median(copies.astype(np.float64)), 2001)
+    assert cost(found) <= min(map(cost, grid)) + 1e-9
+    assert 0.88 < found <= 0.91
+    # Where others are as similar as copies, half of the copies are still found.
+    assert (copies >= suggest_threshold(copies, np.ones(300, np.float32))).mean() >= 0.5
+
+
+def test_strangeness() -> None:
+    scores = np.array([[1, 0.5], [0.25, -np.inf], [-np.inf, -np.inf]], np.float32)
+    assert strangeness(scores).tolist() == [0.25, 0.75, -np.inf]
+
+
+def test_clusters_are_those_of_the_nearest_centers() -> None:
+    generator = np.random.default_rng(2)
+    centers = np.eye(4, 8)
+    of = generator.integers(0, 4, 101)
+    rows = centers[of] + 0.05 * generator.normal(size=(101, 8))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    rows[17] = np.nan
+    found = spherical_k_means(ArrayRows(rows), 4, seed=0)
+    assert found.cluster_N[17] == -1
+    there = np.delete(np.arange(101), 17)
+    pairs = {(int(a), int(b)) for a, b in zip(of[there], found.cluster_N[there], strict=True)}
+    assert len(pairs) == 4
+    assert found.sizes_K.tolist() == sorted(np.bincount(of[there]).tolist(), reverse=True)
+    for cluster in range(4):
+        members = np.flatnonzero(found.cluster_N == cluster)
+        mean = rows[members].astype(np.float64).mean(axis=0)
+        expected = rows[members] @ (mean / np.linalg.norm(mean))
+        np.testing.assert_allclose(found.similarity_N[members], expected, atol=1e-5)
+        assert found.central(cluster, 1)[0] == members[found.similarity_N[members].argmax()]
+
+
+def test_an_index_with_labels(index: Any, trained: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(trained.parent / "train", tmp_path / "images"))
+    original = Image.open(images / "red" / "0.png")
+    original.save(images / "red" / "copy.bmp")  # as many pixels in a larger file
+    original.resize((64, 64), Image.Resampling.NEAREST).save(images / "red" / "larger.png")
+    out = tmp_path / "out"
+    few = ["--clusters.counts", "3", "8", "--duplicates.threshold", "0.99999", "--strangers.count", "5"]
+    assert main([index(images), "--output", str(out), *few, *HERE]) == 0
+    rows = rows_of(out / "duplicates")
+    group = next(row["group"] for row in rows if row["key"].endswith("red/copy.bmp"))
+    members = [row for row in rows if row["group"] == group]
+    assert [row["keep"] for row in members] == [True] + [False] * (len(members) - 1)
+    assert members[0]["width"] == max(row["width"] for row in members)
+    assert any(row["key"].endswith("red/0.png") for row in members)
+    strangers = rows_of(out / "strangers")
+    assert [row["rank"] for row in strangers] == [1, 2, 3, 4, 5]
+    assert sorted((row["distance"] for row in strangers), reverse=True) == [
+        row["distance"] for row in strangers
+    ]
+    clusters = rows_of(out / "clusters")
+    assert len(clusters) == 32
+    assert {row["class"] for row in clusters} == {"red", "green", "blue"}
+    nmi = json.loads((out / "clusters.json").read_text())["clusters"]["3"]["nmi"]
+    assert 0 <= nmi <= 1
+    page = (out / "index.html").read_text()
+    for title in ("Near duplicates", "Strangers, with what is nearest", "3 clusters"):
+        assert f"<h2>{title}" in page
+
+
+def test_an_index_without_labels_suggests_a_threshold(index: Any, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "images", 13)
+    out = tmp_path / "out"
+    assert main([index(images), "--output", str(out), "--clusters.counts", "2", *HERE]) == 0
+    assert "class" not in rows_of(out / "clusters")[0]
+    assert json.loads((out / "clusters.json").read_text())["clusters"]["2"]["nmi"] is None
+    found = json.loads((out / "duplicates.json").read_text())
+    assert found["is_suggested"]
+    assert found["copies_above_threshold"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "give one with --duplicates.threshold"),
+        (["--duplicates.threshold", "0.9"], "give --clusters.counts 2"),
+    ],
+)
+def test_what_is_refused(
+    index: Any, tmp_path: Path, options: list[str], text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Images that moved, and too few for the clusters."""
+    images = write_pictures(tmp_path / "images", 9)
+    place = index(images)
+    images.rename(tmp_path / "elsewhere")
+    assert main([place, "--output", str(tmp_path / "out"), *options, *HERE]) == 2
+    said = capfd.readouterr().err
+    assert text in said
+    assert "Traceback" not in said
+
+
+def test_exploring_is_an_evaluation_by_other_protocols() -> None:
+    assert parse_options(["INDEX"]).chosen_protocols() == ["duplicates", "strangers", "clusters", "page"]
