@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 
+_MOST_BITS = 63  # of what torch, Arrow and Zarr store, beside the sign
+
+
 @dataclass(frozen=True)
 class Range:
     """The finite numbers that a field may hold: `momentum: Annotated[float, Range(at_least=0, below=1)]`.
@@ -23,7 +26,9 @@ class Range:
     """Said in the message, where it helps."""
 
     def holds(self, number: float) -> bool:
-        """Whether the number is in the range; NaN never is."""
+        """Whether the number is in the range; NaN never is, and neither is a whole number of more than 64 bits."""
+        if isinstance(number, int) and number.bit_length() > _MOST_BITS:
+            return False
         return self.at_least <= number <= self.at_most and self.above < number < self.below
 
     def __str__(self) -> str:
@@ -62,6 +67,8 @@ def _check(name: str, value: float | tuple[float, ...] | None, allowed: Range) -
     if all(map(allowed.holds, numbers)) and value != ():
         return
     several = "one or more, each " if isinstance(value, tuple) else ""
-    finite = "" if all(map(math.isfinite, numbers)) else "finite and "
+    fits = all(number.bit_length() <= _MOST_BITS for number in numbers if isinstance(number, int))
+    finite = "" if not fits or all(map(math.isfinite, numbers)) else "finite and "
+    finite += "" if fits else f"below 2^{_MOST_BITS} and "
     usual = f"; usual: {allowed.usual}" if allowed.usual else ""
     raise ValueError(f"{name} is {value}, expected {several}{finite}{allowed}{usual}")

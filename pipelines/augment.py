@@ -70,7 +70,7 @@ class Augmentation:
         Raises:
             ValueError: If a field lies outside its range.
         """
-        check_range(self, "image_size", "training_size", at_least=1)
+        check_range(self, "image_size", "training_size", at_least=1, at_most=8192)
         check_range(self, "brightness", "contrast", "saturation", at_least=0)
         check_range(self, "hue", at_least=0, at_most=0.5)
         check_range(

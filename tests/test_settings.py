@@ -121,6 +121,7 @@ def test_a_subclass_with_another_default_keeps_the_range() -> None:
     ("allowed", "inside", "outside"),
     [
         (Range(at_least=0), [0, 1e9], [-1e-9, math.inf, math.nan]),
+        (Range(at_least=1), [1, 2**63 - 1], [0, 2**63, 10**400]),
         (Range(above=0, at_most=1), [1e-9, 1], [0, 1 + 1e-9]),
         (Range(at_least=0, below=1), [0, 0.5], [1, -math.inf]),
     ],

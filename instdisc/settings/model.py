@@ -20,7 +20,7 @@ class BackboneConfig(Ranged):
     """A torchvision classification network (resnet18, resnet50, alexnet, vgg16_bn, googlenet, …), or resnet8, resnet20,
     resnet32: the CIFAR ResNets of He et al. 2016 with 16, 32 and 64 channels; or timm:NAME, an image network of timm
     (extra timm) with a linear head on its pooled features."""
-    embedding_dim: Annotated[int, Range(at_least=2, usual="128")] = 128
+    embedding_dim: Annotated[int, Range(at_least=2, at_most=65_536, usual="128")] = 128
     """D, entries of an embedding."""
     stem: Literal["auto", "small", "standard"] = "auto"
     """First layers of networks of torchvision: small is a 3×3 convolution of stride 1 without max-pooling, standard

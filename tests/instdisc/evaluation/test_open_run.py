@@ -106,5 +106,5 @@ def test_images_that_cannot_be_embedded_are_named(run: Run, tmp_path: Path) -> N
 
 
 def test_no_run_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="the directory does not exist"):
+    with pytest.raises(SnapshotError, match="no committed snapshot, for it does not exist"):
         instdisc.open_run(tmp_path / "nothing")
