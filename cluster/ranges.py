@@ -7,7 +7,6 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated
 
-
 _MOST_BITS = 63  # of what torch, Arrow and Zarr store, beside the sign
 
 
