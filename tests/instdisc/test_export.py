@@ -24,6 +24,7 @@ from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.runs.run_directory import NETWORK
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.recipes import RECIPES
+from instdisc.settings.schema import to_json
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def trained(tmp_path: Path) -> Any:
         writer.save(1, {"embeddings": torch.ones(1, 16)}, files, {"settings": noted})
         writer.close()
         assert [report.error for report in writer.poll()] == [None]
-        settings = RECIPES["sample"].config.settings() | noted
+        settings = to_json(RECIPES["sample"].config, "sample", "test") | noted
         (tmp_path / "config.json").write_text(json.dumps(settings))
         return tmp_path, network
 
