@@ -189,6 +189,11 @@ def run(
             return 1
         print(f"error: {_deleted_directory(error) or error}", file=sys.stderr)
         return next(status for kind, status in _STATUS if isinstance(error, kind))
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # which is how pathlib says it
+            raise
+        print("error: a path begins with ~ and is in nobody's home directory: write it out", file=sys.stderr)
+        return 2
 
 
 def _deleted_directory(error: BaseException) -> str | None:

@@ -54,6 +54,7 @@ class Evaluation:
         self._voters_found: dict[Readout, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
 
     def __enter__(self) -> Self:
+        _ = self.source.snapshot  # that there is none is told before a cluster is asked for
         self._open.enter_context(connect(self.config.actors))
         if self.source.has_run:
             place = self.source.run.targets

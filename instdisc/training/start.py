@@ -193,7 +193,11 @@ def _find_missing_paths(config: RunConfig) -> None:
         path = getattr(config.data, option)
         if path is None or path.partition(":")[0] in SPLITS or is_pattern(path) or is_url(path):
             continue
-        if not Path(path).expanduser().exists():
+        try:
+            is_there = Path(path).expanduser().exists()
+        except (OSError, RuntimeError):  # a name that is too long, a home of nobody
+            is_there = False
+        if not is_there:
             _open_images(config, option)
 
 

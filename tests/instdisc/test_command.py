@@ -150,6 +150,15 @@ def test_help_begins_with_the_usual_options(capsys: pytest.CaptureFixture[str]) 
     assert [option for option in usual if f"{option} " not in rest and f"{option}," not in rest] == []
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_SOURCE if name != "compare"])
+@pytest.mark.parametrize("source", ["~nobody-at-all/x", "a" * 400])
+def test_a_path_that_cannot_be(
+    name: str, source: str, arguments: Callable[[str, Path], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert PROGRAMS[name][0](arguments(name, Path(source))) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_working_directory_that_was_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
