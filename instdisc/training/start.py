@@ -301,7 +301,7 @@ def report(summary: dict[str, Any], run: RunDirectory) -> str:
     recipe, config = run.stored_config()
     commands = {
         f"evaluate {place} --protocols statistics,page --num-actors 0": "a page of results",
-        f"explore {place} --num-actors 0": "duplicates, strangers and clusters, without labels",
+        f"explore {place} --num-actors 0": "duplicates, strangers and clusters",
         f"search {place} IMAGE": "the nearest images to any image file",
         f"embed {place} --output {_from_here(Path('indexes', run.path.name))}": "an index that images join and leave",
         f"train {recipe} --help": "every setting",

@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written(
     tmp_path: Path, server: RangeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match=r"cannot keep tars in .*/cache: File exists; name a folder"):
+    with pytest.raises(DataError, match=r"cannot keep tars in .*/cache: File exists; name a writable folder"):
         check_cache(config(tmp_path))
     far = build_manifest(f"{server.url}/{{0..3}}.tar")
     assert images(far, config(tmp_path)) == images(far)
