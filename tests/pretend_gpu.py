@@ -300,4 +300,5 @@ def _all_to_all(out: Tensor, tensor: Tensor, received: Any = None, sent: Any = N
     if sent is not None:
         assert (sum(received), sum(sent)) == (len(out), len(tensor))
     count = min(out.numel(), tensor.numel())
+    _plain(out).zero_()  # of the ranks that are not there; what lies in new memory may be NaN
     _plain(out).view(-1)[:count].copy_(_plain(tensor).reshape(-1)[:count])
