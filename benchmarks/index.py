@@ -42,7 +42,7 @@ from instdisc.index.commands import embed
 from instdisc.index.embedding import Work, block_names, embed_images, rows_of_a_block
 from instdisc.index.readout import FITTED_ROWS
 from instdisc.model.backbone import build_embedder
-from instdisc.runs.run_directory import NETWORK
+from instdisc.runs.network import NETWORK
 from instdisc.settings.embed import EmbedConfig, IndexedDataConfig
 from instdisc.settings.recipes import RECIPES
 from pipelines.build import build_manifest

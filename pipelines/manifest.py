@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -195,7 +196,8 @@ class Manifest:
             # A memory-mapped manifest may be saved over its own files, which stay until they are replaced.
             with (
                 written_whole(directory / name) as partial,
-                pa.ipc.new_file(str(partial), batch.schema) as writer,
+                partial.open("wb") as file,  # Arrow opens no path that is not UTF-8
+                pa.ipc.new_file(file, batch.schema) as writer,
             ):
                 writer.write_batch(batch)
         self._save_meta(directory)
@@ -262,7 +264,8 @@ def _was_taken(key: str, is_file: bool) -> bool:
 
 def _from_arrow(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     rows, sources = (
-        pa.ipc.open_file(pa.memory_map(str(directory / name))).get_batch(0) for name in (_ROWS, _SOURCES)
+        pa.ipc.open_file(pa.memory_map(os.fsencode(directory / name))).get_batch(0)
+        for name in (_ROWS, _SOURCES)
     )
     columns = {name: rows[name.removesuffix("s")].to_numpy() for name in names}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,8 +26,8 @@ def witness(path: Paths) -> str | None:
     """A SHA-256 (hex) that changes when images are added, removed, renamed or written again.
 
     It covers the names, sizes and times of modification of all files in a folder, or of the tar files with the file of
-    their class names; for those in object storage the version that it tells. It does not see a file that was replaced
-    by one of its size and its time.
+    their class names; for those in object storage the version that it tells, and without one it is never the same. It
+    does not see a file that was replaced by one of its size and its time.
 
     Args:
         path: As for `build_manifest`.
@@ -61,7 +62,9 @@ def _of_place(place: Place) -> bytes:
     if not isinstance(place, Url):
         return _of_file(place.absolute())
     try:
-        return f"{place} {facts(place)};".encode()
+        size, version = facts(place)
+        # Where the storage tells no version, nothing tells that the file is the same: no two witnesses are.
+        return f"{place} {size} {version or uuid.uuid4()};".encode()
     except FileNotFoundError:
         return f"{place} is missing;".encode()
 

@@ -41,7 +41,7 @@ def run(evaluation: Evaluation, config: ClustersConfig) -> dict[str, Any]:
     """Write `clusters.csv` and `clusters.parquet`: of every image, for each number of clusters, its cluster.
 
     Raises:
-        ConfigError: There are fewer than four images for a cluster.
+        ConfigError: Every number of clusters is above 2 and has fewer than four images for a cluster.
     """
     rows, source = evaluation.compared_rows, evaluation.source
     columns: dict[str, npt.NDArray[Any]] = {}
@@ -73,11 +73,11 @@ def run(evaluation: Evaluation, config: ClustersConfig) -> dict[str, Any]:
 
 
 def _counts(num_rows: int, config: ClustersConfig) -> list[int]:
-    most = num_rows // _LEAST_ROWS_PER_CLUSTER
+    most = max(2, num_rows // _LEAST_ROWS_PER_CLUSTER)
     counts = [count for count in dict.fromkeys(config.counts) if count <= most]
     if not counts:
         raise ConfigError(
-            f"{num_rows} images are too few for {min(config.counts)} clusters: give --clusters.counts {max(2, most)}"
+            f"{num_rows} images are too few for {min(config.counts)} clusters: give --clusters.counts {most}"
         )
     return counts
 

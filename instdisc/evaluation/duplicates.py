@@ -110,6 +110,11 @@ def similarities_of_copies(evaluation: Evaluation, seed: int) -> Floats:
             f"the images that would suggest a threshold cannot be read ({error}): give one with "
             "--duplicates.threshold, such as 0.9"
         ) from error
+    if not len(first):
+        raise ConfigError(
+            "none of the images that would suggest a threshold can be decoded: give one with "
+            "--duplicates.threshold, such as 0.9"
+        )
     return np.asarray(torch.sum(first * second, dim=1).numpy())
 
 

@@ -34,8 +34,9 @@ def image_columns(images: Manifest) -> dict[str, Any]:
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:
     """Write `path.parquet` and `path.csv`, each whole or not at all; bytes are in the first alone."""
     table = pa.table(dict(columns))
-    with written_whole(path.with_suffix(".parquet")) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    # Files, not paths: Arrow opens none that is not UTF-8.
+    with written_whole(path.with_suffix(".parquet")) as partial, partial.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
     text = table.select([field.name for field in table.schema if field.type != pa.binary()])
-    with written_whole(path.with_suffix(".csv")) as partial:
-        pyarrow.csv.write_csv(text, partial)
+    with written_whole(path.with_suffix(".csv")) as partial, partial.open("wb") as file:
+        pyarrow.csv.write_csv(text, file)

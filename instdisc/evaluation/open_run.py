@@ -15,7 +15,7 @@ from cluster.topk import TopK
 from instdisc.evaluation.images import ImageRows, check_decoded, embed, open_images
 from instdisc.evaluation.source import Source
 from instdisc.model.backbone import Embedder
-from instdisc.runs.run_directory import load_network
+from instdisc.runs.network import load_network
 from pipelines.settings import LoaderConfig
 
 

@@ -21,7 +21,8 @@ from instdisc.index.model import ATTRIBUTE
 from instdisc.index.readout import read_whitening
 from instdisc.model.backbone import Embedder
 from instdisc.model.whitening import Whitening
-from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+from instdisc.runs.network import load_network, network_settings
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.model import BackboneConfig
 from pipelines.augment import Augmentation
 from pipelines.manifest import Manifest

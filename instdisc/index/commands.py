@@ -34,7 +34,7 @@ from instdisc.index.model import ATTRIBUTE, model_of
 from instdisc.index.plan import Plan, find_removed, plan_images
 from instdisc.index.readout import fitted_whitening, is_outgrown
 from instdisc.runs.claim import claim_index
-from instdisc.runs.run_directory import NETWORK
+from instdisc.runs.network import NETWORK
 from instdisc.settings.embed import EmbedConfig
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve

@@ -79,7 +79,8 @@ def _write_parquet(tables: Tables, model: Model, path: Path) -> str:
         },
         metadata={"model": json.dumps(model.to_json())},
     )
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    # A file, not its path: Arrow opens none that is not UTF-8.
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start, stop in _spans(tables):
             keys = tables.read(KEYS, start, stop).tolist()
             labels = _labels(tables, start, stop)

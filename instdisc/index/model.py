@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.tables import Tables
-from instdisc.runs.run_directory import NETWORK, network_settings
+from instdisc.runs.network import NETWORK, network_settings
 
 ATTRIBUTE = "model"
 """The attribute of an index that holds a `Model`."""

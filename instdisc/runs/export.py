@@ -16,7 +16,8 @@ from cluster.snapshots import COMMIT, open_snapshot, snapshot_steps
 from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import CIFAR_RESNETS, Embedder, head_of, without_auxiliary
-from instdisc.runs.run_directory import RunDirectory, load_network, network_settings
+from instdisc.runs.network import load_network, network_settings
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.export import ExportConfig
 from instdisc.settings.model import TIMM
 from pipelines.whole import written_whole

@@ -10,29 +10,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
-from cluster.tables import Tables
 from instdisc.common.errors import ConfigError
 from instdisc.common.files import append_line, parse_object, read_lines, write_json, write_text
 from instdisc.common.values import differences
-from instdisc.model.backbone import Embedder, build_embedder
-from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
-from instdisc.settings.schema import from_json, section, to_json
-from pipelines.augment import Augmentation
+from instdisc.settings.schema import from_json, to_json
 from pipelines.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-
-NETWORK = "network.safetensors"
-"""The file of a snapshot that holds the network."""
-NETWORK_SETTINGS = ("backbone", "augmentation")
-"""The settings noted with a snapshot under `settings`: with them it can be used away from its run."""
 
 _ALWAYS_THERE = (
     ("backbone", "name", "embedding_dim"),
@@ -365,41 +355,6 @@ class RunDirectory:
     def count_corrupt_images(self) -> int:
         """Different images named in `corrupt_images.jsonl`; every rank notes those that it meets."""
         return len({row["name"] for row in read_lines(self.corrupt_images) if "name" in row})
-
-
-def network_settings(snapshot: Tables) -> tuple[BackboneConfig, Augmentation]:
-    """The settings that a network was built and its images prepared with.
-
-    Raises:
-        SnapshotError: It holds no network of this program.
-        ConfigError: A later version wrote it.
-    """
-    settings: dict[str, Any] = snapshot.attributes.get("settings", {})
-    if NETWORK not in snapshot.files or not all(name in settings for name in NETWORK_SETTINGS):
-        raise SnapshotError(
-            f"{snapshot.url} holds no network with its settings: give a snapshot of instdisc.train"
-        )
-    return (
-        section(BackboneConfig, "backbone", settings, snapshot.url),
-        section(Augmentation, "augmentation", settings, snapshot.url),
-    )
-
-
-def load_network(snapshot: Tables) -> Embedder:
-    """The trained network, in evaluation mode on the CPU: normalized images to unit embeddings.
-
-    Raises:
-        SnapshotError: There is none in the snapshot, or it is damaged.
-    """
-    backbone, augmentation = network_settings(snapshot)
-    embedder = build_embedder(backbone, augmentation.image_size)
-    try:
-        embedder.backbone.load_state_dict(load(snapshot.read_file(NETWORK)))
-    except (SafetensorError, RuntimeError) as error:
-        raise SnapshotError(
-            f"{snapshot.url}: {NETWORK} does not hold the weights of a {backbone.name} ({error}): use another snapshot"
-        ) from error
-    return embedder.eval()
 
 
 def _step_of(line: str, steps_per_epoch: int) -> float:

@@ -169,7 +169,7 @@ RECIPES: dict[str, Recipe] = {
 }
 RECIPES |= {
     name.replace("cifar10", "cifar100"): Recipe(
-        f"CIFAR-100 with the settings of {name}, those of the colours included. No accuracy is known.",
+        f"CIFAR-100 with the settings of {name}, those of the colors included. No accuracy is known.",
         replace(recipe.config, data=DataConfig(path="cifar100", test_path="cifar100:test")),
     )
     for name, recipe in RECIPES.items()

@@ -58,7 +58,6 @@ class DataConfig(Ranged):
     verify: bool = False
     """Decode every image before training and skip the broken ones. Without it a broken image is reported when it is
     first loaded, and has no weight in the loss."""
-
     rescan: bool = False
     """List the images again when a run resumes. By default they are only where the names, sizes or times of their files
     have changed, or where they are given by a list."""

@@ -27,7 +27,7 @@ from cluster.snapshots import Snapshot, newest_step, open_snapshot, step_folder
 from cluster.storage import Storage
 from instdisc.common.errors import ConfigError
 from instdisc.model.sgd import SkippingSGD
-from instdisc.runs.run_directory import NETWORK, NETWORK_SETTINGS
+from instdisc.runs.network import NETWORK, NETWORK_SETTINGS
 from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import SCHEMA
 from instdisc.training.trainer import Trainer

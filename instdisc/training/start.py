@@ -75,12 +75,11 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
     summary = run.read_summary(config.training.epochs) if resumes else None
     weights = None if resumes else starting_weights(config)
     with contextlib.nullcontext() if summary is not None else connected(config.launch):
-        witness = (
-            None if images else _witness(config)
-        )  # before they are listed: what changes meanwhile is noticed
+        # Before the images are listed, so that what changes during the listing is noticed by the next run.
+        seen = None if images else _witness(config)
         found = images
-        if resumes and witness is not None and not config.data.rescan:
-            found = run.unchanged_images(witness)
+        if resumes and seen is not None and not config.data.rescan:
+            found = run.unchanged_images(seen)
         train_images, test_images = found or open_all_images(config)
         if resumes:
             run.continue_with(config, train_images, test_images)
@@ -88,8 +87,8 @@ def _train(recipe: str, config: RunConfig, run: RunDirectory, images: Images | N
         else:
             _refuse_snapshots_of_others(config, run)
             run.prepare(recipe, config, train_images, test_images, weights)
-        if witness is not None and train_images.checksums is not None:
-            (run if resumes else run.next).store_witness(witness)
+        if seen is not None and train_images.checksums is not None:
+            (run if resumes else run.next).store_witness(seen)
         labels = f"{len(train_images.class_names)} classes" if train_images.has_labels else "no labels"
         logger.info(
             "%s: %d images, %s; run directory %s", config.data.path, len(train_images), labels, run.path

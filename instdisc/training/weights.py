@@ -20,7 +20,8 @@ from instdisc.common.errors import ConfigError
 from instdisc.model.backbone import CIFAR_RESNETS, build_embedder, head_of, without_auxiliary
 from instdisc.model.fitting import fit, named
 from instdisc.model.timm_networks import BODY, check_has_weights, classifier_of, normalization_of, timm_body
-from instdisc.runs.run_directory import NETWORK, RunDirectory, network_settings
+from instdisc.runs.network import NETWORK, network_settings
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.model import TIMM
 from instdisc.settings.run import RunConfig
 

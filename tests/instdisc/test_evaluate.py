@@ -23,7 +23,8 @@ from instdisc.evaluate import main
 from instdisc.evaluation import knn
 from instdisc.evaluation.context import Evaluation
 from instdisc.model.voters import choose_voters
-from instdisc.runs.run_directory import NETWORK, RunDirectory, load_network
+from instdisc.runs.network import NETWORK, load_network
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.evaluation import EvaluationConfig, QueryConfig
 from instdisc.train import main as train
 from pipelines.manifest import Manifest

@@ -21,7 +21,7 @@ from cluster.partition import Partition
 from cluster.snapshot_writer import SnapshotWriter
 from instdisc.export import main
 from instdisc.model.backbone import Embedder, build_embedder
-from instdisc.runs.run_directory import NETWORK
+from instdisc.runs.network import NETWORK
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.schema import to_json

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def test_names_that_are_not_utf8_come_back(tmp_path: Path) -> None:
     names = ["a.png", b"caf\xe9.png".decode("utf-8", "surrogateescape"), "c.png"]
     make_manifest(keys=StringTable.of(names)).save(tmp_path)
     assert list(Manifest.load(tmp_path).keys) == names
+
+
+def test_a_directory_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sum\xe9"))
+    manifest.save(place)
+    assert Manifest.load(place).fingerprint == manifest.fingerprint
 
 
 def test_a_manifest_of_the_first_version_opens(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -17,6 +19,7 @@ from cluster import lease
 from instdisc.embed import main as embed
 from instdisc.evaluation.clusters import spherical_k_means
 from instdisc.evaluation.duplicates import group_rows, kept_first, suggest_threshold
+from instdisc.evaluation.image_tables import write_table
 from instdisc.evaluation.source import ArrayRows
 from instdisc.evaluation.strangers import strangeness
 from instdisc.explore import main
@@ -46,6 +49,13 @@ def index(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         return place
 
     return index
+
+
+def test_tables_in_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sum\xe9"))
+    folder.mkdir()
+    write_table(folder / "found", {"key": ["a"], "key_bytes": pa.array([b"a"], pa.binary())})
+    assert sorted(os.listdir(os.fsencode(folder))) == [b"found.csv", b"found.parquet"]
 
 
 def test_groups_are_connected_components() -> None:

@@ -13,7 +13,8 @@ import pytest
 from instdisc import evaluate, train
 from instdisc.common.errors import ConfigError
 from instdisc.evaluation.source import Source
-from instdisc.runs.run_directory import RunDirectory, load_network
+from instdisc.runs.network import load_network
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import _ADDED, _RENAMED, from_json, to_json

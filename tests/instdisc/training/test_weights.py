@@ -27,7 +27,8 @@ from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.source import Source
 from instdisc.export import main as export
 from instdisc.model.backbone import build_embedder, head_of
-from instdisc.runs.run_directory import RunDirectory, load_network
+from instdisc.runs.network import load_network
+from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.evaluation import EvaluationConfig
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.run import RunConfig
