@@ -48,6 +48,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either whole or not there."""
+    """Write a text file that is either whole or not there; bytes of names that are not UTF-8 are escaped."""
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

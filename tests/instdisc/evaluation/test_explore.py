@@ -55,7 +55,7 @@ def test_tables_in_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9sum\xe9"))
     folder.mkdir()
     write_table(folder / "found", {"key": ["a"], "key_bytes": pa.array([b"a"], pa.binary())})
-    assert sorted(os.listdir(os.fsencode(folder))) == [b"found.csv", b"found.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == ["found.csv", "found.parquet"]
 
 
 def test_groups_are_connected_components() -> None:

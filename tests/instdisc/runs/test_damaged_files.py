@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instdisc.common.errors import ConfigError
+from instdisc.common.files import write_text
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.schema import from_json, to_json
@@ -69,3 +71,8 @@ def test_damaged_lines_of_the_journal_are_passed_over(tmp_path: Path) -> None:
     assert run.journal.read_bytes().splitlines() == lines
     run.corrupt_images.write_bytes(b"\n".join([*damaged, b'{"name": "a.png"}', b""]))
     assert run.count_corrupt_images() == 1
+
+
+def test_a_text_with_a_name_that_is_not_utf8_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", "<h1>" + os.fsdecode(b"r\xe9sum") + "</h1>")
+    assert (tmp_path / "page.html").read_text() == "<h1>r\\udce9sum</h1>"
