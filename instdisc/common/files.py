@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,21 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
                 os.truncate(path, length)  # else the next line would continue the half of this one
 
 
+def read_regular(path: Path) -> bytes:
+    """The content of a file, at once: whoever opens a named pipe like any other file waits for its writer.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is a pipe or a device, expected a regular file")
+        return file.read()
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole objects of a JSON-lines file; none if there is no file. Damaged lines are passed over."""
-    rows = [parse_object(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    rows = [parse_object(line) for line in read_regular(path).splitlines()] if path.exists() else []
     return [row for row in rows if row is not None]
 
 

@@ -19,7 +19,7 @@ from cluster.metrics import Endpoint, Metrics, exported
 from cluster.tables import TableRows
 from cluster.topk import RowSource, TopK, read_rows
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import parse_object, write_json
+from instdisc.common.files import parse_object, read_regular, write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
 from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
@@ -312,7 +312,7 @@ class Evaluation:
     def read(self, name: str) -> dict[str, Any] | None:
         """What was written under the name for this snapshot, by whichever evaluation; None if nothing was."""
         try:
-            values = parse_object((self.output / f"{name}.json").read_bytes())
+            values = parse_object(read_regular(self.output / f"{name}.json"))
         except OSError:
             return None
         ours = self._snapshot_identity

@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.errors import SnapshotError
 from cluster.snapshots import Snapshot, newest_step, open_snapshot
 from instdisc.common.errors import ConfigError
-from instdisc.common.files import append_line, parse_object, read_lines, write_json, write_text
+from instdisc.common.files import append_line, parse_object, read_lines, read_regular, write_json, write_text
 from instdisc.common.values import differences
 from instdisc.settings.run import RunConfig
 from instdisc.settings.schema import from_json, to_json
@@ -240,7 +240,7 @@ class RunDirectory:
         """Drop the lines of steps after `step`, which will be written again."""
         kept = [
             line
-            for line in self.journal.read_text(errors="replace").splitlines(keepends=True)
+            for line in read_regular(self.journal).decode(errors="replace").splitlines(keepends=True)
             if _step_of(line, steps_per_epoch) <= step
         ]
         write_text(self.journal, "".join(kept))
@@ -268,7 +268,7 @@ class RunDirectory:
     def unchanged_images(self, witness: str) -> tuple[Manifest, Manifest | None] | None:
         """The training and the test images, if they have not changed since the witness of them was stored."""
         try:
-            if json.loads(self.images.read_text()) != {"witness": witness}:
+            if json.loads(read_regular(self.images)) != {"witness": witness}:
                 return None
             test = Manifest.load(self.test_manifest) if self.test_manifest.exists() else None
             return Manifest.load(self.manifest), test
@@ -302,9 +302,17 @@ class RunDirectory:
             ConfigError: There is no run.
         """
         try:
-            settings: dict[str, Any] = json.loads(self.config.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path} holds no run: {error}") from error
+            settings: dict[str, Any] = json.loads(read_regular(self.config))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{self.path} holds no run, for it has no config.json: give the directory of a run"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"the settings of {self.path} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{self.config} is damaged ({error}): put the file back, or choose another directory"
+            ) from error
         try:
             missing = [
                 name for group, *names in _ALWAYS_THERE for name in names if name not in settings[group]
@@ -340,7 +348,7 @@ class RunDirectory:
             epochs: That the run is to have; by default what its settings say, which rise when it is made longer.
         """
         try:
-            summary = parse_object(self.summary.read_bytes()) or {}
+            summary = parse_object(read_regular(self.summary)) or {}
             length = self.settings()["training"]["epochs"] if epochs is None else epochs
         except (OSError, ConfigError):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def test_settings_that_cannot_be_read_are_refused_with_the_name_of_the_file(
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=str(tmp_path)):
         RunDirectory(tmp_path).stored_config()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_told_at_once(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    for name in ("config.json", "summary.json", "images.json"):
+        make(tmp_path / name)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be read: .*config\.json"):
+        run.stored_config()
+    assert run.read_summary(4) is None
+    assert run.unchanged_images("a") is None
 
 
 def test_whole_settings_are_read() -> None:
