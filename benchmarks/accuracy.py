@@ -53,6 +53,7 @@ class Row:
     epochs: int
     seconds: float
     knn_top1: list[float]
+    knn_top1_whitened: list[float]
     knn_top1_bank: list[float]
     raw_pixels: float
     untrained: list[float]
@@ -93,6 +94,7 @@ def measure(name: str, seconds: float, seeds: list[int], directory: Path) -> Row
         epochs=epochs,
         seconds=statistics.mean(each["train_seconds"] for each in runs),
         knn_top1=[each["knn_top1"] for each in runs],
+        knn_top1_whitened=[each["knn_top1_whitened"] for each in runs],
         knn_top1_bank=[each["knn_top1_bank"] for each in runs],
         raw_pixels=runs[0]["knn_top1_raw_pixels"],
         untrained=[each["knn_top1_untrained"] for each in runs],
@@ -106,7 +108,8 @@ def print_row(row: Row) -> None:
 
     print(
         f"{row.objective:<26}{row.epochs:>7}{row.seconds:>9.0f}{percent(row.knn_top1):>14}"
-        f"{percent(row.knn_top1_bank):>14}{100 * row.raw_pixels:>12.1f}{percent(row.untrained):>14}",
+        f"{percent(row.knn_top1_whitened):>14}{percent(row.knn_top1_bank):>14}"
+        f"{100 * row.raw_pixels:>12.1f}{percent(row.untrained):>14}",
         flush=True,
     )
 
@@ -120,8 +123,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    print(f"{'objective':<26}{'epochs':>7}{'seconds':>9}{'kNN top-1 %':>14}{'bank %':>14}", end="")
-    print(f"{'pixels %':>12}{'untrained %':>14}")
+    print(f"{'objective':<26}{'epochs':>7}{'seconds':>9}{'kNN top-1 %':>14}", end="")
+    print(f"{'whitened %':>14}{'bank %':>14}{'pixels %':>12}{'untrained %':>14}")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.only:

@@ -2,7 +2,7 @@
 
     python benchmarks/auto.py [--minutes 3] [--only small|enlarged] [--epochs N] [--json FILE]
 
-Small images are the bundled sample, 5,000 of 32 pixels, beside the recipe `sample`. In place of labelled photographs,
+Small images are the bundled sample, 5,000 of 32 pixels, beside the recipe `sample`. In place of labeled photographs,
 500 of them are enlarged to 160 pixels and stored as JPEGs, beside `imagenet-resnet50-npid`. A recipe gets the epochs
 that fit at the speed of a trial of a few steps; one, where already an epoch takes longer (`--epochs 1`). Trains in this
 process; run it on a quiet machine.

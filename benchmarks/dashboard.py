@@ -109,11 +109,11 @@ def draw(server: Prometheus, start: float, stop: float) -> tuple[str, int]:
             cards += 1
             body.append(card(server, panel, start, stop))
     height += -(-cards // COLUMNS) * CARD_HEIGHT
-    colours = "".join(
+    colors = "".join(
         f".line.c{number}{{stroke:{each}}}.mark.c{number}{{fill:{each}}}"
         for number, each in enumerate(COLOURS, 1)
     )
-    return f"<meta charset=utf-8><style>{STYLE}{colours}</style>{Markup('').join(body)}</div>", height
+    return f"<meta charset=utf-8><style>{STYLE}{colors}</style>{Markup('').join(body)}</div>", height
 
 
 def photograph(html: str, height: int, picture: Path) -> None:

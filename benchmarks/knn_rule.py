@@ -127,8 +127,8 @@ def clusters(draws: int) -> Iterator[str]:
         voters = choose_voters(labels, leave_one_out=True)
         tried, found = (*TRIED, voters.neighbors()), []
         for _ in range(draws_of(n, draws)):
-            centres = generator.standard_normal((classes, DIM))
-            features = centres[labels] + 0.7 * generator.standard_normal((n, DIM))
+            centers = generator.standard_normal((classes, DIM))
+            features = centers[labels] + 0.7 * generator.standard_normal((n, DIM))
             rows = in_a_cone(features, cosine, generator.standard_normal(DIM))
             found.append([(answers(voters, rows, rows, k) == labels).mean() for k in tried])
         means = 100 * np.mean(found, axis=0)

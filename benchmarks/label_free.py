@@ -1,6 +1,6 @@
 """Which numbers without labels follow the accuracy: many runs, good and bad, measured after every epoch.
 
-    python benchmarks/label_free.py [--epochs 5] [--seeds 0] [--only "NAME;…"] [--jsonl FILE]
+    python benchmarks/label_free.py [--epochs 5] [--seeds 0] [--only "NAME;…"] [--jsonl FILE] [any option of train]
 
 Trains ResNet-8 on the bundled sample in this process, once for each line of `RUNS`: all objectives, good and bad rates,
 temperatures and augmentations, and networks that collapse. After every epoch, and before the first, training measures
@@ -8,7 +8,8 @@ the kNN accuracy of the 1,000 test images (k = 200, recomputed embeddings) and t
 has Spearman's rank correlation of each number with that accuracy: over all measurements, the median within a run, and
 over the last measurements of the runs, on which a choice between runs rests. `regret` is what that choice costs: the
 best accuracy at a run's end less that of the run with the best number. Where less is said to be better the sign is
-turned. A run that is in the file is not repeated.
+turned. A run that is in the file is not repeated. Options of `instdisc.train` apply to every run: other images with
+`--data.path`, `--data.test-path` and `--backbone.name`, for example.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BANK = [
     "resnet8",
 ]
 NCE = ["cifar10-npid", *BANK[1:]]
-INFONCE = ["imagenet-resnet50-infonce", *BANK[1:], "--augmentation.image-size", "32"]
+INFONCE = ["cifar10-infonce", *BANK[1:]]
 PARAMETRIC = ["cifar10-parametric", *BANK[1:]]
 RATE, TEMPERATURE = "--optimizer.learning-rate", "--objective.temperature"
 NO_CROP = ["--augmentation.crop-scale", "1", "1", "--augmentation.crop-ratio", "1", "1"]
@@ -73,13 +74,15 @@ NUMBERS = {
 COMMON = ["--num-workers", "0", "--knn.every", "1", "--metrics.port", "0", "--training.batch-size", "128"]
 
 
-def measured(name: str, seed: int, epochs: int, run_dir: Path) -> list[dict[str, Any]]:
+def measured(name: str, seed: int, epochs: int, run_dir: Path, more: list[str]) -> list[dict[str, Any]]:
     """A point for every measurement of one run."""
-    options = [*RUNS[name], *COMMON, "--training.epochs", str(epochs), "--training.seed", str(seed)]
+    options = [*RUNS[name], *COMMON, "--training.epochs", str(epochs), "--training.seed", str(seed), *more]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         status = train([*options, "--run-dir", str(run_dir), "--overwrite"])
     if status == 130:
         raise KeyboardInterrupt
+    if status == 2:
+        raise SystemExit(said.getvalue())
     lines = read_lines(run_dir / "metrics.jsonl")
     accuracy = {line["epoch"]: line["knn_top1_recomputed"] for line in lines if line["kind"] == "knn"}
     accuracy[0] = next(line["untrained"] for line in lines if line["kind"] == "baselines")
@@ -151,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", help="names of runs, separated by semicolons")
     parser.add_argument("--jsonl", type=Path, help="where points are kept")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     names = arguments.only.split(";") if arguments.only else list(RUNS)
     with tempfile.TemporaryDirectory() as directory:
         points = Path(directory, "points.jsonl") if arguments.jsonl is None else arguments.jsonl
@@ -160,7 +163,7 @@ def main() -> None:
         for seed in arguments.seeds:
             for name in names:
                 if (name, seed) not in done:
-                    for point in measured(name, seed, arguments.epochs, Path(directory, "run")):
+                    for point in measured(name, seed, arguments.epochs, Path(directory, "run"), more):
                         append_line(points, point)
         print(table(read_lines(points)))
 

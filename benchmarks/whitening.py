@@ -2,7 +2,7 @@
 
     python benchmarks/whitening.py [--epochs 10] [--seeds 3] [--recipe sample]
 
-The power 0 only centres, 1 whitens fully. k and τ are those of training; labels take part in the accuracy alone.
+The power 0 only centers, 1 whitens fully. k and τ are those of training; labels take part in the accuracy alone.
 """
 
 from __future__ import annotations

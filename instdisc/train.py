@@ -20,7 +20,7 @@ from instdisc.settings.run import RunConfig
 
 _USUAL_OPTIONS = {
     "--data.path IMAGES": "a folder, tar files, a list of paths, or the name of a data set",
-    "--data.test-path IMAGES": "labelled images to measure the accuracy on",
+    "--data.test-path IMAGES": "labeled images to measure the accuracy on",
     "--run-dir PATH": "where the run is kept; the same command resumes it",
     "--num-workers N": "processes; 0 trains in this process, without Ray",
     "--training.epochs N": "passes over the images",

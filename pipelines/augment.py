@@ -218,12 +218,12 @@ def _crop_boxes(
 
     ratio_low, ratio_high = augmentation.crop_ratio
     closest = np.clip(widths / heights, ratio_low * shape, ratio_high * shape)
-    centre_height = np.clip(np.rint(widths / closest), 1, heights)
-    centre_width = np.clip(np.rint(heights * closest), 1, widths)
+    center_height = np.clip(np.rint(widths / closest), 1, heights)
+    center_width = np.clip(np.rint(heights * closest), 1, widths)
     fitted = fits.any(axis=0)
     return (
-        np.where(fitted, top, (heights - centre_height) // 2),
-        np.where(fitted, left, (widths - centre_width) // 2),
-        np.where(fitted, crop_height, centre_height),
-        np.where(fitted, crop_width, centre_width),
+        np.where(fitted, top, (heights - center_height) // 2),
+        np.where(fitted, left, (widths - center_width) // 2),
+        np.where(fitted, crop_height, center_height),
+        np.where(fitted, crop_width, center_width),
     )

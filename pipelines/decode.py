@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageFile
 from pipelines.exif import TURNS, UPRIGHT
 from pipelines.kinds import open_image, turn_of
 
-# Greys of more than 8 bits per pixel: 16-bit integers, 32-bit integers, floats.
+# Grays of more than 8 bits per pixel: 16-bit integers, 32-bit integers, floats.
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 # White of 8, 10, 12, 14 and 16 bits: cameras and scanners store their own depth in 16 bits without saying so.
 _WHITES = (255, 1023, 4095, 16383, 65535)
@@ -140,8 +140,8 @@ def _to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     image.load()
     if image.mode in _WIDE:
         values = np.asarray(image)
-        grey = to_bytes(values.view(np.uint32) if unsigned and image.mode == "I" else values, white=declared)
-        return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
+        gray = to_bytes(values.view(np.uint32) if unsigned and image.mode == "I" else values, white=declared)
+        return Image.fromarray(255 - gray if white_is_zero else gray).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)
     is_deep = tiles and ";16" in _rawmode(tiles[0])
@@ -193,6 +193,6 @@ def _rawmode(tile: Any) -> str:
 
 def _with_swapped_bytes(tile: Any) -> Any:
     rawmode = _rawmode(tile)
-    # Grey with alpha has no other order, but can be taken for four channels: high, low, high, low.
+    # Gray with alpha has no other order, but can be taken for four channels: high, low, high, low.
     swapped = "RGBA" if rawmode == _GREY_ALPHA else rawmode[:-4] + _OTHER_ENDIAN[rawmode[-4:]]
     return tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))

@@ -53,7 +53,7 @@ def scan_list(path: Path, *, with_labels: bool, show_progress: bool) -> Scan:
         DataError: A line is not of that form, names a file twice, or files are missing.
     """
     root = path.parent
-    entries = [entry._replace(name=normalise(root, entry.name)) for entry in _entries(path)]
+    entries = [entry._replace(name=normalize(root, entry.name)) for entry in _entries(path)]
     if not entries:
         raise DataError(f"{path} is empty, expected the path of an image on every line")
     lines: dict[str, int] = {}
@@ -85,7 +85,7 @@ def scan_files(paths: Sequence[str | Path], *, show_progress: bool) -> Scan:
         DataError: A file is given twice, or files are missing.
     """
     root = Path.cwd()
-    names = [normalise(root, str(Path(path).expanduser().absolute())) for path in paths]
+    names = [normalize(root, str(Path(path).expanduser().absolute())) for path in paths]
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
     if twice:
         raise DataError(f"{printable(min(twice))} is given twice; give every image once")
@@ -123,7 +123,7 @@ def listed_tars(path: Path) -> list[Place]:
     return [place(line) if is_url(line) else path.parent / Path(line).expanduser() for _, line in lines]
 
 
-def normalise(root: Path, name: str) -> str:
+def normalize(root: Path, name: str) -> str:
     """Drop `./`, `//` and `folder/..`, so that every file has one name; `..` behind a link is another folder and stays.
 
     Args:

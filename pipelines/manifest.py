@@ -57,7 +57,7 @@ class Manifest:
         sizes: int64 (N,), bytes of the encoded image.
         heights: int32 (N,), pixels of the picture as shown, or as stored where `upright` is False.
         widths: int32 (N,), likewise.
-        labels: int32 (N,), index into `class_names`, -1 where unlabelled.
+        labels: int32 (N,), index into `class_names`, -1 where unlabeled.
         class_names: Empty without labels.
         rejected: The images left out. Not part of the fingerprint.
         checksums: uint32 (N,), CRC-32 of the first, middle and last 4 kB of each image; None for manifests of schema 1

@@ -1,4 +1,4 @@
-"""Tar files in WebDataset layout: `<key>.png` and, where labelled, `<key>.cls` with the class number."""
+"""Tar files in WebDataset layout: `<key>.png` and, where labeled, `<key>.cls` with the class number."""
 
 import io
 import tarfile

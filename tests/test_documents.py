@@ -152,7 +152,7 @@ def test_documented_commands_are_taken(command: Command, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "arguments", [["sample", "--knn.neighbours", "5"], ["sample", "--data.path"], ["npid"]]
+    "arguments", [["sample", "--knn.neighbors", "5"], ["sample", "--data.path"], ["npid"]]
 )
 def test_a_wrong_command_is_not_taken(arguments: list[str]) -> None:
     with pytest.raises((SystemExit, ValueError)):

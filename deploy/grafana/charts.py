@@ -167,8 +167,8 @@ ROWS = {
             [of_run("positive_similarity", "own"), of_run("negative_similarity", "others")],
             text="Cosines. Own should rise and stay well above others.",
         ),
-        Chart("log Z", [of_run("log_partition")], text="Logarithm of the normalising constant of NCE."),
-        Chart("Embedding norm before normalisation", [of_rank("embedding_norm")]),
+        Chart("log Z", [of_run("log_partition")], text="Logarithm of the normalizing constant of NCE."),
+        Chart("Embedding norm before normalization", [of_rank("embedding_norm")]),
         Chart("Objective time", quantiles("objective_seconds"), "s"),
     ],
     "Loader": [

@@ -48,7 +48,7 @@ def labels_among(test: Manifest, train: Manifest) -> npt.NDArray[np.int64]:
     """
     labels = np.asarray(test.labels, dtype=np.int64)
     if not (labels >= 0).any():
-        raise ConfigError("no test image has a label: omit --data.test-path or name labelled images")
+        raise ConfigError("no test image has a label: omit --data.test-path or name labeled images")
     numbers, _ = match_classes(test.class_names, train.class_names)
     return np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
 

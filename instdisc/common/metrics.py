@@ -34,10 +34,10 @@ TRAINING = MetricTable(
         Metric("loss", "gauge", "Of the run: mean loss of the last step; NaN if it was not finite."),
         Metric("learning_rate", "gauge", "Of the run: learning rate of the last step."),
         Metric("gradient_norm", "gauge", "Of the run: L2 norm of the last step's gradient."),
-        Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before normalisation."),
+        Metric("embedding_norm", "gauge", "Mean L2 norm of the embeddings before normalization."),
         Metric("positive_similarity", "gauge", "Of the run: mean cosine of an embedding and its own row."),
         Metric("negative_similarity", "gauge", "Of the run: mean cosine of an embedding and other rows."),
-        Metric("log_partition", "gauge", "Of the run: logarithm of the normalising constant Z."),
+        Metric("log_partition", "gauge", "Of the run: logarithm of the normalizing constant Z."),
         Metric(
             "knn_accuracy_ratio", "gauge", "Of the run: top-1 of weighted kNN with recomputed embeddings."
         ),

@@ -22,7 +22,7 @@ from instdisc.common.errors import ConfigError
 from instdisc.common.files import parse_object, read_regular, write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
-from instdisc.evaluation.queries import LabelledQueries, leave_one_out, open_queries
+from instdisc.evaluation.queries import LabeledQueries, leave_one_out, open_queries
 from instdisc.evaluation.source import ArrayRows, Source, WhitenedRows
 from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
@@ -100,13 +100,13 @@ class Evaluation:
         return path
 
     @cached_property
-    def queries(self) -> LabelledQueries:
-        """The labelled queries: those named, else the run's test images, else bank rows, each against the others."""
+    def queries(self) -> LabeledQueries:
+        """The labeled queries: those named, else the run's test images, else bank rows, each against the others."""
         queries = self._open_queries()
         logger.info("%d queries (%s)", len(queries), queries.kind)
         return queries
 
-    def _open_queries(self) -> LabelledQueries:
+    def _open_queries(self) -> LabeledQueries:
         config = self.config.queries
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
@@ -116,17 +116,17 @@ class Evaluation:
 
     @cached_property
     def voters(self) -> Voters:
-        """The labelled rows that classify the queries; a sample of them if they are many and to be recomputed."""
+        """The labeled rows that classify the queries; a sample of them if they are many and to be recomputed."""
         voters = choose_voters(
             self.source.bank_labels,
             leave_one_out=self.queries.kind == "leave-one-out",
             max_rows=self.config.max_rows if self.config.recompute else 0,
         )
-        labelled = int((self.source.bank_labels >= 0).sum())
+        labeled = int((self.source.bank_labels >= 0).sum())
         logger.info(
-            "compared with %s%d labelled rows, %s",
-            f"{len(voters)} drawn from the " if len(voters) < labelled else "",
-            labelled,
+            "compared with %s%d labeled rows, %s",
+            f"{len(voters)} drawn from the " if len(voters) < labeled else "",
+            labeled,
             self.rows_are,
         )
         return voters
@@ -146,7 +146,7 @@ class Evaluation:
     def neighbors(
         self, k: int, readout: Readout = "plain"
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The k nearest labelled rows of each of `queries` that may vote for it.
+        """The k nearest labeled rows of each of `queries` that may vote for it.
 
         What was found is kept, so that asking for fewer costs nothing.
 
@@ -239,7 +239,7 @@ class Evaluation:
         readout: Readout = "plain",
         among: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The exact k nearest rows of the bank, labelled or not.
+        """The exact k nearest rows of the bank, labeled or not.
 
         Args:
             queries: float32 (Q, D).

@@ -1,4 +1,4 @@
-"""Images that are the same but for format, size, crop or colour: groups of rows that are closer than a threshold."""
+"""Images that are the same but for format, size, crop or color: groups of rows that are closer than a threshold."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run(evaluation: Evaluation, config: DuplicatesConfig) -> dict[str, Any]:
 def similarities_of_copies(evaluation: Evaluation, seed: int) -> Floats:
     """Cosine of two views of an image that differ as copies do, for up to 2,048 images, float32.
 
-    The views are crops of at least 80% of the image, mirrored half of the time, in colours that differ slightly.
+    The views are crops of at least 80% of the image, mirrored half of the time, in colors that differ slightly.
     """
     names = ("image_size", "training_size", "mean", "std")
     source = evaluation.source

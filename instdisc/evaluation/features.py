@@ -60,7 +60,7 @@ def stage_features(network: Embedder, images: Tensor, *, stage: str, max_dims: i
 
     Args:
         network: In evaluation mode.
-        images: Normalised, (B, 3, H, W).
+        images: Normalized, (B, 3, H, W).
         stage: One of `stage_names`.
         max_dims: Larger maps are averaged down to the largest square grid that keeps within this many entries.
 

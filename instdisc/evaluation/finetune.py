@@ -114,7 +114,7 @@ def _finetune(job: _FinetuneJob, case: tuple[float, str]) -> tuple[int, npt.NDAr
     """Fine-tune with one share of the labels from one start.
 
     Returns:
-        Number of labelled images, and scores float32 (Q, C) of the test images.
+        Number of labeled images, and scores float32 (Q, C) of the test images.
     """
     fraction, start = case
     rows = class_balanced_rows(job.train_labels, fraction, seed=job.config.seed)

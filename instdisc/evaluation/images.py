@@ -18,7 +18,7 @@ from cluster.gpus import may_use_gpu
 from pipelines.augment import Augmentation
 from pipelines.build import build_manifest
 from pipelines.errors import DataError
-from pipelines.lists import normalise
+from pipelines.lists import normalize
 from pipelines.loader import open_loader
 from pipelines.manifest import Manifest
 from pipelines.order import Request
@@ -30,7 +30,7 @@ _MOST_NAMED = 10
 logger = logging.getLogger(__name__)
 
 ImageFunction = Callable[[Any, Tensor], Tensor]
-"""Importable by name: the network in evaluation mode and normalised images (B, 3, H, W) to rows (B, F)."""
+"""Importable by name: the network in evaluation mode and normalized images (B, 3, H, W) to rows (B, F)."""
 
 
 def compute_device() -> torch.device:
@@ -52,7 +52,7 @@ class ImageRows:
         manifest: Where the images are; row i of this table is made of image i.
         network: Applied on a GPU where the process has one.
         function: What to compute.
-        augmentation: Size and normalisation; the views are those of evaluation.
+        augmentation: Size and normalization; the views are those of evaluation.
         loader: The loader of training.
     """
 
@@ -117,7 +117,7 @@ def open_images(paths: Sequence[Path], *, upright: bool) -> Manifest:
     Raises:
         DataError: One is missing or no image.
     """
-    places = [normalise(Path.cwd(), str(path.expanduser().absolute())) for path in paths]
+    places = [normalize(Path.cwd(), str(path.expanduser().absolute())) for path in paths]
     once = list(dict.fromkeys(places))
     manifest = build_manifest(once, show_progress=False, upright=upright)
     if manifest.rejected:

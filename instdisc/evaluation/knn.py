@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor accuracy (Wu et al. 2018, section 3.4) over all labelled rows of the bank."""
+"""Weighted k-nearest-neighbor accuracy (Wu et al. 2018, section 3.4) over all labeled rows of the bank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
-    """Classify every query by its nearest labelled rows.
+    """Classify every query by its nearest labeled rows.
 
     Raises:
         ConfigError: The bank has no labels.
@@ -30,7 +30,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         whitened = knn_accuracy(evaluation, k, config.temperature, "whitened")
     accuracies = {1: knn_accuracy(evaluation, 1, config.temperature), k: found}
     if found.without_neighbor:
-        logger.warning("%d queries have no labelled neighbor: they count as wrong", found.without_neighbor)
+        logger.warning("%d queries have no labeled neighbor: they count as wrong", found.without_neighbor)
     evaluation.metrics.set(
         evaluation_knn_top1_ratio=found.top1, evaluation_knn_top5_ratio=found.top5, evaluation_knn_k=k
     )

@@ -1,6 +1,6 @@
 """Linear classifiers on frozen features: softmax regression (the linear probe) and a linear SVM.
 
-The features of each stage are compared as in Zhang et al. 2016 and Wu et al. 2018: a classifier is trained on labelled
+The features of each stage are compared as in Zhang et al. 2016 and Wu et al. 2018: a classifier is trained on labeled
 images, its regularization chosen on a part of them held out, its accuracy measured on test images.
 """
 
@@ -195,7 +195,7 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int) -> float:
 def linear_accuracy(
     train: Split, test: Split, num_classes: int, *, loss: Loss, config: LinearConfig
 ) -> LinearResult:
-    """Train on labelled features with the λ that is best on held-out ones, and classify the test features.
+    """Train on labeled features with the λ that is best on held-out ones, and classify the test features.
 
     Features are standardised with the mean and deviation of the training features.
 
@@ -210,7 +210,7 @@ def linear_accuracy(
     held_out[class_balanced_rows(labels, config.held_out, seed=config.seed, at_least=0)] = True
     if not held_out.any() or len(np.unique(labels[~held_out])) < 2 or not len(test.labels):
         raise ConfigError(
-            f"a linear classifier needs labelled images of two classes, some to hold out, and labelled test images; "
+            f"a linear classifier needs labeled images of two classes, some to hold out, and labeled test images; "
             f"got {len(labels)} of {len(np.unique(labels))} classes, and {len(test.labels)} to test: label more"
         )
     mean, deviation = train.features.mean(dim=0), train.features.std(dim=0)

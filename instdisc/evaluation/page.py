@@ -24,7 +24,7 @@ _BASELINES = {"knn_top1_raw_pixels": "raw pixels", "knn_top1_untrained": "untrai
 
 
 class Chart(NamedTuple):
-    """A chart with the names of its series, in the order of their colours."""
+    """A chart with the names of its series, in the order of their colors."""
 
     title: str
     names: Sequence[str]
@@ -274,7 +274,9 @@ def _knn_table(knn: Mapping[str, Any]) -> Table:
     if whitened := knn.get("whitened"):
         cells = (_percent(whitened[of]) for of in ("top1", "balanced", "top5"))
         rows.append((f"k = {knn['k']}, whitened", *cells))
-    note = f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} labelled rows, {knn['bank']} bank."
+    note = (
+        f"{knn['queries']:,} queries ({knn['query_kind']}), {knn['rows']:,} labeled rows, {knn['bank']} bank."
+    )
     return Table("Weighted kNN", ("", "top-1", "mean over classes", "top-5"), rows, note)
 
 

@@ -1,4 +1,4 @@
-"""Line charts, histograms and bars as SVG, coloured by the style sheet of the page that holds them."""
+"""Line charts, histograms and bars as SVG, colored by the style sheet of the page that holds them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def line_chart(title: str, series: Sequence[Series], x_axis: Axis, y_axis: Axis)
 
     Args:
         title: For screen readers.
-        series: In the order of their colours.
+        series: In the order of their colors.
         x_axis: From left to right.
         y_axis: From bottom to top.
     """
@@ -82,7 +82,7 @@ def line_chart(title: str, series: Sequence[Series], x_axis: Axis, y_axis: Axis)
 def histogram_chart(
     title: str, edges: Sequence[float], shares: Sequence[tuple[str, Sequence[float]]], x_name: str
 ) -> Markup:
-    """Histograms over one another, each with an area of its own colour.
+    """Histograms over one another, each with an area of its own color.
 
     Args:
         title: For screen readers.

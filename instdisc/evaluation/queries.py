@@ -1,4 +1,4 @@
-"""The queries of an evaluation: labelled images, labelled vectors, or rows of the bank itself."""
+"""The queries of an evaluation: labeled images, labeled vectors, or rows of the bank itself."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledQueries:
-    """Labelled queries, Q of them.
+class LabeledQueries:
+    """Labeled queries, Q of them.
 
     Attributes:
         kind: `test-set`, `array` or `leave-one-out`.
@@ -66,14 +66,14 @@ class LabelledQueries:
         """
         if self.kind != "test-set" or self.manifest is None:
             raise ConfigError(
-                f"{protocol} is tested on labelled images that were not trained on, but the queries are of kind "
+                f"{protocol} is tested on labeled images that were not trained on, but the queries are of kind "
                 f"{self.kind}: name test images with --queries.path"
             )
         return self.manifest.select(self.rows)
 
 
-def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQueries:
-    """Up to 10,000 labelled rows, spread evenly; recomputed where that can be done and tells anything new.
+def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabeledQueries:
+    """Up to 10,000 labeled rows, spread evenly; recomputed where that can be done and tells anything new.
 
     Args:
         source: The bank.
@@ -88,7 +88,7 @@ def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQu
         embeddings = embeddings[np.isfinite(embeddings[:, 0])]
     else:
         embeddings = source.rows(rows).read(0, len(rows)).astype(np.float32)
-    return LabelledQueries(
+    return LabeledQueries(
         kind="leave-one-out",
         embeddings=embeddings,
         labels=source.bank_labels[rows],
@@ -98,7 +98,7 @@ def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabelledQu
     )
 
 
-def open_queries(source: Source, compute: Compute, config: QueryConfig) -> LabelledQueries:
+def open_queries(source: Source, compute: Compute, config: QueryConfig) -> LabeledQueries:
     """The queries named by the user, or the run's test images.
 
     Raises:
@@ -111,7 +111,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
     if config.path is not None:
-        manifest = open_labelled(config.path, config, "--queries.path", upright=source.turns_images)
+        manifest = open_labeled(config.path, config, "--queries.path", upright=source.turns_images)
     else:
         assert source.test_images is not None  # its caller looked
         manifest = Manifest.load(source.test_images)
@@ -119,7 +119,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
             manifest = manifest.of_classes(source.class_names)
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
-        raise ConfigError(f"no query image of {manifest.root} has a label: give labelled images")
+        raise ConfigError(f"no query image of {manifest.root} has a label: give labeled images")
     numbers, unknown_names = match_classes(manifest.class_names, source.class_names)
     embeddings = compute(manifest, rows=rows)
     decoded = _decoded(embeddings, rows, manifest)
@@ -130,7 +130,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
             "replace or remove them"
         )
     labels = numbers[np.asarray(manifest.labels)[decoded]]
-    return LabelledQueries(
+    return LabeledQueries(
         kind="test-set",
         embeddings=embeddings[np.isfinite(embeddings[:, 0])],
         labels=labels,
@@ -140,7 +140,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
     )
 
 
-def open_labelled(path: str, config: QueryConfig, option: str, *, upright: bool) -> Manifest:
+def open_labeled(path: str, config: QueryConfig, option: str, *, upright: bool) -> Manifest:
     """The images that the user named with an option, all of which must be readable.
 
     Those that are to be compared with images that were not turned upright are not turned either.
@@ -173,7 +173,7 @@ def _decoded(
     return decoded
 
 
-def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabelledQueries:
+def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabeledQueries:
     if labels_path is None:
         raise ConfigError(f"{path} holds embeddings without labels: name their classes with --queries.labels")
     try:
@@ -221,7 +221,7 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> Labelled
         raise ConfigError(
             f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"
         )
-    return LabelledQueries(
+    return LabeledQueries(
         kind="array",
         embeddings=np.ascontiguousarray(embeddings / lengths),
         labels=labels[rows],

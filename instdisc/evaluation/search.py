@@ -82,7 +82,10 @@ def search(config: SearchConfig) -> str:
             "",
         ]
     output = config.output.expanduser()
-    draw(manifest, pictures, found).save(output, "PNG")
+    try:
+        draw(manifest, pictures, found).save(output, "PNG")
+    except OSError as error:  # what was found is worth more than its picture
+        return "\n".join([*lines, f"not drawn: {error}"])
     return "\n".join([*lines, f"drawn in {output}"])
 
 
@@ -118,7 +121,7 @@ def _classes(evaluation: Evaluation, embeddings: npt.NDArray[np.float32], readou
     votes = weighted_votes(scores, voters.labels_of(found), len(voters.sizes), temperature=temperature)
     shares, named = (votes / votes.sum(dim=1, keepdim=True)).max(dim=1)
     return [
-        f"  class by the vote of the {k} nearest labelled rows: {source.class_names[label]}, {share:.0%} of the votes"
+        f"  class by the vote of the {k} nearest labeled rows: {source.class_names[label]}, {share:.0%} of the votes"
         for label, share in zip(named.tolist(), shares.tolist(), strict=True)
     ]
 
@@ -160,8 +163,8 @@ def _place(
     left, top = place
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     if isinstance(image, str):
-        pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="grey")
-        pen.text((left + 4, top + _SIDE // 2), image, fill="grey", font=font)
+        pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline="gray")
+        pen.text((left + 4, top + _SIDE // 2), image, fill="gray", font=font)
     else:
         sheet.paste(ImageOps.pad(image, (_SIDE, _SIDE), color="white"), place)
     for number, text in enumerate(caption):

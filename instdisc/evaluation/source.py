@@ -164,7 +164,7 @@ class Source:
 
     @cached_property
     def augmentation(self) -> Augmentation:
-        """Size and normalisation that the network was trained with."""
+        """Size and normalization that the network was trained with."""
         return network_settings(self.snapshot)[1]
 
     @property
@@ -224,7 +224,7 @@ class Source:
         """int64 (N,), -1 for a row without a label; raises ConfigError if no row has one."""
         if not self.has_labels:
             raise ConfigError(
-                f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labelled "
+                f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labeled "
                 "images, or choose --protocols that need none"
             )
         return self._labels

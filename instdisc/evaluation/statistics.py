@@ -158,10 +158,10 @@ def class_pairs(embeddings_ND: Tensor, labels_N: Tensor, *, bins: int = 100) -> 
     Returns:
         Pairs of the same class, pairs of two classes.
     """
-    labelled_N = labels_N >= 0
+    labeled_N = labels_N >= 0
 
     def of(same: bool) -> Pairs:
-        found = label_free.pairs(embeddings_ND[labelled_N], labels_N[labelled_N])
+        found = label_free.pairs(embeddings_ND[labeled_N], labels_N[labeled_N])
         return _summarize((cosines[agree == same] for cosines, agree in found), bins)
 
     return of(True), of(False)

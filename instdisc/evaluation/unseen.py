@@ -12,7 +12,7 @@ import torch
 
 from instdisc.common.classes import choose_classes
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.queries import open_labelled
+from instdisc.evaluation.queries import open_labeled
 from instdisc.model.votes import shard_top_k
 from instdisc.settings.evaluation import UnseenConfig
 from pipelines.manifest import Manifest
@@ -87,9 +87,9 @@ def _held_out(manifest: Manifest, config: UnseenConfig, trained: set[str]) -> li
 
 
 def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
-    """The labelled images; unlike the queries of kNN they need not have a class in common with the bank."""
+    """The labeled images; unlike the queries of kNN they need not have a class in common with the bank."""
     if config.path is not None:
-        manifest = open_labelled(
+        manifest = open_labeled(
             config.path,
             evaluation.config.queries,
             "--unseen.path",
@@ -100,7 +100,7 @@ def _images(evaluation: Evaluation, config: UnseenConfig) -> Manifest:
     else:
         raise ConfigError("the run has no test images to retrieve among: name some with --unseen.path")
     if not manifest.has_labels:
-        raise ConfigError(f"the images of {manifest.root} have no labels: retrieval needs labelled ones")
+        raise ConfigError(f"the images of {manifest.root} have no labels: retrieval needs labeled ones")
     return manifest
 
 
@@ -135,14 +135,14 @@ def recall_at(
 def cluster_nmi(
     embeddings_ND: npt.NDArray[np.float32], labels_N: npt.NDArray[np.int64], *, seed: int, starts: int
 ) -> float:
-    """Normalised mutual information, 0 to 1, of the classes and as many clusters found by k-means.
+    """Normalized mutual information, 0 to 1, of the classes and as many clusters found by k-means.
 
     The information is divided by the arithmetic mean of both entropies, as is usual in retrieval.
 
     Args:
         embeddings_ND: Unit vectors (N, D).
         labels_N: (N,).
-        seed: Of the first centres.
+        seed: Of the first centers.
         starts: Runs of k-means, the tightest of which counts.
     """
     from sklearn.cluster import KMeans  # not at the top: it takes a second

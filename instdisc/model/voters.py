@@ -23,7 +23,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Voters:
-    """The labelled rows that classify queries, V of them.
+    """The labeled rows that classify queries, V of them.
 
     Leave-one-out as usually done falls below chance: the query's class has one row fewer than its share, and where
     similarities are almost equal, votes count rows. Here a query that is itself a row leaves out one row of *every*
@@ -115,12 +115,12 @@ class Voters:
 
 
 def choose_voters(labels_N: npt.NDArray[np.integer], *, leave_one_out: bool, max_rows: int = 0) -> Voters:
-    """The labelled rows, or a sample of them.
+    """The labeled rows, or a sample of them.
 
     Args:
         labels_N: (N,), negative for rows without a label.
         leave_one_out: Whether the queries are rows themselves.
-        max_rows: Of more labelled rows than this, so many are drawn at random, always the same; 0 takes all.
+        max_rows: Of more labeled rows than this, so many are drawn at random, always the same; 0 takes all.
     """
     rows = np.flatnonzero(np.asarray(labels_N) >= 0)
     if 0 < max_rows < len(rows):

@@ -51,8 +51,8 @@ def fit(
     count, mean_D = float(count_and_sum[0]), count_and_sum[1:] / count_and_sum[0]
     products_DD = torch.zeros(dim, dim, dtype=torch.float64, device=rows_ND.device)
     for rows_BD in torch.split(rows_ND, _BLOCK):
-        centred_BD = rows_BD.double() - mean_D
-        products_DD += centred_BD.T @ centred_BD
+        centered_BD = rows_BD.double() - mean_D
+        products_DD += centered_BD.T @ centered_BD
     variances_K, axes_DK = _leading(total(products_DD) / count, count)
     fourth = torch.zeros((), dtype=torch.float64, device=rows_ND.device)
     for rows_BD in torch.split(rows_ND, _BLOCK):

@@ -97,7 +97,7 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
         *_stem_lines(network.backbone, plain),
         f"network.set_submodule({head!r}, torch.nn.Identity())",
         "network.load_state_dict(torch.load(FILE, weights_only=True), strict=True)",
-        _normalisation(facts),
+        _normalization(facts),
     ]
     return "\n".join(lines)
 
@@ -133,7 +133,7 @@ def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> 
             f"stem={facts['stem']!r})",
             f"network = build_embedder(config, image_size={facts['image_size']}).eval()",
             "network.backbone.load_state_dict(load_file(FILE))",
-            _normalisation(facts),
+            _normalization(facts),
         ]
     )
 
@@ -179,7 +179,7 @@ def export_onnx(network: Embedder, facts: dict[str, Any], path: Path) -> str:
             "session = onnxruntime.InferenceSession(FILE)",
             f"(embeddings,) = session.run(None, {{'images': images}})  # float32 (B, 3, {size}, {size}) to "
             f"(B, {facts['embedding_dim']})",
-            _normalisation(facts),
+            _normalization(facts),
         ]
     )
 
@@ -195,7 +195,7 @@ def _compare(network: Embedder, session: Any, images: Tensor) -> None:
         )
 
 
-def _normalisation(facts: dict[str, Any]) -> str:
+def _normalization(facts: dict[str, Any]) -> str:
     return (
         f"# images: float, {facts['image_size']} x {facts['image_size']} pixels in [0, 1], minus {facts['mean']}, "
         f"divided by {facts['std']}"

@@ -28,8 +28,8 @@ class QueryConfig:
     """What is classified or retrieved."""
 
     path: str | None = None
-    """Labelled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
-    the run's test images; without those, up to 10,000 labelled rows of the bank, each among all the others."""
+    """Labeled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
+    the run's test images; without those, up to 10,000 labeled rows of the bank, each among all the others."""
     labels: str | None = None
     """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
     label_key: str | None = None
@@ -51,7 +51,7 @@ class EvaluationConfig(Ranged):
     """Compare with recomputed embeddings of the training images instead of those stored while training. An index holds
     what this would compute."""
     max_rows: Annotated[int, Range(at_least=0)] = 200_000
-    """Of more labelled training images than this, a sample of so many, always the same, is recomputed and compared
+    """Of more labeled training images than this, a sample of so many, always the same, is recomputed and compared
     with, as while training; the stored rows are used whole. 0: all."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(default_factory=ActorsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -98,7 +98,7 @@ class FinetuneConfig(Ranged):
     fractions: Annotated[tuple[float, ...], Range(above=0, at_most=1)] = (0.01, 0.02, 0.04, 0.1, 0.2)
     """Shares of each class's labels, at least one image; smaller subsets are contained in larger ones."""
     epochs: Count = 30
-    """Passes over the labelled images."""
+    """Passes over the labeled images."""
     batch_size: Annotated[int, Range(at_least=2)] = 64
     """Images per step; fewer if there are fewer images."""
     min_steps: Count = 300
@@ -121,7 +121,7 @@ class UnseenConfig(Ranged):
     """Retrieval among unseen classes."""
 
     path: str | None = None
-    """Labelled images in any form that training takes; the run's test images by default."""
+    """Labeled images in any form that training takes; the run's test images by default."""
     classes: str | None = None
     """Which classes to retrieve among: all, first-half, second-half, or a file that names one class per line; those
     seen in training are reported. By default all classes unseen in training (its `--data.classes`)."""
@@ -265,3 +265,8 @@ class SearchConfig(Ranged):
         super().__post_init__()
         if not self.images:
             raise ValueError("got no images, expected one or more: name an image to search for")
+        folder = self.output.expanduser().absolute().parent
+        if not folder.is_dir():
+            raise ValueError(
+                f"output is {self.output}, but there is no folder {folder}: make it, or name another"
+            )

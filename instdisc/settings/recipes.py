@@ -44,7 +44,7 @@ _STL10_NPID = replace(
     backbone=BackboneConfig(name="resnet18", stem="small"),
 )
 _STL10 = (
-    "STL-10, all 105,000 training images at 96 pixels with a small stem, of which the 5,000 labelled ones vote; "
+    "STL-10, all 105,000 training images at 96 pixels with a small stem, of which the 5,000 labeled ones vote; "
     "--data.path stl10:train --data.test-path stl10:test trains on those alone. "
 )
 _IMAGENET_NPID = RunConfig(

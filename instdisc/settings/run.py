@@ -35,8 +35,8 @@ class DataConfig(Ranged):
     list of paths with optional labels, or a name: sample, or cifar10, cifar100, stl10 of torchvision, each with a split
     if it is not train (stl10:unlabeled)."""
     test_path: str | None = None
-    """Labelled images that kNN accuracy is measured on, in any of the forms above. Without it they are those beside
-    train, or else labelled training images are classified by the others (leave one out). A recipe's test images are
+    """Labeled images that kNN accuracy is measured on, in any of the forms above. Without it they are those beside
+    train, or else labeled training images are classified by the others (leave one out). A recipe's test images are
     only used with its training images."""
     label_key: str | None = None
     """The key of the .json members of tar files that holds the label, instead of .cls members; a.b is key b of a."""
@@ -126,7 +126,7 @@ class KnnMonitorConfig(Ranged):
     temperature: Annotated[float, Range(above=0, usual="0.07")] = 0.07
     """τ of the vote."""
     max_rows: Annotated[int, Range(at_least=0)] = 200_000
-    """Of more labelled training images than this, a sample of so many, always the same, is embedded and compared with;
+    """Of more labeled training images than this, a sample of so many, always the same, is embedded and compared with;
     the bank is used whole. 0: all."""
     baselines: bool = True
     """Measure raw pixels and the untrained network too: one more pass over the images."""

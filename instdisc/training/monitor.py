@@ -68,8 +68,8 @@ class Measured(NamedTuple):
 class KnnMonitor:
     """Measures kNN accuracy of any embedding of the training images on this rank's share of the queries.
 
-    Neighbors are the labelled training images, or a sample of them beyond `--knn.max-rows`; the bank is used whole.
-    Queries are the labelled test images, or, without a test set, up to 10,000 of those neighbors, each classified by
+    Neighbors are the labeled training images, or a sample of them beyond `--knn.max-rows`; the bank is used whole.
+    Queries are the labeled test images, or, without a test set, up to 10,000 of those neighbors, each classified by
     the others. Rank r of W takes every W-th of them from the r-th on.
 
     Args:
@@ -109,12 +109,12 @@ class KnnMonitor:
 
     def describe(self) -> str:
         """What is classified by what, for the user."""
-        labelled, rows = len(self._bank_voters), len(self.voters)
-        sample = f"{rows:,} images drawn from the " if rows < labelled else ""
+        labeled, rows = len(self._bank_voters), len(self.voters)
+        sample = f"{rows:,} images drawn from the " if rows < labeled else ""
         queries = "one of every class left out" if self.voters.leave_one_out else "test images are classified"
         text = (
-            f"kNN accuracy: the {self.voters.neighbors(self._trainer.config.knn.k)} nearest of {sample}{labelled:,} "
-            f"labelled training images vote, {queries}"
+            f"kNN accuracy: the {self.voters.neighbors(self._trainer.config.knn.k)} nearest of {sample}{labeled:,} "
+            f"labeled training images vote, {queries}"
         )
         if self.unknown:
             text += f"; {self.unknown:,} test images of classes that no training image has count as wrong"
@@ -206,7 +206,7 @@ class KnnMonitor:
         return int(first), voters.rows[first:last]
 
     def _bank(self) -> tuple[Tensor, Tensor]:
-        """This rank's labelled rows of the bank and their positions among the voters."""
+        """This rank's labeled rows of the bank and their positions among the voters."""
         bank = self._trainer.bank
         first, rows = self._own(self._bank_voters)
         table = bank.rows
@@ -236,7 +236,7 @@ class KnnMonitor:
         self, manifest: Manifest, rows: npt.NDArray[np.int64], functions: list[Embed]
     ) -> tuple[list[Tensor], Tensor]:
         trainer = self._trainer
-        if not len(rows):  # more ranks than labelled images
+        if not len(rows):  # more ranks than labeled images
             size = trainer.config.augmentation.image_size
             one = torch.zeros(1, 3, size, size, device=trainer.worker.device)
             return [function(one).float()[:0] for function in functions], torch.zeros(

@@ -336,7 +336,7 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
     }
     k, bank_k, rows = (summary.get(name) for name in ("knn_k", "knn_k_bank", "knn_rows"))
     basis = "" if k is None else f", k = {k}" if k == bank_k else f", k = {k}, with the bank {bank_k}"
-    basis += "" if rows is None else f", {rows:,} labelled rows"
+    basis += "" if rows is None else f", {rows:,} labeled rows"
     lines = [f"weighted kNN top-1 / balanced over classes ({summary['knn_protocol']}{basis})"]
     for end, name in names.items():
         top1, balanced = summary.get(f"knn_top1{end}"), summary.get(f"knn_balanced{end}")
@@ -347,7 +347,7 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
         lines.append(f"  the training images alone choose the {summary['readout']} embeddings")
     wrong = {
         "knn_unknown_classes": "queries are of classes that no training image has: they count as wrong",
-        "knn_without_neighbor": "queries have no labelled neighbor: they count as wrong",
+        "knn_without_neighbor": "queries have no labeled neighbor: they count as wrong",
     }
     return [*lines, *(f"  {summary[name]:,} {text}" for name, text in wrong.items() if summary.get(name))]
 
@@ -370,10 +370,23 @@ def _label_free(summary: dict[str, Any]) -> list[str]:
         values = (numbers[name][of] for of in ("raw_pixels", "start", "trained"))
         lines.append(f"  {text:<30}" + "".join(f"{_number(name, value):>11}" for value in values))
     if summary["knn_top1"] is None:
-        lines.append(
-            "  none of these is known to say how good embeddings are: compare recall with other runs on these images"
-        )
+        lines += [f"  {line}" for line in _advice(numbers["instance_recall_10"])]
     return lines
+
+
+def _advice(recall: dict[str, float | None]) -> list[str]:
+    """What instance recall at 10 says of a run without labels; docs/evaluation.md has what this rests on."""
+    start, trained = recall["start"], recall["trained"]
+    if start is None or trained is None:
+        return []
+    if trained > start:
+        said = "training has helped, as far as anything can tell without labels"
+    else:
+        said = "training has not helped yet; train longer, or with other settings"
+    return [
+        f"{100 * trained:.1f}% are found among the 10 nearest, {100 * start:.1f}% at the start: {said}",
+        "of runs on the same images with the same augmentation, the one with the highest is the one to keep",
+    ]
 
 
 def _number(name: str, value: float | None) -> str:

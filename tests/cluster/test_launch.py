@@ -74,7 +74,7 @@ def die_once(worker: Worker, marks: Path) -> int:
         dist.barrier()
     except RuntimeError as error:
         if not capture(error).lost_peer:
-            raise ValueError("not recognised as the consequence of a lost worker") from error
+            raise ValueError("not recognized as the consequence of a lost worker") from error
         raise
     return groups_before
 

@@ -74,12 +74,12 @@ def measured(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def solid(folder: Path, classes: dict[str, tuple[int, int, int]], count: int) -> Path:
-    """Images whose class is their colour, up to a little noise."""
-    for name, colour in classes.items():
+    """Images whose class is their color, up to a little noise."""
+    for name, color in classes.items():
         (folder / name).mkdir(parents=True)
         for number in range(count):
             noise = np.random.default_rng(number).integers(-20, 20, (32, 32, 3))
-            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+            Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8)).save(
                 folder / name / f"{number}.png"
             )
     return folder

@@ -116,7 +116,7 @@ def test_broken_images_are_named_and_the_run_goes_on(run: Run, tmp_path: Path, v
 
 def test_images_of_every_mode_are_converted(run: Run, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "train", 16)
-    for mode, name in {"L": "grey.png", "RGBA": "alpha.png", "P": "palette.png", "CMYK": "print.jpg"}.items():
+    for mode, name in {"L": "gray.png", "RGBA": "alpha.png", "P": "palette.png", "CMYK": "print.jpg"}.items():
         picture(50).convert(mode).save(images / name)
     Image.fromarray(np.arange(40 * 40, dtype=np.uint16).reshape(40, 40) * 40).save(images / "deep.png")
     frames = [picture(number) for number in range(3)]

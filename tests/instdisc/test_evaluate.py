@@ -60,7 +60,7 @@ def add_snapshot(run_dir: Path, step: int, **attributes: Any) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with test images, one class of which is unknown to the bank."""
     folder = tmp_path_factory.mktemp("trained")
-    test = solid(folder / "test", {**CLASSES, "grey": (120, 120, 120)}, 3)
+    test = solid(folder / "test", {**CLASSES, "gray": (120, 120, 120)}, 3)
     return train_small(folder, test)
 
 
@@ -100,9 +100,9 @@ def test_stored_and_fresh_embeddings_give_what_training_measured(
     status, said = evaluate(trained)
     assert status == 0, said
     assert "kNN k=5, top-1" in said
-    assert "1 classes of the queries have no row in the bank (grey): their 3 queries count as wrong" in said
+    assert "1 classes of the queries have no row in the bank (gray): their 3 queries count as wrong" in said
     stored = result(tmp_path)
-    assert stored["unknown_classes"] == {"grey": 3}
+    assert stored["unknown_classes"] == {"gray": 3}
     assert (stored["queries"], stored["query_kind"], stored["bank"]) == (12, "test-set", "stored")
     assert stored["accuracies"]["k5"]["top1"] == pytest.approx(summary_of(trained)["knn_top1_bank"])
     assert evaluate(trained, "--recompute")[0] == 0
@@ -216,15 +216,15 @@ def test_what_prometheus_is_told(trained: Path, tmp_path: Path) -> None:
 
 
 def test_training_on_some_classes_and_retrieval_among_the_others(evaluate: Evaluate, tmp_path: Path) -> None:
-    colours = {**CLASSES, "white": (250, 250, 250)}
-    images, test = solid(tmp_path / "train", colours, 10), solid(tmp_path / "test", colours, 3)
+    colors = {**CLASSES, "white": (250, 250, 250)}
+    images, test = solid(tmp_path / "train", colors, 10), solid(tmp_path / "test", colors, 3)
     arguments = ["sample", *SMALL, "--data.path", str(images), "--data.test-path", str(test)]
     arguments += ["--data.classes", "first-half", "--run-dir", str(tmp_path / "run")]
     assert train(arguments) == 0
     assert summary_of(tmp_path / "run")["num_instances"] == 20
     status, said = evaluate(tmp_path / "run", "--protocols", "knn,unseen", "--unseen.ranks", "1")
     assert status == 0, said
-    first, second = sorted(colours)[:2], sorted(colours)[2:]
+    first, second = sorted(colors)[:2], sorted(colors)[2:]
     assert (result(tmp_path)["queries"], result(tmp_path)["unknown_classes"]) == (6, {})
     found = result(tmp_path, "unseen")
     assert (found["classes"], found["classes_seen_in_training"], found["images"]) == (second, [], 6)

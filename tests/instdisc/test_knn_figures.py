@@ -16,7 +16,7 @@ from tests.instdisc.test_evaluate import CLASSES
 
 
 def noisy(folder: Path, counts: dict[str, int], *, contrast: int, seed: int) -> Path:
-    """Noise around a grey that is a little lighter for each further class."""
+    """Noise around a gray that is a little lighter for each further class."""
     generator = np.random.default_rng(seed)
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_evaluation_prints_what_training_measured(
         assert name in said
     k = 3 * (min(counts.values()) - (not test_set)) // 2
     assert summary["knn_k"] == k
-    assert f"k = {k}, {sum(counts.values())} labelled rows" in said
+    assert f"k = {k}, {sum(counts.values())} labeled rows" in said
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = {each["kind"]: each for each in lines}
     assert (measured["baselines"]["k_raw_pixels"], measured["knn"]["k_recomputed"]) == (k, k)
@@ -79,14 +79,14 @@ def test_noise_is_at_chance(run: Run, tmp_path: Path) -> None:
         assert 0.3 < summary_of(out)[name] < 0.7, name  # two standard deviations are 0.12
 
 
-def test_only_labelled_images_vote(run: Run, tmp_path: Path) -> None:
+def test_only_labeled_images_vote(run: Run, tmp_path: Path) -> None:
     """As in STL-10: few of the images that are trained on have a label."""
     solid(tmp_path / "train", {**CLASSES, "none": (200, 40, 40)}, 8)
     listing = tmp_path / "list.csv"
     names = sorted((tmp_path / "train").rglob("*.png"))
     labels = [name.parent.name if name.parent.name != "none" else "" for name in names]
     listing.write_text("".join(f"{name},{label}\n" for name, label in zip(names, labels, strict=True)))
-    test = solid(tmp_path / "test", {"red": CLASSES["red"], "blue": CLASSES["blue"], "grey": (90, 90, 90)}, 4)
+    test = solid(tmp_path / "test", {"red": CLASSES["red"], "blue": CLASSES["blue"], "gray": (90, 90, 90)}, 4)
     status, said, out = run(listing, "--knn.k", "None", "--data.verify", test=test)
     assert status == 0, said
     summary = summary_of(out)
@@ -123,7 +123,7 @@ def test_many_images_are_sampled(run: Run, tmp_path: Path) -> None:
     summary = summary_of(out)
     assert (summary["knn_rows"], summary["knn_queries"], summary["knn_k_bank"]) == (20, 20, 43)
     assert summary["knn_k"] < 15
-    assert "20 images drawn from the 60 labelled training images" in said
+    assert "20 images drawn from the 60 labeled training images" in said
     for more, end in (([], "_bank"), (["--recompute"], "")):
         found = evaluated(out, "--max-rows", "20", *more)
         assert (found["top1"], found["k"]) == (summary[f"knn_top1{end}"], summary[f"knn_k{end}"])

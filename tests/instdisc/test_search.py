@@ -37,7 +37,7 @@ def search(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     def search(*arguments: Path | str, source: Path | str = trained) -> tuple[int, str]:
         options = ["--loader.threads", "1", "--output", str(tmp_path / "drawn.png")]
         try:
-            status = main([str(source), *map(str, arguments), *options])
+            status = main([str(source), *options, *map(str, arguments)])
         except SystemExit as exit_:
             status = int(exit_.code or 0)
         captured = capfd.readouterr()
@@ -57,7 +57,7 @@ def test_nearest_rows_are_printed_and_drawn(search: Search, trained: Path, tmp_p
         assert drawing.format == "PNG"
         pixels = drawing.convert("RGB")
     for name in ("red", "blue"):  # k = 5 is what the run was told
-        assert re.search(rf"vote of the 5 nearest labelled rows: {name}, \d+% of the votes", said)
+        assert re.search(rf"vote of the 5 nearest labeled rows: {name}, \d+% of the votes", said)
     parts = said.split(str(queries[1]))
     for number, (part, query) in enumerate(zip(parts, queries, strict=True)):
         with Image.open(query) as image:
@@ -143,7 +143,13 @@ def test_an_unreadable_image(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--k", "31"], "k is 31"), (["--k", "0"], "at least 1"), ([], "name an image")]
+    ("options", "message"),
+    [
+        (["--k", "31"], "k is 31"),
+        (["--k", "0"], "at least 1"),
+        ([], "name an image"),
+        (["--output", "/nowhere/search.png"], "there is no folder /nowhere: make it"),
+    ],
 )
 def test_bad_settings(search: Search, trained: Path, options: list[str], message: str) -> None:
     images = [trained.parent / "train" / "red" / "0.png"] if options else []

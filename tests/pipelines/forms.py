@@ -80,7 +80,7 @@ def tiff(values: npt.NDArray[Any], photometric: int, *, big: bool = False, plana
 
 
 def bmp(image: Image.Image, bits: int) -> bytes:
-    """A BMP of 16 bits per pixel (5 for each colour), or one of 8 that is run-length encoded."""
+    """A BMP of 16 bits per pixel (5 for each color), or one of 8 that is run-length encoded."""
     width, height = image.size
     if bits == 16:
         values = np.asarray(image).astype(np.uint16) >> 3
@@ -125,7 +125,7 @@ def forms() -> dict[str, Form]:
 
 
 def _with_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The image in colours and in grey, both half transparent."""
+    """The image in colors and in gray, both half transparent."""
     alpha = photo(HEIGHT, WIDTH, 1).convert("L")
     return Image.merge("RGBA", (*image.split(), alpha)), Image.merge("LA", (image.convert("L"), alpha))
 
@@ -143,7 +143,7 @@ def _form(data: bytes, look: Image.Image, lossy: bool = False) -> Form:
 
 
 def _jpegs(image: Image.Image) -> dict[str, Form]:
-    grey, cmyk = image.convert("L"), image.convert("CMYK")
+    gray, cmyk = image.convert("L"), image.convert("CMYK")
     options: dict[str, dict[str, Any]] = {
         **{
             f"jpeg {sampling}": {"subsampling": sampling} for sampling in ("4:4:4", "4:2:2", "4:2:0", "4:1:1")
@@ -157,9 +157,9 @@ def _jpegs(image: Image.Image) -> dict[str, Form]:
         name: _form(encode(image, "JPEG", quality=95, **each), image, lossy=True)
         for name, each in options.items()
     }
-    found["grey jpeg"] = _form(encode(grey, "JPEG", quality=95), grey, lossy=True)
-    found["progressive grey jpeg"] = _form(
-        encode(grey, "JPEG", quality=95, progressive=True), grey, lossy=True
+    found["gray jpeg"] = _form(encode(gray, "JPEG", quality=95), gray, lossy=True)
+    found["progressive gray jpeg"] = _form(
+        encode(gray, "JPEG", quality=95, progressive=True), gray, lossy=True
     )
     found["cmyk jpeg"] = _form(encode(cmyk, "JPEG", quality=95), cmyk, lossy=True)
     for number in range(2, 9):
@@ -171,19 +171,19 @@ def _jpegs(image: Image.Image) -> dict[str, Form]:
 
 
 def _pngs(image: Image.Image) -> dict[str, Form]:
-    grey, palette = image.convert("L"), image.quantize(64)
-    rgba, grey_alpha = _with_alpha(image)
-    pixels, levels = np.asarray(image), np.asarray(grey)[..., None]
+    gray, palette = image.convert("L"), image.quantize(64)
+    rgba, gray_alpha = _with_alpha(image)
+    pixels, levels = np.asarray(image), np.asarray(gray)[..., None]
     gamma = chunk(b"gAMA", struct.pack(">I", 22727)) + chunk(b"bKGD", struct.pack(">3H", 255, 0, 0))
     return {
         "png": _form(encode(image, "PNG"), image),
-        "grey png": _form(encode(grey, "PNG"), grey),
+        "gray png": _form(encode(gray, "PNG"), gray),
         "png with alpha": _form(encode(rgba, "PNG"), image),
-        "grey png with alpha": _form(encode(grey_alpha, "PNG"), grey),
-        "black and white png": _form(encode(grey.convert("1"), "PNG"), grey.convert("1")),
+        "gray png with alpha": _form(encode(gray_alpha, "PNG"), gray),
+        "black and white png": _form(encode(gray.convert("1"), "PNG"), gray.convert("1")),
         "palette png": _form(encode(palette, "PNG"), palette),
         "palette png of 4 bits": _form(encode(image.quantize(16), "PNG", bits=4), image.quantize(16)),
-        "palette png with a transparent colour": _form(encode(palette, "PNG", transparency=3), palette),
+        "palette png with a transparent color": _form(encode(palette, "PNG", transparency=3), palette),
         "palette png with alpha": _form(encode(palette, "PNG", transparency=bytes(range(64))), palette),
         "png with gamma and background": _form(png(pixels, chunks=gamma), image),
         "interlaced png": _form(png(pixels, interlaced=True), image),
@@ -194,10 +194,10 @@ def _pngs(image: Image.Image) -> dict[str, Form]:
         "png of 16 bits with alpha": _form(png(np.asarray(rgba).astype(np.uint16) * 257), image),
         "png of 12 bits in 16": _form(png(pixels.astype(np.uint16) * 16), image),
         "png of 12 bits in 16 with alpha": _form(png(_opaque(pixels.astype(np.uint16) * 16)), image),
-        "grey png of 12 bits in 16 with alpha": _form(png(_opaque(levels.astype(np.uint16) * 16)), grey),
-        "grey png of 16 bits": _form(png(levels.astype(np.uint16) * 257), grey),
-        "grey png of 16 bits with alpha": _form(png(np.asarray(grey_alpha).astype(np.uint16) * 257), grey),
-        "grey png of 12 bits in 16": _form(png(levels.astype(np.uint16) * 16), grey),
+        "gray png of 12 bits in 16 with alpha": _form(png(_opaque(levels.astype(np.uint16) * 16)), gray),
+        "gray png of 16 bits": _form(png(levels.astype(np.uint16) * 257), gray),
+        "gray png of 16 bits with alpha": _form(png(np.asarray(gray_alpha).astype(np.uint16) * 257), gray),
+        "gray png of 12 bits in 16": _form(png(levels.astype(np.uint16) * 16), gray),
     }
 
 
@@ -214,9 +214,9 @@ def _webps(image: Image.Image) -> dict[str, Form]:
 
 
 def _tiffs(image: Image.Image) -> dict[str, Form]:
-    grey, palette, cmyk = image.convert("L"), image.quantize(64), image.convert("CMYK")
-    rgba, grey_alpha = _with_alpha(image)
-    pixels, levels = np.asarray(image), np.asarray(grey)[..., None]
+    gray, palette, cmyk = image.convert("L"), image.quantize(64), image.convert("CMYK")
+    rgba, gray_alpha = _with_alpha(image)
+    pixels, levels = np.asarray(image), np.asarray(gray)[..., None]
     span = int(levels.max()) - int(levels.min())
     stretched = Image.fromarray(((levels[..., 0] - levels.min()) * (255 / span) + 0.5).astype(np.uint8))
     profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
@@ -226,10 +226,10 @@ def _tiffs(image: Image.Image) -> dict[str, Form]:
         for name, values, photometric, look in (
             ("tiff of 16 bits", pixels.astype(np.uint16) * 257, 2, image),
             ("tiff of 12 bits in 16", pixels.astype(np.uint16) * 16, 2, image),
-            ("grey tiff of 16 bits", levels.astype(np.uint16) * 257, 1, grey),
-            ("grey tiff of 12 bits in 16", levels.astype(np.uint16) * 16, 1, grey),
-            ("tiff of floats in 0 … 1", levels.astype(np.float32) / 255, 1, grey),
-            ("tiff of floats in 0 … 255", levels.astype(np.float32), 1, grey),
+            ("gray tiff of 16 bits", levels.astype(np.uint16) * 257, 1, gray),
+            ("gray tiff of 12 bits in 16", levels.astype(np.uint16) * 16, 1, gray),
+            ("tiff of floats in 0 … 1", levels.astype(np.float32) / 255, 1, gray),
+            ("tiff of floats in 0 … 255", levels.astype(np.float32), 1, gray),
             ("tiff of small floats", levels.astype(np.float32) / 1e5, 1, stretched),
             ("tiff of floats about 0", levels.astype(np.float32) * 20 - 1000, 1, stretched),
             ("tiff of signed 16 bits", levels.astype(np.int16) * 100 - 9000, 1, stretched),
@@ -239,11 +239,11 @@ def _tiffs(image: Image.Image) -> dict[str, Form]:
     }
     plain: dict[str, tuple[Image.Image, Image.Image, dict[str, Any]]] = {
         "tiff": (image, image, {}),
-        "grey tiff": (grey, grey, {}),
+        "gray tiff": (gray, gray, {}),
         "palette tiff": (palette, palette, {}),
-        "black and white tiff": (grey.convert("1"), grey.convert("1"), {"compression": "group4"}),
+        "black and white tiff": (gray.convert("1"), gray.convert("1"), {"compression": "group4"}),
         "tiff with alpha": (rgba, image, {}),
-        "grey tiff with alpha": (grey_alpha, grey, {}),
+        "gray tiff with alpha": (gray_alpha, gray, {}),
         "cmyk tiff": (cmyk, cmyk, {}),
         "tiff by lzw": (image, image, {"compression": "tiff_lzw"}),
         "tiff by deflate": (image, image, {"compression": "tiff_adobe_deflate"}),
@@ -261,8 +261,8 @@ def _tiffs(image: Image.Image) -> dict[str, Form]:
         "tiff by jpeg": _form(encode(image, "TIFF", compression="jpeg", quality=95), image, lossy=True),
         "tiff of 12 bits in 16 by deflate": _deflated(pixels.astype(np.uint16) * 16, image),
         "tiff of unsigned 32 bits": _form(tiff(levels.astype(np.uint32) * 16_000_000, 1), stretched),
-        "tiff with white 0": _form(tiff(255 - levels, 0), grey),
-        "tiff of 16 bits with white 0": _form(tiff(65535 - levels.astype(np.uint16) * 257, 0), grey),
+        "tiff with white 0": _form(tiff(255 - levels, 0), gray),
+        "tiff of 16 bits with white 0": _form(tiff(65535 - levels.astype(np.uint16) * 257, 0), gray),
         "planar tiff": _form(tiff(pixels, 2, planar=True), image),
         "planar tiff of 16 bits": _form(tiff(pixels.astype(np.uint16) * 257, 2, planar=True), image),
         "planar tiff of 12 bits in 16": _form(tiff(pixels.astype(np.uint16) * 16, 2, planar=True), image),
@@ -294,32 +294,32 @@ def _deflated(values: npt.NDArray[np.uint16], look: Image.Image) -> Form:
 
 
 def _others(image: Image.Image) -> dict[str, Form]:
-    grey, palette = image.convert("L"), image.quantize(64)
+    gray, palette = image.convert("L"), image.quantize(64)
     coarse = Image.fromarray(
         (np.asarray(image) >> 3).astype(np.uint16).__mul__(255).__floordiv__(31).astype(np.uint8)
     )
     gif_frames = {"save_all": True, "append_images": [photo(HEIGHT, WIDTH, 2).quantize(64)]}
     numbers = " ".join(map(str, np.asarray(image).ravel().tolist()))
-    samples = np.asarray(grey).astype(np.uint16) * 16 + 15
+    samples = np.asarray(gray).astype(np.uint16) * 16 + 15
     size = b"%d %d" % (WIDTH, HEIGHT)
     floats = io.BytesIO()
-    Image.fromarray(np.asarray(grey).astype(np.float32) / 255).save(floats, "PPM")
+    Image.fromarray(np.asarray(gray).astype(np.float32) / 255).save(floats, "PPM")
     return {
         "gif": _form(encode(palette, "GIF"), palette),
         "animated gif": _form(encode(palette, "GIF", **gif_frames), palette),
         "bmp": _form(encode(image, "BMP"), image),
         "palette bmp": _form(encode(palette, "BMP"), palette),
-        "black and white bmp": _form(encode(grey.convert("1"), "BMP"), grey.convert("1")),
+        "black and white bmp": _form(encode(gray.convert("1"), "BMP"), gray.convert("1")),
         "bmp with alpha": _form(encode(_with_alpha(image)[0], "BMP"), image),
         "bmp of 16 bits": _form(bmp(image, 16), coarse),
-        "run-length encoded bmp": _form(bmp(grey, 8), grey),
+        "run-length encoded bmp": _form(bmp(gray, 8), gray),
         "ppm": _form(encode(image, "PPM"), image),
-        "pgm": _form(encode(grey, "PPM"), grey),
-        "pbm": _form(encode(grey.convert("1"), "PPM"), grey.convert("1")),
+        "pgm": _form(encode(gray, "PPM"), gray),
+        "pbm": _form(encode(gray.convert("1"), "PPM"), gray.convert("1")),
         "plain ppm": _form(b"P3 %s 255\n%s\n" % (size, numbers.encode()), image),
-        "pgm of 12 bits": _form(b"P5 %s 4095\n%s" % (size, samples.astype(">u2").tobytes()), grey),
-        "pgm of 16 bits": _form(b"P5 %s 65535\n%s" % (size, (samples * 16).astype(">u2").tobytes()), grey),
-        "pfm": _form(floats.getvalue(), grey),
+        "pgm of 12 bits": _form(b"P5 %s 4095\n%s" % (size, samples.astype(">u2").tobytes()), gray),
+        "pgm of 16 bits": _form(b"P5 %s 65535\n%s" % (size, (samples * 16).astype(">u2").tobytes()), gray),
+        "pfm": _form(floats.getvalue(), gray),
         **_later_forms(image),
     }
 
@@ -327,13 +327,13 @@ def _others(image: Image.Image) -> dict[str, Form]:
 def _later_forms(image: Image.Image) -> dict[str, Form]:
     """JPEG 2000, AVIF and HEIC."""
     pillow_heif.register_heif_opener()
-    grey, sharp = image.convert("L"), {"quality": 95, "subsampling": "4:4:4"}
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    gray, sharp = image.convert("L"), {"quality": 95, "subsampling": "4:4:4"}
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     return {
         "jpeg 2000": _form(encode(image, "JPEG2000"), image),
-        "grey jpeg 2000": _form(encode(grey, "JPEG2000"), grey),
+        "gray jpeg 2000": _form(encode(gray, "JPEG2000"), gray),
         "jpeg 2000 with alpha": _form(encode(_with_alpha(image)[0], "JPEG2000"), image),
-        "grey jpeg 2000 of 16 bits": _form(encode(deep, "JPEG2000"), grey),
+        "gray jpeg 2000 of 16 bits": _form(encode(deep, "JPEG2000"), gray),
         "jpeg 2000 without a container": _form(encode(image, "JPEG2000", no_jp2=True), image),
         "avif": _form(encode(image, "AVIF", **sharp), image, lossy=True),
         "avif turned 6": _form(

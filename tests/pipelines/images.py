@@ -19,7 +19,7 @@ BACKENDS = ("dali", "host")
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with some edges, different for each seed."""
+    """Smooth colors with some edges, different for each seed."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     frequency, phase = generator.uniform(1, 5, (2, 3, 1, 1)), generator.uniform(0, 6, (3, 1, 1))
@@ -92,7 +92,7 @@ def in_order(count: int, batch: int, epochs: int = 1) -> list[Request]:
 
 
 def pixels(batch: Batch, augmentation: Augmentation) -> torch.Tensor:
-    """Undo the normalisation: (V, B, 3, H, W) in [0, 255]."""
+    """Undo the normalization: (V, B, 3, H, W) in [0, 255]."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (augmentation.mean, augmentation.std))
     return (batch.images * std + mean) * 255
 

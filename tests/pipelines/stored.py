@@ -36,13 +36,13 @@ def long_exif() -> bytes:
 
 ODD = {
     "rgb.png": encode("RGB", "PNG"),
-    "grey.png": encode("L", "PNG"),
+    "gray.png": encode("L", "PNG"),
     "alpha.png": encode("RGBA", "PNG"),
     "palette.png": encode("P", "PNG"),
     "deep.png": encode("I;16", "PNG"),
     "bits.png": encode("1", "PNG"),
     "rgb.jpg": encode("RGB", "JPEG"),
-    "grey.jpg": encode("L", "JPEG"),
+    "gray.jpg": encode("L", "JPEG"),
     "cmyk.jpg": encode("CMYK", "JPEG"),
     "progressive.jpeg": encode(
         "RGB", "JPEG", progressive=True, exif=long_exif(), icc_profile=bytes(200_000), comment=b"a comment"
@@ -51,7 +51,7 @@ ODD = {
     "lossy.webp": encode("RGB", "WEBP"),
     "alpha.webp": encode("RGBA", "WEBP", lossless=True),
     "rgb.bmp": encode("RGB", "BMP"),
-    "grey.tif": encode("L", "TIFF"),
+    "gray.tif": encode("L", "TIFF"),
     "rgb.ppm": encode("RGB", "PPM"),
     "wrong-extension.jpg": encode("RGB", "PNG"),
 }

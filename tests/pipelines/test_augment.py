@@ -112,7 +112,7 @@ def test_a_view_depends_on_seed_epoch_row_view_and_nothing_else() -> None:
     assert len(np.unique(np.stack(hues))) == 18
 
 
-def test_evaluation_is_the_centre_square() -> None:
+def test_evaluation_is_the_center_square() -> None:
     heights, widths = (
         np.array([32, 400, 256, 1, 300000], np.int32),
         np.array([32, 300, 512, 9, 300000], np.int32),

@@ -24,11 +24,11 @@ def test_usual_forms_go_to_dali() -> None:
     """They would be loaded without it too, but slower."""
     for name in (
         "jpeg 4:2:0",
-        "grey jpeg",
+        "gray jpeg",
         "progressive jpeg",
         "jpeg turned 6",
         "png",
-        "grey png",
+        "gray png",
         "png turned 5",
         "webp",
     ):

@@ -105,8 +105,8 @@ def test_a_run_of_an_earlier_version_finds_what_that_version_found() -> None:
     found = given.by_the_rules_of(earlier)
     assert list(found.keys) == ["cat/1.png", "more/cat.png"]
     assert found.fingerprint == earlier.fingerprint
-    unlabelled = dataclasses.replace(earlier, class_names=(), labels=np.array([-1, -1], np.int32))
-    assert given.by_the_rules_of(unlabelled).fingerprint == unlabelled.fingerprint
+    unlabeled = dataclasses.replace(earlier, class_names=(), labels=np.array([-1, -1], np.int32))
+    assert given.by_the_rules_of(unlabeled).fingerprint == unlabeled.fingerprint
 
 
 def assert_equal(found: Manifest, expected: Manifest) -> None:

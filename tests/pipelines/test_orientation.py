@@ -41,7 +41,7 @@ def test_pictures_are_as_pillow_turns_them(tmp_path: Path, kind: str, number: in
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_dali_turns_views_as_if_the_image_had_been_stored_upright(tmp_path: Path, views: int) -> None:
-    """Lossless, so that there is no difference but of rounding; colours and flips are drawn alike."""
+    """Lossless, so that there is no difference but of rounding; colors and flips are drawn alike."""
     look = photo(40, 57)
     for number in range(1, 9):
         (tmp_path / f"{number}.png").write_bytes(stored(look, "PNG", number))

@@ -89,7 +89,7 @@ def of_all_forms(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.mark.parametrize("backend", ["dali", "host"])
 def test_every_form_looks_right(of_all_forms: Manifest, backend: str) -> None:
-    augmentation = Augmentation(image_size=HEIGHT)  # the centre as it is, not resized
+    augmentation = Augmentation(image_size=HEIGHT)  # the center as it is, not resized
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batches = load(
@@ -155,7 +155,7 @@ def test_training_statistics_agree_with_each_other_and_torchvision(small: Manife
     for measure in (torch.mean, torch.std):
         one, other, reference = (measure(values, dim=(0, 2, 3)) for values in (dali, host, torchvision))
         assert (one / other - 1).abs().max() < 0.005
-        # torchvision's colour space is another, and it cuts at black and white after each of its four changes.
+        # torchvision's color space is another, and it cuts at black and white after each of its four changes.
         assert (one / reference - 1).abs().max() < 0.05
 
 

@@ -40,12 +40,12 @@ def test_broken_images_are_left_out_in_order(odd_images: Path) -> None:
 def test_data_that_changed_since_is_left_out(odd_images: Path) -> None:
     manifest = build_manifest(odd_images)
     Image.new("RGB", (200, 300)).save(odd_images / "rgb.bmp")
-    (odd_images / "grey.png").write_bytes(png(3, 2).ljust(len(ODD["grey.png"]), b"\0"))
+    (odd_images / "gray.png").write_bytes(png(3, 2).ljust(len(ODD["gray.png"]), b"\0"))
     (odd_images / "rgb.png").write_bytes(ODD["rgb.png"][:-1])
     (odd_images / "rgb.ppm").unlink()
     reasons = dict(verify(manifest).rejected)
     assert len(reasons) == 4
-    assert "is 3 x 2 pixels, the manifest says 21 x 34: build it again" in reasons["grey.png"]
+    assert "is 3 x 2 pixels, the manifest says 21 x 34: build it again" in reasons["gray.png"]
     # The last byte decodes nothing, but a loader that gets fewer bytes than promised leaves the image out.
     assert f"has changed since the images were listed: {len(ODD['rgb.png']) - 1} bytes" in reasons["rgb.png"]
     assert "has changed since" in reasons["rgb.bmp"]

@@ -1,4 +1,4 @@
-"""A small trained run with labelled test images, opened as the protocols get it."""
+"""A small trained run with labeled test images, opened as the protocols get it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of solid colours; the test images have a fourth, grey."""
+    """Three classes of solid colors; the test images have a fourth, pewter."""
     folder = tmp_path_factory.mktemp("trained")
-    return train_small(folder, solid(folder / "test", {**CLASSES, "grey": (120, 120, 120)}, 3))
+    return train_small(folder, solid(folder / "test", {**CLASSES, "pewter": (120, 120, 120)}, 3))
 
 
 @pytest.fixture

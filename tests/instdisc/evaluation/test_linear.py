@@ -29,8 +29,8 @@ from instdisc.settings.model import BackboneConfig
 def clouds(count: int, spread: float, classes: int = 4, seed: int = 0) -> Split:
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    centres = np.random.default_rng(99).standard_normal((classes, 12))
-    features = centres[labels] + spread * generator.standard_normal((count, 12))
+    centers = np.random.default_rng(99).standard_normal((classes, 12))
+    features = centers[labels] + spread * generator.standard_normal((count, 12))
     return Split(torch.tensor(features, dtype=torch.float32), torch.tensor(labels))
 
 

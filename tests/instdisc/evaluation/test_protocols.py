@@ -21,15 +21,15 @@ from tests.instdisc.program import BLUE, RED, solid
 QUICK = linear.LinearConfig(max_dims=64, regularizations=(1.0, 0.1), iterations=50)
 
 
-def labelled(evaluation: Evaluation) -> int:
+def labeled(evaluation: Evaluation) -> int:
     return int((evaluation.source.bank_labels >= 0).sum())
 
 
-def test_linear_classifiers_see_colours(evaluation: Evaluation) -> None:
-    """Solid colours are separable from the first layer on; a quarter of the test images is of an unknown class."""
+def test_linear_classifiers_see_colors(evaluation: Evaluation) -> None:
+    """Solid colors are separable from the first layer on; a quarter of the test images is of an unknown class."""
     result = linear.run(evaluation, QUICK)
     assert list(result["stages"]) == ["conv1", "layer1", "layer2", "layer3", "features", "embeddings"]
-    assert (result["train_images"], result["test_images"]) == (labelled(evaluation), 12)
+    assert (result["train_images"], result["test_images"]) == (labeled(evaluation), 12)
     assert result["stages"]["embeddings"]["dims"] == 16
     assert result["stages"]["layer1"]["dims"] == 64
     assert result["stages"]["conv1"]["probe"]["top1"] == result["stages"]["conv1"]["svm"]["top1"] == 0.75
@@ -41,10 +41,10 @@ def test_fewer_images_for_linear_classifiers(evaluation: Evaluation) -> None:
     assert linear.run(evaluation, replace(QUICK, max_images=15))["train_images"] == 15
 
 
-def test_fine_tuning_learns_colours(evaluation: Evaluation) -> None:
+def test_fine_tuning_learns_colors(evaluation: Evaluation) -> None:
     config = finetune.FinetuneConfig(fractions=(0.1, 1.0), epochs=1, batch_size=12, min_steps=30, rate=0.1)
     result = finetune.run(evaluation, config)
-    assert [each["images"] for each in result["fractions"]] == [3, labelled(evaluation)]
+    assert [each["images"] for each in result["fractions"]] == [3, labeled(evaluation)]
     for start in ("trained", "scratch"):
         assert result["fractions"][1][start]["top1"] >= 0.5
         assert result["fractions"][1][start]["top5"] == 0.75
@@ -78,7 +78,7 @@ def test_fine_tuning_starts_where_it_says(evaluation: Evaluation) -> None:
 
 def test_retrieval_among_held_out_classes(evaluation: Evaluation, caplog: pytest.LogCaptureFixture) -> None:
     result = unseen.run(evaluation, unseen.UnseenConfig(classes="second-half", ranks=(1, 2, 4)))
-    assert result["classes"] == ["grey", "red"]
+    assert result["classes"] == ["pewter", "red"]
     assert result["classes_seen_in_training"] == ["red"]
     assert "1 of the 2 held-out classes are among the training images, e.g. red" in caplog.text
     assert result["images"] == 6
@@ -95,7 +95,7 @@ def test_retrieval_among_images_of_other_classes(evaluation: Evaluation, tmp_pat
 
 
 def test_nothing_left_to_retrieve_among(evaluation: Evaluation, tmp_path: Path) -> None:
-    """By default only what training had no image of, which is grey alone."""
+    """By default only what training had no image of, which is pewter alone."""
     with pytest.raises(ConfigError, match=r"1 of the 4 classes .* --data\.classes first-half"):
         unseen.run(evaluation, unseen.UnseenConfig())
     (tmp_path / "one").write_text("red\n")
@@ -114,7 +114,7 @@ def test_statistics_of_a_run(evaluation: Evaluation, tmp_path: Path) -> None:
         result["pairs"][name] for name in ("images of one class", "images of two classes")
     ]
     assert (result["unknown_keys"], len(page.similarity_charts(result))) == (1, 2)
-    assert result["images"] == len(evaluation.source.train)  # unlabelled ones included
+    assert result["images"] == len(evaluation.source.train)  # unlabeled ones included
     assert len(result["edges"]) == 21
     per_class = np.bincount(evaluation.source.bank_labels[evaluation.source.bank_labels >= 0])
     counts = {name: sum(each["counts"]) for name, each in result["pairs"].items()}

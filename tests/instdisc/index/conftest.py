@@ -19,7 +19,7 @@ Embed = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 30 images of three colours, with test images."""
+    """A run of 30 images of three colors, with test images."""
     folder = tmp_path_factory.mktemp("trained")
     return train_small(folder, solid(folder / "test", CLASSES, 2))
 

@@ -99,8 +99,8 @@ def test_other_images_and_then_more(embed: Embed, opened: Opened, trained: Path,
     """New ones become rows, of new classes too; those that changed are embedded again; the rest stays."""
     done(embed(trained, "--data.path", images), "30 images added")
     before = opened()
-    solid(images / "more", {"grey": (120, 120, 120)}, 2)
-    shutil.move(images / "more" / "grey", images / "grey")
+    solid(images / "more", {"gray": (120, 120, 120)}, 2)
+    shutil.move(images / "more" / "gray", images / "gray")
     (images / "more").rmdir()
     Image.new("RGB", (32, 32), "white").save(images / "red" / "3.png")
     refused(embed(trained, "--data.path", images), "lacks 3 of these 32 images: pass --append")
@@ -109,8 +109,8 @@ def test_other_images_and_then_more(embed: Embed, opened: Opened, trained: Path,
     keys = index.read("keys").tolist()
     assert keys == [
         *(key for key in before.read("keys") if key != "red/3.png"),
-        "grey/0.png",
-        "grey/1.png",
+        "gray/0.png",
+        "gray/1.png",
         "red/3.png",
     ]
     assert index.read("embeddings") == pytest.approx(vectors_of(trained, index), abs=2e-5)
@@ -159,9 +159,9 @@ def test_images_are_removed_by_key_pattern_and_file(
 
 def test_names_to_remove_that_are_unknown_are_printed(embed: Embed, opened: Opened, trained: Path) -> None:
     embed(trained)
-    status, said = embed("--remove", "red/1.png", "nothing.png", "grey/*")
+    status, said = embed("--remove", "red/1.png", "nothing.png", "gray/*")
     assert status == 0
-    assert "unknown: nothing.png\nunknown: grey/*\n1 images removed, 2 names are unknown" in said
+    assert "unknown: nothing.png\nunknown: gray/*\n1 images removed, 2 names are unknown" in said
     refused(embed("--remove", "red/1.png"), "unknown: red/1.png", "none of the 1 names given")
     refused(embed("--remove", "@/nowhere.txt"), "cannot be read")
     assert opened().num_rows == 29
@@ -241,7 +241,7 @@ def test_where_images_moved_to(
     done(embed("--data.root", moved), "30 images")
     assert vectors_of(trained, opened()).shape == (30, 16)
     done(embed("--append", "--data.path", moved), "nothing to embed")
-    solid(tmp_path / "second", {"grey": (120, 120, 120)}, 2)
+    solid(tmp_path / "second", {"gray": (120, 120, 120)}, 2)
     embed("--append", "--data.path", tmp_path / "second")
     (tmp_path / "second").rename(tmp_path / "third")
     refused(embed("--data.root", tmp_path / "third"), "lie in 2 folders", "--data.root OLD=NEW")
@@ -303,7 +303,7 @@ def test_a_killed_command_goes_on_where_it_was(
     embed: Embed, opened: Opened, trained: Path, images: Path, tmp_path: Path
 ) -> None:
     """The first blocks are not embedded again, there is no index before all are there, and it is the same then."""
-    solid(images / "more", {"grey": (120, 120, 120)}, 400)
+    solid(images / "more", {"gray": (120, 120, 120)}, 400)
     index = tmp_path / "index"
     arguments = [str(trained), "--data.path", str(images), "--output", str(index), "--block-rows", "8"]
     arguments += ["--num-actors", "0", "--loader.backend", "host"]

@@ -24,7 +24,7 @@ from tests.instdisc.test_evaluate import CLASSES
 @pytest.fixture
 def index(embed: Embed, trained: Path, images: Path, tmp_path: Path) -> Path:
     """Of the images of the run, in another place, and two without a class; some blocks lack rows."""
-    solid(images / "more", {"grey": (120, 120, 120)}, 2)
+    solid(images / "more", {"gray": (120, 120, 120)}, 2)
     assert embed(trained, "--data.root", images, "--block-rows", "8")[0] == 0
     assert embed("--append", "--data.path", images / "more", "--block-rows", "8")[0] == 0
     assert embed("--remove", "blue/1.png", "red/9.png")[0] == 0

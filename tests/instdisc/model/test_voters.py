@@ -88,8 +88,8 @@ def test_clusters_are_found_as_by_the_best_k(n: int, classes: int, balanced: boo
     tried = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200, voters.neighbors()]
     found = []
     for _ in range(10):
-        centres, noise = generator.standard_normal((classes, DIM)), generator.standard_normal((n, DIM))
-        rows = in_a_cone(centres[labels] + 0.6 * noise, cosine, generator.standard_normal(DIM))
+        centers, noise = generator.standard_normal((classes, DIM)), generator.standard_normal((n, DIM))
+        rows = in_a_cone(centers[labels] + 0.6 * noise, cosine, generator.standard_normal(DIM))
         found.append([classified(voters, rows, rows, labels, k)[0] for k in tried])
     accuracies = np.mean(found, axis=0)
     assert accuracies.max() > 0.9
@@ -133,7 +133,7 @@ def test_one_row_of_every_class_is_left_out() -> None:
         assert (scores[0, len(kept) :] == -torch.inf).all()
 
 
-def test_a_sample_is_always_the_same_and_of_labelled_rows() -> None:
+def test_a_sample_is_always_the_same_and_of_labeled_rows() -> None:
     labels = np.tile([0, -1, 1, 2, -1], 100)
     sample = choose_voters(labels, leave_one_out=False, max_rows=50)
     assert len(sample) == 50

@@ -171,13 +171,13 @@ def measure_one(rank: int, world_size: int, directory: str) -> Measured:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_fewer_queries_than_ranks(world_size: int, tmp_path: Path) -> None:
     for part, count in {"train": 12, "test": 1}.items():
-        for name, colour in {"red": (200, 30, 30), "green": (30, 200, 30)}.items():
+        for name, color in {"red": (200, 30, 30), "green": (30, 200, 30)}.items():
             if part == "test" and name == "green":
                 continue
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(count):
                 noise = np.random.default_rng(number).integers(-20, 20, (32, 32, 3))
-                pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+                pixels = (np.array(color) + noise).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
         build_manifest(tmp_path / part, labels="folders").save(tmp_path / f"{part}.manifest")
     results = run_ranks(world_size, measure_one, str(tmp_path))

@@ -14,7 +14,7 @@ from tests.processes import run_ranks
 
 
 def stretched(count: int, dim: int, seed: int = 0) -> Tensor:
-    """Rows whose directions vary very differently, around a common centre."""
+    """Rows whose directions vary very differently, around a common center."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, dim, generator=generator) * torch.logspace(0, -2, dim) + 0.5
 
@@ -32,11 +32,11 @@ def test_the_metric_is_that_of_the_shrunk_covariance(count: int, dim: int, power
     torch.testing.assert_close(fitted(rows).norm(dim=1), torch.ones(count))
 
 
-def test_the_power_0_only_centres() -> None:
+def test_the_power_0_only_centers() -> None:
     rows = stretched(50, 8)
-    centred = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+    centered = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
     found = whitening.fit(rows, power=0)(rows)
-    torch.testing.assert_close(found @ found.T, centred @ centred.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found @ found.T, centered @ centered.T, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_ranks_fit_what_one_fits(world_size: int) -> None:
 @pytest.mark.parametrize("count", [2, 60, 128, 129, 400])
 def test_the_leading_directions_are_those_of_the_whole_decomposition(count: int) -> None:
     rows = stretched(count, 200).double()
-    centred = rows - rows.mean(dim=0)
-    covariance = centred.T @ centred / count
+    centered = rows - rows.mean(dim=0)
+    covariance = centered.T @ centered / count
     values, axes = whitening._leading(covariance, count)
     exact, all_axes = torch.linalg.eigh(covariance)
     expected = min(128, count - 1)

@@ -21,7 +21,7 @@ from instdisc.settings.schema import _ADDED, _RENAMED, from_json, to_json
 from pipelines.manifest import Manifest
 
 RELEASES = Path(__file__).parents[2] / "releases"
-RECIPES = {"labelled": "sample", "unlabelled": "cifar10-npid"}
+RECIPES = {"labeled": "sample", "unlabeled": "cifar10-npid"}
 
 
 @pytest.fixture(params=sorted(RECIPES))
@@ -51,7 +51,7 @@ def test_a_run_resumes_to_the_end_that_it_would_have_had(
     expected = np.load(tmp_path / "expected_embeddings.npy")
     np.testing.assert_allclose(snapshot.read("embeddings"), expected, atol=1e-3)
     assert f"step {step}" in run.journal.read_text()
-    protocols = "knn,statistics" if kind == "labelled" else "statistics"
+    protocols = "knn,statistics" if kind == "labeled" else "statistics"
     arguments = [
         str(run.path),
         "--protocols",
@@ -139,8 +139,8 @@ def test_an_option_that_differs_is_refused(
 def test_a_setting_that_no_version_knows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
-    stored["bank"]["colour"] = "red"
-    with pytest.raises(ConfigError, match="the setting colour"):
+    stored["bank"]["color"] = "red"
+    with pytest.raises(ConfigError, match="the setting color"):
         from_json(stored, str(path))
 
 

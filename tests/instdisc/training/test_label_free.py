@@ -131,11 +131,13 @@ def test_a_summary_of_an_earlier_release_is_reported_without_them(tmp_path: Path
         name: value for name, value in summary.items() if not name.startswith("label_free")
     }
     assert "without labels" in report(summary, RunDirectory(run_dir))
-    trust = "none of these is known to say how good"
-    assert trust in report(summary, RunDirectory(run_dir))
-    assert trust not in report(
-        {**summary, "knn_top1": 0.5, "knn_protocol": "test-set"}, RunDirectory(run_dir)
-    )
+    for start, advice in ((0.1, "training has helped, as far as"), (0.3, "training has not helped yet")):
+        recall = {**summary["label_free"]["instance_recall_10"], "start": start, "trained": 0.25}
+        numbers = {**summary["label_free"], "instance_recall_10": recall}
+        said = report({**summary, "label_free": numbers}, RunDirectory(run_dir))
+        assert f"25.0% are found among the 10 nearest, {100 * start:.1f}% at the start: {advice}" in said
+        labeled = {"knn_top1": 0.5, "knn_protocol": "test-set"}
+        assert "the one to keep" not in report({**summary, **labeled}, RunDirectory(run_dir))
     assert "without labels" not in report(earlier, RunDirectory(run_dir))
 
 

@@ -242,7 +242,7 @@ def test_a_first_step_that_is_not_finite_changes_nothing() -> None:
     assert_unchanged(trainer, before)
 
 
-def test_outputs_too_long_to_be_normalised_change_nothing() -> None:
+def test_outputs_too_long_to_be_normalized_change_nothing() -> None:
     trainer = make_trainer(0, 1)
     with torch.no_grad():
         trainer.embedder.backbone[-1].weight.mul_(1e30)
