@@ -168,6 +168,7 @@ def run(
         0; 2 after an error that the user can fix, 1 after one of the cluster or of a disk, or when the reader of
         the output closed it; 130 after Ctrl-C or SIGTERM.
     """
+    _open_closed_streams()
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8; so does standard error
@@ -207,6 +208,21 @@ def _deleted_directory(error: BaseException) -> str | None:
         "the directory in which this program runs was deleted. If it is a submitted job's: Ray's nodes on one machine "
         "delete each other's copies of it; start each with a --temp-dir of its own"
     )
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that were closed, as by `>&-`, drop what is written to them.
+
+    Else Python has none, and the next file that is opened gets their number, to which libraries may write messages.
+    """
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))
 
 
 def _output_is_closed() -> bool:

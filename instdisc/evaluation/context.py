@@ -22,7 +22,8 @@ from instdisc.common.errors import ConfigError
 from instdisc.common.files import parse_object, read_regular, write_json
 from instdisc.common.metrics import EVALUATION
 from instdisc.evaluation.images import ImageFunction, ImageRows, embed
-from instdisc.evaluation.queries import LabeledQueries, leave_one_out, open_queries
+from instdisc.evaluation.queries import LabeledQueries, leave_one_out, open_labeled, open_queries
+from instdisc.evaluation.reference import Reference
 from instdisc.evaluation.source import ArrayRows, Source, WhitenedRows
 from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
@@ -111,18 +112,43 @@ class Evaluation:
         if config.path is None and config.labels is not None:
             raise ConfigError("--queries.labels is for --queries.path with embeddings: name them")
         if config.path is None and self.source.test_images is None:
-            return leave_one_out(self.source, self.compute, self.config.max_rows)
-        return open_queries(self.source, self.compute, config)
+            return leave_one_out(self.source, self.reference, self.compute, self.config.max_rows)
+        return open_queries(self.source, self.reference, self.compute, config)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The labeled images that queries are compared with: those named, else those of the run or index."""
+        config = self.config.reference
+        if config.path is None:
+            return Reference(
+                self.source.bank_labels, self.source.class_names, lambda: self.source.train, stored=True
+            )
+        images = open_labeled(config.path, config, "--reference.path", upright=self.source.turns_images)
+        if not images.has_labels:
+            raise ConfigError(f"--reference.path: no image of {images.root} has a label: give labeled images")
+        return Reference(
+            np.asarray(images.labels, np.int64), images.class_names, lambda: images, stored=False
+        )
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labeled images to compare queries with."""
+        return self.config.reference.path is not None or self.source.has_labels
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether the network embeds what the queries are compared with."""
+        return self.config.recompute or self.config.reference.path is not None
 
     @cached_property
     def voters(self) -> Voters:
         """The labeled rows that classify the queries; a sample of them if they are many and to be recomputed."""
         voters = choose_voters(
-            self.source.bank_labels,
+            self.reference.labels,
             leave_one_out=self.queries.kind == "leave-one-out",
-            max_rows=self.config.max_rows if self.config.recompute else 0,
+            max_rows=self.config.max_rows if self._recomputes else 0,
         )
-        labeled = int((self.source.bank_labels >= 0).sum())
+        labeled = int((self.reference.labels >= 0).sum())
         logger.info(
             "compared with %s%d labeled rows, %s",
             f"{len(voters)} drawn from the " if len(voters) < labeled else "",
@@ -134,6 +160,8 @@ class Evaluation:
     @property
     def rows_are(self) -> str:
         """What the queries are compared with, in a word or two."""
+        if self.config.reference.path is not None:
+            return "reference"
         if self.config.recompute:
             return "recomputed"
         return "stored" if self.source.index is None else "indexed"
@@ -141,7 +169,7 @@ class Evaluation:
     @property
     def can_whiten(self) -> bool:
         """Whether the rows that are compared with are embeddings of one network, which whitening is for."""
-        return self.config.recompute or self.source.index is not None
+        return self._recomputes or self.source.index is not None
 
     def neighbors(
         self, k: int, readout: Readout = "plain"
@@ -163,7 +191,7 @@ class Evaluation:
         searched = voters.searched(k)
         if readout not in self._voters_found or self._voters_found[readout][0].shape[1] < searched:
             rows, embeddings = self._voting_rows, queries.embeddings
-            if readout == "whitened" and self.config.recompute:
+            if readout == "whitened" and self._recomputes:
                 rows, embeddings = _whitened(self._recomputed.rows, embeddings)
             elif readout == "whitened":
                 rows, embeddings = _whitened_by(self._whitening, rows, embeddings)
@@ -184,12 +212,12 @@ class Evaluation:
 
     @property
     def _voting_rows(self) -> RowSource:
-        return self._recomputed if self.config.recompute else self.source.rows(self.voters.rows)
+        return self._recomputed if self._recomputes else self.source.rows(self.voters.rows)
 
     @cached_property
     def _recomputed(self) -> ArrayRows:
         """The voters as the network embeds them; NaN for one that cannot be decoded."""
-        return ArrayRows(self.compute(self.source.train, rows=self.voters.rows))
+        return ArrayRows(self.compute(self.reference.images, rows=self.voters.rows))
 
     @cached_property
     def _all_recomputed(self) -> npt.NDArray[np.float32]:

@@ -40,17 +40,17 @@ def run(evaluation: Evaluation, config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
-    labels, queries = evaluation.source.bank_labels, evaluation.queries
+    reference, queries = evaluation.reference, evaluation.queries
     test = queries.test_images("fine-tuning")
     job = _FinetuneJob(
         network=evaluation.source.network,
         backbone=evaluation.source.backbone,
         augmentation=evaluation.source.augmentation,
         loader=evaluation.config.loader,
-        train=evaluation.source.train,
-        train_labels=labels,
+        train=reference.images,
+        train_labels=reference.labels,
         test=test,
-        num_classes=len(evaluation.source.class_names),
+        num_classes=len(reference.class_names),
         config=config,
     )
     test_labels = torch.from_numpy(queries.labels)
@@ -92,7 +92,7 @@ class _FinetuneJob:
         backbone: What it was built with.
         augmentation: That of the run's training.
         loader: Its loader.
-        train: The run's training images.
+        train: The labeled images.
         train_labels: int64 (N,), their classes, -1 for none.
         test: The images to classify.
         num_classes: C.

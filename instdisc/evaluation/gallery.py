@@ -132,14 +132,14 @@ def best_and_worst(
         side: Of the pictures, in pixels.
         temperature: τ of the votes.
     """
-    queries, bank_labels = evaluation.queries, evaluation.source.bank_labels
+    queries, reference = evaluation.queries, evaluation.reference
     assert queries.manifest is not None
     scores, voters = evaluation.neighbors(neighbors)
     rows = np.where(voters >= 0, evaluation.voters.rows[voters], -1)
-    labels = np.where(rows >= 0, bank_labels[rows], -1)
+    labels = np.where(rows >= 0, reference.labels[rows], -1)
     agreements = agreement(scores, labels, queries.labels, temperature=temperature)
     count = min(count, len(agreements) // 2 or 1)
-    with Thumbnails(queries.manifest, side) as asked, Thumbnails(evaluation.source.train, side) as stored:
+    with Thumbnails(queries.manifest, side) as asked, Thumbnails(reference.images, side) as stored:
 
         def example(query: int) -> Example:
             row = int(queries.rows[query])
@@ -153,11 +153,11 @@ def best_and_worst(
                 ),
                 neighbors=tuple(
                     Picture(
-                        evaluation.source.train.name(row),
-                        evaluation.source.class_names[bank_labels[row]],
+                        reference.images.name(row),
+                        reference.class_names[reference.labels[row]],
                         stored.uri(row),
                         float(score),
-                        bool(bank_labels[row] == queries.labels[query]),
+                        bool(reference.labels[row] == queries.labels[query]),
                         stored.link(row),
                     )
                     for row, score in zip(rows[query].tolist(), scores[query], strict=True)

@@ -39,16 +39,17 @@ def run(evaluation: Evaluation, config: LinearConfig) -> dict[str, Any]:
     Raises:
         ConfigError: The images have no labels, or the queries are not images of a test set.
     """
-    labels, queries = evaluation.source.bank_labels, evaluation.queries
+    reference, queries = evaluation.reference, evaluation.queries
     test = queries.test_images("a linear classifier")
+    labels = reference.labels
     fraction = min(1.0, config.max_images / int((labels >= 0).sum()))
     rows = class_balanced_rows(labels, fraction, seed=config.seed)
     job = _LinearJob(
-        train=evaluation.image_rows(evaluation.source.train.select(rows), embed),
+        train=evaluation.image_rows(reference.images.select(rows), embed),
         train_labels=labels[rows],
         test=evaluation.image_rows(test, embed),
         test_labels=queries.labels,
-        num_classes=len(evaluation.source.class_names),
+        num_classes=len(reference.class_names),
         config=config,
     )
     names = stage_names(evaluation.source.network.backbone)

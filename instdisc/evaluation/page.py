@@ -67,7 +67,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     run = source.run if source.index is None else None
     metrics, summary = (read_lines(run.journal), run.read_summary() or {}) if run else ([], {})
     galleries = _explored(source, results, config)
-    if (source.train.labels >= 0).any() and evaluation.queries.manifest is not None:
+    if evaluation.has_labels and evaluation.queries.manifest is not None:
         best, worst = best_and_worst(
             evaluation,
             count=config.examples,

@@ -15,9 +15,10 @@ from cluster.arrays import is_array, open_array
 from cluster.errors import ClusterError
 from instdisc.common.classes import match_classes
 from instdisc.common.errors import ConfigError
+from instdisc.evaluation.reference import Reference
 from instdisc.evaluation.source import Source
 from instdisc.model.voters import choose_voters
-from instdisc.settings.evaluation import QueryConfig
+from instdisc.settings.evaluation import LabeledConfig, QueryConfig
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from pipelines.errors import DataError
@@ -38,11 +39,11 @@ class LabeledQueries:
     Attributes:
         kind: `test-set`, `array` or `leave-one-out`.
         embeddings: float32 (Q, D).
-        labels: int64 (Q,) in the numbers of the bank's classes. Classes that the bank lacks have numbers of their own
+        labels: int64 (Q,) in the numbers of the reference's classes. Classes that it lacks have numbers of their own
             above those, which no vote can name.
-        rows: int64 (Q,), the row of each query in `manifest`, in the array or, for leave-one-out, in the bank.
+        rows: int64 (Q,), the row of each query in `manifest`, in the array or, for leave-one-out, in the reference.
         manifest: The images, None where there are none.
-        unknown: Classes among `labels` that the bank lacks: name and number of queries.
+        unknown: Classes among `labels` that the reference lacks: name and number of queries.
     """
 
     kind: Literal["test-set", "array", "leave-one-out"]
@@ -72,41 +73,44 @@ class LabeledQueries:
         return self.manifest.select(self.rows)
 
 
-def leave_one_out(source: Source, compute: Compute, max_rows: int) -> LabeledQueries:
+def leave_one_out(source: Source, reference: Reference, compute: Compute, max_rows: int) -> LabeledQueries:
     """Up to 10,000 labeled rows, spread evenly; recomputed where that can be done and tells anything new.
 
     Args:
         source: The bank.
+        reference: Of which the queries are.
         compute: Embeds the images of rows.
         max_rows: See `choose_voters`.
     """
-    voters = choose_voters(source.bank_labels, leave_one_out=True, max_rows=max_rows)
+    voters = choose_voters(reference.labels, leave_one_out=True, max_rows=max_rows)
     rows = voters.rows[voters.spread()]
-    if source.has_run and source.index is None:
-        embeddings = compute(source.train, rows=rows)
-        rows = _decoded(embeddings, rows, source.train)
+    if not reference.stored or (source.has_run and source.index is None):
+        embeddings = compute(reference.images, rows=rows)
+        rows = _decoded(embeddings, rows, reference.images)
         embeddings = embeddings[np.isfinite(embeddings[:, 0])]
     else:
         embeddings = source.rows(rows).read(0, len(rows)).astype(np.float32)
     return LabeledQueries(
         kind="leave-one-out",
         embeddings=embeddings,
-        labels=source.bank_labels[rows],
+        labels=reference.labels[rows],
         rows=rows,
-        manifest=source.train if source.has_images else None,
+        manifest=reference.images if source.has_images or not reference.stored else None,
         unknown={},
     )
 
 
-def open_queries(source: Source, compute: Compute, config: QueryConfig) -> LabeledQueries:
+def open_queries(
+    source: Source, reference: Reference, compute: Compute, config: QueryConfig
+) -> LabeledQueries:
     """The queries named by the user, or the run's test images.
 
     Raises:
-        ConfigError: They have no labels, or none of the bank's classes, or do not fit the bank.
+        ConfigError: They have no labels, or none of the reference's classes, or do not fit the bank.
         DataError: There are no such images, or one of those named by the user cannot be decoded.
     """
     if config.path is not None and is_array(config.path):
-        return _from_arrays(source, config.path, config.labels)
+        return _from_arrays(source, reference, config.path, config.labels)
     if config.labels is not None:
         raise ConfigError("--queries.labels is for --queries.path with embeddings; images bring their labels")
     own = config.path is None
@@ -120,7 +124,7 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
     rows = np.flatnonzero(np.asarray(manifest.labels) >= 0)
     if not len(rows):
         raise ConfigError(f"no query image of {manifest.root} has a label: give labeled images")
-    numbers, unknown_names = match_classes(manifest.class_names, source.class_names)
+    numbers, unknown_names = match_classes(manifest.class_names, reference.class_names)
     embeddings = compute(manifest, rows=rows)
     decoded = _decoded(embeddings, rows, manifest)
     if not own and len(decoded) < len(rows):
@@ -136,11 +140,11 @@ def open_queries(source: Source, compute: Compute, config: QueryConfig) -> Label
         labels=labels,
         rows=decoded,
         manifest=manifest,
-        unknown=_count_unknown(labels, source.bank_labels, [*source.class_names, *unknown_names]),
+        unknown=_count_unknown(labels, reference.labels, [*reference.class_names, *unknown_names]),
     )
 
 
-def open_labeled(path: str, config: QueryConfig, option: str, *, upright: bool) -> Manifest:
+def open_labeled(path: str, config: LabeledConfig, option: str, *, upright: bool) -> Manifest:
     """The images that the user named with an option, all of which must be readable.
 
     Those that are to be compared with images that were not turned upright are not turned either.
@@ -173,7 +177,7 @@ def _decoded(
     return decoded
 
 
-def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabeledQueries:
+def _from_arrays(source: Source, reference: Reference, path: str, labels_path: str | None) -> LabeledQueries:
     if labels_path is None:
         raise ConfigError(f"{path} holds embeddings without labels: name their classes with --queries.labels")
     try:
@@ -217,7 +221,7 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabeledQ
         raise ConfigError(
             f"{path} holds rows of zeros, which have no direction: recompute the queries' embeddings"
         )
-    if not np.isin(labels[rows], source.bank_labels).any():
+    if not np.isin(labels[rows], reference.labels).any():
         raise ConfigError(
             f"{labels_path} names no class of the bank's rows, which are numbered as in the snapshot"
         )
@@ -227,7 +231,7 @@ def _from_arrays(source: Source, path: str, labels_path: str | None) -> LabeledQ
         labels=labels[rows],
         rows=rows,
         manifest=None,
-        unknown=_count_unknown(labels[rows], source.bank_labels, source.class_names),
+        unknown=_count_unknown(labels[rows], reference.labels, reference.class_names),
     )
 
 

@@ -24,14 +24,11 @@ PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "label-fr
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig:
-    """What is classified or retrieved."""
+class LabeledConfig:
+    """Labeled images, and how they are found."""
 
     path: str | None = None
-    """Labeled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
-    the run's test images; without those, up to 10,000 labeled rows of the bank, each among all the others."""
-    labels: str | None = None
-    """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
+    """Labeled images in any form that training takes."""
     label_key: str | None = None
     """The key of the .json members of tar files that holds the label, as --data.label-key of training."""
     root: Path = Path("data")
@@ -41,12 +38,33 @@ class QueryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(LabeledConfig):
+    """What the queries are compared with, and classifiers trained on, in place of the training images."""
+
+    path: str | None = None
+    """Labeled images in any form that training takes; by default the labeled images of the run or index. The network
+    embeds them, and stored rows take no part: for a run on images without labels, or with other classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryConfig(LabeledConfig):
+    """What is classified or retrieved."""
+
+    path: str | None = None
+    """Labeled images in any form that training takes, or embeddings as a .npy file or a Zarr array (Q, D). By default
+    the run's test images; without those, up to 10,000 labeled rows of the bank, each among all the others."""
+    labels: str | None = None
+    """Classes of an array of embeddings: a .npy file or a Zarr array of integers (Q,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Ranged):
     """What is evaluated, on what, and where."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_INDEX")]
     """A run directory, a folder of snapshots, one snapshot or an index, local or at a URL."""
     queries: QueryConfig = field(default_factory=QueryConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     recompute: bool = False
     """Compare with recomputed embeddings of the training images instead of those stored while training. An index holds
     what this would compute."""

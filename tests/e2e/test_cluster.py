@@ -14,7 +14,7 @@ import pytest
 from instdisc.runs.run_directory import RunDirectory
 from tests.ray_cluster import CHECKOUT, RayCluster, processes_of_this_block, wait_until
 
-SHORT = ["--training.epochs", "1", "--data.root", "DATA"]
+SHORT = ["--training.epochs", "1", "--data.fraction", "0.4", "--data.root", "DATA"]
 
 
 def short(tmp_path: Path, *more: str) -> list[str]:
@@ -27,8 +27,8 @@ def test_a_submitted_job_trains_on_the_cluster(ray_cluster: RayCluster, tmp_path
     assert job.returncode == 0, job.stdout
     assert "run directory" in job.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["world_size"], summary["steps"]) == (2, 39)
-    assert RunDirectory(tmp_path / "run").open_snapshot().tables["embeddings"] == ((5000, 128), "float32")
+    assert (summary["world_size"], summary["steps"]) == (2, 15)
+    assert RunDirectory(tmp_path / "run").open_snapshot().tables["embeddings"] == ((2000, 128), "float32")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_lost_worker_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
             text=True,
         )
         metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and '"step": 20,' in metrics.read_text(), timeout_s=200)
+        wait_until(lambda: metrics.exists() and '"step": 10,' in metrics.read_text(), timeout_s=200)
         workers = [
             pid for pid in alive() if b"ray::RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
@@ -85,4 +85,4 @@ def test_a_lost_worker_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
     assert "restart 1 of 1" in said
     assert "resuming from the snapshot of step" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == 78
+    assert summary["steps"] == 30

@@ -234,6 +234,30 @@ def test_a_reader_that_closes_the_output_is_no_error_to_speak_of() -> None:
     assert program.returncode == 1
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_were_closed_drop_what_is_written(closed: str, tmp_path: Path) -> None:
+    """No file that the program opens may get their numbers, or messages would be written into it."""
+    code = (
+        "import os, sys\n"
+        "from instdisc.common.command import run\n"
+        "def program(_):\n"
+        "    with open('file', 'w') as file:\n"
+        "        assert file.fileno() > 2\n"
+        "        print('said'); print('said', file=sys.stderr); os.write(1, b'said')\n"
+        "sys.exit(run(program, []))\n"
+    )
+    (tmp_path / "program.py").write_text(code)
+    done = subprocess.run(
+        f"{sys.executable} program.py {closed}",
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        check=False,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -36,8 +36,8 @@ Evaluate = Callable[..., tuple[int, str]]
 CLASSES = {"red": RED, "green": GREEN, "blue": BLUE}
 
 
-def train_small(folder: Path, test: Path | None) -> Path:
-    images = solid(folder / "train", CLASSES, 10)
+def train_small(folder: Path, test: Path | None, images: Path | None = None) -> Path:
+    images = images or solid(folder / "train", CLASSES, 10)
     arguments = ["sample", *SMALL, "--data.path", str(images), "--run-dir", str(folder / "run")]
     assert train([*arguments, "--data.test-path", str(test), "--training.precision", "float32"]) == 0
     return folder / "run"
