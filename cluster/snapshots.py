@@ -15,6 +15,7 @@ interrupted one can be taken for a piece of a later one.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
-from cluster.errors import ClusterError, SnapshotError
+from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError
 from cluster.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -276,16 +277,20 @@ def take_over(url: str | Path, owner: str) -> None:
 
 @contextmanager
 def reachable(url: str | Path, trouble: str = "cannot be read") -> Iterator[None]:
-    """Turn what a file system raises into one error."""
+    """Turn what a file system raises into one error: SnapshotError, of a full disk SnapshotWriteError."""
     try:
         yield
     except ClusterError:
         raise
     except Exception as error:  # every file system that fsspec opens has errors of its own
-        raise SnapshotError(
-            f"{url}: {trouble} ({type(error).__name__}: {error}); check that it can be reached and the "
-            "credentials for it"
-        ) from error
+        where = f"{url}: {trouble} ({type(error).__name__}: {error})"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SnapshotWriteError(f"{where}; free some space there, or choose another place") from error
+        if "://" in str(url):
+            raise SnapshotError(
+                f"{where}; check that it can be reached and the credentials for it"
+            ) from error
+        raise SnapshotError(f"{where}; check the path and its permissions") from error
 
 
 def open_snapshot(url: str | Path, *, check_sizes: bool = True) -> Snapshot:

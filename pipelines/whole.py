@@ -19,5 +19,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # None if a disk is full
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
+import resource
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,3 +55,16 @@ def _rank(
         gc.collect()  # what still holds the group, such as a network in a caught traceback, would abort at exit
         dist.destroy_process_group()
     (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, but for the words: no file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

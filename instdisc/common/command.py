@@ -222,7 +222,7 @@ def _open_closed_streams() -> None:
         os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
 
 
 def _output_is_closed() -> bool:

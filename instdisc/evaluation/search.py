@@ -19,6 +19,7 @@ from instdisc.model.voters import choose_voters
 from instdisc.model.votes import weighted_votes
 from instdisc.settings.evaluation import EvaluationConfig, KnnConfig, Readout, SearchConfig
 from pipelines.manifest import Manifest
+from pipelines.whole import written_whole
 
 _SIDE, _GAP, _CAPTION = 112, 10, 34  # pixels of the drawing
 
@@ -83,7 +84,8 @@ def search(config: SearchConfig) -> str:
         ]
     output = config.output.expanduser()
     try:
-        draw(manifest, pictures, found).save(output, "PNG")
+        with written_whole(output) as partial:
+            draw(manifest, pictures, found).save(partial, "PNG")
     except OSError as error:  # what was found is worth more than its picture
         return "\n".join([*lines, f"not drawn: {error}"])
     return "\n".join([*lines, f"drawn in {output}"])

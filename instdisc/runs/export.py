@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -86,7 +87,9 @@ def export_torchvision(network: Embedder, facts: dict[str, Any], path: Path) -> 
     weights = {
         key: value for key, value in network.backbone.state_dict().items() if not key.startswith(f"{head}.")
     }
-    torch.save(weights, path)
+    content = io.BytesIO()  # that a disk is full is an OSError of our own writing, and of torch none
+    torch.save(weights, content)
+    path.write_bytes(content.getbuffer())
     options = without_auxiliary(name, init_weights=False)
     with torch.device("meta"):
         plain = torchvision.models.get_model(name, weights=None, **options)
@@ -120,10 +123,10 @@ def _stem_lines(backbone: nn.Module, plain: nn.Module) -> list[str]:
 
 def export_safetensors(network: Embedder, facts: dict[str, Any], path: Path) -> str:
     """Write all weights, head included."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {key: value.contiguous() for key, value in network.backbone.state_dict().items()}
-    save_file(weights, path, metadata={name: json.dumps(value) for name, value in facts.items()})
+    path.write_bytes(save(weights, metadata={name: json.dumps(value) for name, value in facts.items()}))
     return "\n".join(
         [
             "from safetensors.torch import load_file",

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cluster.errors import SnapshotError
@@ -191,7 +191,7 @@ class RunDirectory:
             if test is not None:
                 test.save(following.test_manifest)
             if weights is not None:
-                save_file(weights, following.init_weights)
+                following.init_weights.write_bytes(save(weights))
             following.journal.touch()
             for manifest in (train,) if test is None else (train, test):
                 for image in manifest.rejected:

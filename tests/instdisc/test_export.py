@@ -25,6 +25,7 @@ from instdisc.runs.network import NETWORK
 from instdisc.settings.model import BackboneConfig
 from instdisc.settings.recipes import RECIPES
 from instdisc.settings.schema import to_json
+from tests.processes import files_of_at_most
 
 
 @pytest.fixture
@@ -118,3 +119,17 @@ def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing"), "--format", "onnx"]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(("name", "format"), [("resnet8", "safetensors"), ("alexnet", "torchvision")])
+def test_a_full_disk_is_an_error_that_names_the_file(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, format: str
+) -> None:
+    run, _ = trained(name, 64)
+    file = tmp_path / "out" / "network"
+    with files_of_at_most(1000):
+        assert main([str(run), "--format", format, "--output", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno")
+    assert str(file) in said
+    assert list(file.parent.iterdir()) == []

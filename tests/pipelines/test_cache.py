@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from pipelines.places import Url
 from pipelines.reader import ImageReader
 from pipelines.settings import CacheConfig
 from tests.pipelines.stored import png, write_tar
+from tests.processes import files_of_at_most
 from tests.range_server import RangeServer, range_server
 
 NUM_TARS = 4
@@ -197,19 +197,13 @@ def test_a_full_disk_is_said_once(
     server: RangeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files["/1.tar"] += bytes(200_000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    with files_of_at_most(150_000):
         caches = [TarCache(config(tmp_path)) for _ in range(2)]
         for cache in caches:
             cache.want(urls(server))
         until(lambda: "cannot take more (File too large): of 4 tars 1 are kept" in caplog.text)
         time.sleep(0.3)
         assert [kept(cache, server) for cache in caches] == [[0], [0]]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     for cache in caches:
         cache.close()
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]

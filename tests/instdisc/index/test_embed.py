@@ -34,6 +34,7 @@ from pipelines.reader import ImageReader
 from tests.instdisc.index.conftest import Embed
 from tests.instdisc.program import picture, solid
 from tests.instdisc.test_evaluate import add_snapshot
+from tests.processes import files_of_at_most
 
 Opened = Callable[[], Collection]
 ROOT = Path(__file__).resolve().parents[3]
@@ -187,6 +188,21 @@ def test_images_that_cannot_be_decoded_are_named_and_left_out(
     done(said, "28 images added", "2 cannot be decoded", "red/3.png: ", "red/4.png: ")
     assert opened().num_rows == 28
     assert opened().read("embeddings") == pytest.approx(vectors_of(trained, opened()), abs=2e-5)
+
+
+def test_a_full_disk_costs_nothing_of_an_index(
+    embed: Embed, opened: Opened, trained: Path, images: Path
+) -> None:
+    done(embed(trained, "--data.path", images), "30 images added")
+    before = opened().read("embeddings")
+    solid(images / "more", {"gray": (120, 120, 120)}, 20)
+    with files_of_at_most(600):
+        status, said = embed("--append", "--data.path", images)
+    assert status == 1
+    assert "cannot be written to" in said
+    assert "free some space there" in said
+    assert (opened().read("embeddings") == before).all()
+    done(embed("--append", "--data.path", images), "20 images added")
 
 
 def test_none_of_the_images_can_be_decoded(embed: Embed, trained: Path, tmp_path: Path) -> None:
