@@ -191,7 +191,7 @@ class Endpoint:
 
 @contextmanager
 def exported(
-    metrics: Metrics, config: MetricsConfig, *, local_rank: int, world_size: int, directory: Path
+    metrics: Metrics, config: MetricsConfig, *, local_rank: int, world_size: int, directory: Path | None
 ) -> Iterator[Endpoint | None]:
     """Serve the metrics over HTTP and list the endpoint in `directory` as long as the context lasts.
 
@@ -202,7 +202,8 @@ def exported(
         config: Where.
         local_rank: This process among those of its node; keeps their ports apart.
         world_size: Ranks of the group. Files that a larger group left behind are removed.
-        directory: Of the target files, shared by all nodes; `directory/*.json` belongs into `file_sd_configs`.
+        directory: Of the target files, shared by all nodes; `directory/*.json` belongs into `file_sd_configs`. None:
+            none is written.
 
     Yields:
         Where they are served, or None if they are not.
@@ -212,13 +213,15 @@ def exported(
         yield None
         return
     endpoint = Endpoint(server)
-    target = _Target(metrics, endpoint.address, directory)
+    target = None if directory is None else _Target(metrics, endpoint.address, directory)
     try:
-        target.write(world_size)
+        if target is not None:
+            target.write(world_size)
         yield endpoint
     finally:
         endpoint.close()
-        target.remove()
+        if target is not None:
+            target.remove()
 
 
 def remove_targets(directory: Path) -> None:

@@ -49,7 +49,7 @@ class RowSource(Protocol):
         """Rows start … stop - 1, (stop - start, D) of any floating type; a row of NaN is one that is never found."""
 
 
-class _StoredSource:
+class StoredSource:
     """A source in Ray's object store, for as long as this process is connected.
 
     An actor that restarts needs its source again, but Ray keeps a constructor's arguments for the first start alone,
@@ -63,6 +63,7 @@ class _StoredSource:
         self.num_rows = source.num_rows
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start … stop - 1 of the source."""
         return self._source.read(start, stop)
 
     @functools.cached_property
@@ -175,7 +176,7 @@ class TopK:
         import ray
 
         group = choose_actors(config)
-        stored = _StoredSource(source)
+        stored = StoredSource(source)
         actor_class = ray.remote(
             num_cpus=group.cpus,
             num_gpus=group.gpus,

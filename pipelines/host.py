@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipelines.augment import ViewParameters
+from pipelines.augment import Augmentation, ViewParameters, evaluation_views
 from pipelines.batch import Batch, Loader, LoaderJob
 from pipelines.decode import CorruptImage
 from pipelines.order import Request
@@ -45,10 +45,7 @@ class HostLoader(Loader):
         request, pieces = next(self._ahead)
         failures = {row: reason for piece in pieces for row, reason in piece.failures.items()}
         pixels = torch.from_numpy(np.concatenate([piece.pixels for piece in pieces], axis=1)).to(job.device)
-        std = torch.tensor(job.augmentation.std, device=job.device)
-        mean = torch.tensor(job.augmentation.mean, device=job.device)
-        images = torch.mul(pixels, 1 / (255 * std)).sub_(mean / std)
-        return job.to_batch(images, request.rows, failures)
+        return job.to_batch(normalized(pixels, job.augmentation), request.rows, failures)
 
     def _load(self, request: Request) -> _Piece:
         size = self._job.side
@@ -66,14 +63,31 @@ class HostLoader(Loader):
                 failures[row] = str(corrupt)
                 continue
             for view in range(self._job.views):
-                top, left, height, width = (int(values[index, view]) for values in views[:4])
-                square = _resize(image.crop((left, top, left + width, top + height)), size)
+                square = _square(image, views, index, view, size)
                 if self._job.changes_color:
                     square = square.convert("RGB", tuple(colors[index, view].ravel().tolist()))
                 if views.flip[index, view]:
                     square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 pixels[view, index] = np.asarray(square)
         return _Piece(pixels, failures)
+
+
+def evaluation_pixels(image: Image.Image, augmentation: Augmentation) -> npt.NDArray[np.uint8]:
+    """The one view of evaluation of a decoded RGB image, uint8 (H, W, 3), as the loader makes it."""
+    views = evaluation_views(augmentation, np.array([image.height]), np.array([image.width]))
+    return np.asarray(_square(image, views, 0, 0, augmentation.image_size))
+
+
+def normalized(pixels: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
+    """Pixels uint8 (…, H, W, 3) with the mean subtracted and divided by the standard deviation, float32."""
+    std = torch.tensor(augmentation.std, device=pixels.device)
+    mean = torch.tensor(augmentation.mean, device=pixels.device)
+    return torch.mul(pixels, 1 / (255 * std)).sub_(mean / std)
+
+
+def _square(image: Image.Image, views: ViewParameters, index: int, view: int, side: int) -> Image.Image:
+    top, left, height, width = (int(values[index, view]) for values in views[:4])
+    return _resize(image.crop((left, top, left + width, top + height)), side)
 
 
 def _resize(image: Image.Image, side: int) -> Image.Image:

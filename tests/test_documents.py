@@ -15,7 +15,7 @@ import pytest
 import tyro
 import yaml
 
-from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, serve, train
 from instdisc.comparison.points import plan_points
 from instdisc.settings.recipes import RECIPES
 
@@ -47,6 +47,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], object]] = {
     "explore": explore.main,
     "evaluate": evaluate.main,
     "search": search.main,
+    "serve": serve.main,
     "inspect": inspect.main,
     "export": export.main,
     "plan": plan.main,
@@ -58,6 +59,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "explore": explore.parse,
     "evaluate": evaluate.parse,
     "search": lambda arguments: tyro.cli(search.SearchConfig, args=arguments),
+    "serve": serve.parse,
     "inspect": inspect.parse,
     "export": lambda arguments: tyro.cli(export.ExportConfig, args=arguments),
     "plan": plan.parse,

@@ -182,6 +182,7 @@ def test_the_programs_stand_apart() -> None:
         "train.py",
         "evaluate.py",
         "search.py",
+        "serve.py",
         "export.py",
         "inspect.py",
         "plan.py",
@@ -199,6 +200,7 @@ HEAVY = ("torch", "torchvision", "ray", "zarr", "faiss", "nvidia")
         "instdisc.settings.schema",
         "instdisc.settings.evaluation",
         "instdisc.settings.embed",
+        "instdisc.settings.serve",
     ],
 )
 def test_settings_import_nothing_heavy(module: str) -> None:

@@ -1,4 +1,4 @@
-"""All metrics that training and evaluation export to Prometheus."""
+"""All metrics that training, evaluation and serving export to Prometheus."""
 
 from __future__ import annotations
 
@@ -103,3 +103,27 @@ EVALUATION = MetricTable(
     ),
 )
 """What the evaluation job exports, from its driver, which is rank 0."""
+
+SERVING = MetricTable(
+    prefix=PREFIX,
+    targets="serving",
+    labels={"job": "instdisc-serving"},
+    metrics=(
+        Metric("serving_queries_total", "counter", "Queries answered."),
+        Metric("serving_errors_total", "counter", "Queries that could not be answered: 503."),
+        Metric(
+            "serving_refused_total", "counter", "Requests answered with an error of any kind, 400 to 599."
+        ),
+        Metric(
+            "serving_search_seconds",
+            "histogram",
+            "A query's search by all shards, waiting for others included.",
+        ),
+        Metric("serving_rows", "gauge", "Rows that are searched."),
+        Metric("serving_actors", "gauge", "Actors that hold rows; 0: the replica holds them."),
+        Metric(
+            "serving_generation", "gauge", "State of the index that is searched; rises with every change."
+        ),
+    ),
+)
+"""What a replica of `instdisc.serve` exports; its rank is its number."""

@@ -227,15 +227,16 @@ class Source:
                 f"the bank of {self.name} has no labels, accuracy needs them: evaluate a run on labeled "
                 "images, or choose --protocols that need none"
             )
-        return self._labels
+        return self.labels
 
     @property
     def has_labels(self) -> bool:
         """Whether any row of the bank has a label."""
-        return bool((self._labels >= 0).any())
+        return bool((self.labels >= 0).any())
 
     @cached_property
-    def _labels(self) -> npt.NDArray[np.int64]:
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 (N,), -1 for a row without a label."""
         if "labels" not in self.snapshot.tables:
             return np.full(self.snapshot.num_rows, -1)
         return self.snapshot.read("labels", 0, self.snapshot.num_rows).astype(np.int64)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from cluster.errors import ClusterError
+from cluster.live_topk import LiveTopK
 from cluster.metrics import Metrics
 from cluster.settings import ActorsConfig
 from cluster.topk import TopK, cut, read_rows
@@ -262,3 +263,31 @@ def test_rows_are_read_by_several_processes_in_order(
     np.testing.assert_array_equal(read_rows(source, ActorsConfig(num_actors=2, cpus_per_actor=1)), rows)
     assert len(list(tmp_path.iterdir())) == 2
     np.testing.assert_array_equal(read_rows(source, HERE), rows)
+
+
+@pytest.mark.parametrize("num_actors", [0, 2])
+def test_tables_are_replaced_while_they_are_searched(
+    ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_actors: int
+) -> None:
+    """Two tables are there at a time, and an actor that dies comes back with what it is asked for."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    before, after = unit_rows(3000, 16, seed=1), unit_rows(5001, 16, seed=2)
+    after[4999] = np.nan
+    queries, excluded = unit_rows(300, 16, seed=3), np.full(300, -1)
+    excluded[0] = brute_force(queries[:1], after, 1)[1][0, 0]
+    config = ActorsConfig(num_actors=num_actors, cpus_per_actor=0.5)
+    with LiveTopK(config) as top_k:
+        assert top_k.num_actors == num_actors
+        tables = top_k.load(ArrayRows(before)), top_k.load(PidRows(after, tmp_path))
+        for number in range(2):
+            for table, rows in zip(tables, (before, after), strict=True):
+                out = excluded if rows is after else None
+                scores, found = top_k.search(table, queries, 20, excluded=out)
+                exact, expected = brute_force(queries, rows, 20, out)
+                np.testing.assert_allclose(scores, exact, atol=1e-6)
+                assert (found == expected).mean() > 0.99  # where two are equal but for rounding
+            if num_actors and number == 0:  # of both tables it has to load its part again
+                os.kill(int((tmp_path / "2048").read_text().splitlines()[-1]), signal.SIGKILL)
+        if num_actors:
+            assert len((tmp_path / "2048").read_text().splitlines()) == 2
+        top_k.drop(tables[0])

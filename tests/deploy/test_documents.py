@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.metrics import MetricTable
-from instdisc.common.metrics import EVALUATION, TRAINING
+from instdisc.common.metrics import EVALUATION, SERVING, TRAINING
 from tests.deploy.manifests import (
     CHECKOUT,
     COMPONENTS,
@@ -26,7 +26,9 @@ DOCKERFILE = (DEPLOY / "docker/Dockerfile").read_text()
 DEVICES = ("cpu", "gpu")
 
 
-@pytest.mark.parametrize(("heading", "table"), [("Training", TRAINING), ("Evaluation", EVALUATION)])
+@pytest.mark.parametrize(
+    ("heading", "table"), [("Training", TRAINING), ("Evaluation", EVALUATION), ("Serving", SERVING)]
+)
 def test_documented_metrics_are_those_exported(heading: str, table: MetricTable) -> None:
     section = README.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
     documented = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", section, flags=re.MULTILINE)

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError, WorkerLostError
 from cluster.stopping import RunStopped
-from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, train
+from instdisc import compare, embed, evaluate, explore, export, inspect, plan, search, serve, train
 from instdisc.common import command
 from instdisc.common.errors import ConfigError, NonFiniteError
 from pipelines.errors import DataError
@@ -32,6 +32,7 @@ PROGRAMS: dict[str, tuple[Main, list[str]]] = {
     "explore": (explore.main, ["SOURCE", "--num-actors", "0"]),
     "evaluate": (evaluate.main, ["SOURCE", "--num-actors", "0"]),
     "search": (search.main, ["SOURCE", "IMAGE"]),
+    "serve": (serve.main, ["SOURCE"]),
     "export": (export.main, ["SOURCE", "--format", "safetensors"]),
     "inspect": (inspect.main, ["SOURCE"]),
     "plan": (plan.main, []),
@@ -102,6 +103,7 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("explore", "RUN_OR_INDEX"),
         ("evaluate", "RUN_OR_INDEX"),
         ("search", "RUN_OR_INDEX IMAGE [IMAGE ...]"),
+        ("serve", "INDEX"),
         ("export", "RUN_OR_INDEX"),
         ("inspect", "PATH"),
         ("plan", ""),
@@ -267,6 +269,7 @@ def test_streams_that_were_closed_drop_what_is_written(closed: str, tmp_path: Pa
         ["evaluate", "--help"],
         ["evaluate", "runs/x", "--protocols", "magic"],
         ["search", "--help"],
+        ["serve", "--help"],
         ["export", "--help"],
         ["inspect", "--help"],
         ["plan", "--help"],

@@ -1,0 +1,1 @@
+"""A page and an API over an index: `instdisc.serve`."""
