@@ -29,6 +29,7 @@ from instdisc.model import whitening
 from instdisc.model.voters import Voters, choose_voters
 from instdisc.model.whitening import Whitening
 from instdisc.settings.evaluation import EvaluationConfig, Readout
+from pipelines.augment import Augmentation
 from pipelines.manifest import Manifest
 from pipelines.scan import progress_bar
 
@@ -296,13 +297,21 @@ class Evaluation:
         with TopK(bank, self.config.actors, self.metrics) as top_k:
             return top_k.search(queries, k)
 
-    def image_rows(self, manifest: Manifest, function: ImageFunction) -> ImageRows:
-        """A table with a row for every image, computed by the trained network as it is read."""
+    def image_rows(
+        self, manifest: Manifest, function: ImageFunction, augmentation: Augmentation | None = None
+    ) -> ImageRows:
+        """A table with a row for every image, computed by the trained network as it is read.
+
+        Args:
+            manifest: Where the images are.
+            function: What to compute.
+            augmentation: Size and normalization of the images; by default those of the network.
+        """
         return ImageRows(
             manifest=manifest,
             network=self.source.network,
             function=function,
-            augmentation=self.source.augmentation,
+            augmentation=augmentation or self.source.augmentation,
             loader=self.config.loader,
         )
 
@@ -311,6 +320,7 @@ class Evaluation:
         manifest: Manifest,
         function: ImageFunction = embed,
         rows: npt.NDArray[np.int64] | None = None,
+        augmentation: Augmentation | None = None,
     ) -> npt.NDArray[np.float32]:
         """Apply a function of network and images to images, in the actors where there are any.
 
@@ -318,12 +328,13 @@ class Evaluation:
             manifest: Where the images are.
             function: By default the unit embeddings; features of stages are functions of the same kind.
             rows: int64 (R,), which images; all by default.
+            augmentation: As of `image_rows`.
 
         Returns:
             float32 (R, F); a row of NaN for an image that cannot be decoded.
         """
         chosen = manifest if rows is None else manifest.select(rows)
-        return read_rows(self.image_rows(chosen, function), self.config.actors)
+        return read_rows(self.image_rows(chosen, function, augmentation), self.config.actors)
 
     def share_out(
         self, function: Callable[[Any, Any], Any], shared: Any, items: Sequence[Any]

@@ -1,34 +1,26 @@
-"""Images that are the same but for format, size, crop or color: groups of rows that are closer than a threshold."""
+"""Images that are the same but for format, size, crop or color: groups of near rows that show one picture."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from instdisc.common.errors import ConfigError
+from instdisc.evaluation.correlation import SMALL, correlations, gray
 from instdisc.evaluation.image_tables import image_columns, write_table
-from instdisc.evaluation.statistics import two_views
-from instdisc.model.label_free import sampled
 from instdisc.settings.evaluation import DuplicatesConfig
-from pipelines.augment import Augmentation
 from pipelines.errors import DataError
 
 if TYPE_CHECKING:
     from instdisc.evaluation.context import Evaluation
 
-logger = logging.getLogger(__name__)
-
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-_COST = 10
-"""Copies that may be missed to spare one wrong pair."""
 _SHOWN = 50  # groups that the results name for the page
 
 
@@ -36,15 +28,14 @@ def run(evaluation: Evaluation, config: DuplicatesConfig) -> dict[str, Any]:
     """Write `duplicates.csv` and `duplicates.parquet`: the groups, the largest first, each with the image to keep.
 
     Raises:
-        ConfigError: No threshold is given, and the images that would suggest one cannot be read.
+        ConfigError: No threshold is given, and the images cannot be read.
     """
     scores, rows = evaluation.nearest_others(config.neighbors)
-    threshold, copies, others = config.threshold, None, None
-    if threshold is None:
-        copies = similarities_of_copies(evaluation, config.seed)
-        others = scores[sampled(len(scores)), 0]
-        threshold = suggest_threshold(copies, others)
-    group = group_rows(scores, rows, threshold)
+    first, second = pairs_of(scores, rows, -1 if config.threshold is None else config.threshold)
+    if config.threshold is None:
+        same = _correlations(evaluation, first, second) >= config.correlation
+        first, second = first[same], second[same]
+    group = group_rows(first, second, len(scores))
     members = np.flatnonzero(group >= 0)
     images = evaluation.source.images(members)
     order, keep = kept_first(
@@ -66,17 +57,18 @@ def run(evaluation: Evaluation, config: DuplicatesConfig) -> dict[str, Any]:
     starts = np.flatnonzero(keep)
     sizes = np.diff([*starts, len(members)])
     shown = [members[start : start + size] for start, size in zip(starts, sizes, strict=True)][:_SHOWN]
+    rule = (
+        f"pictures with a correlation of {config.correlation:g} or more"
+        if config.threshold is None
+        else f"embeddings with a similarity of {config.threshold:g} or more"
+    )
     return {
         "summary": {
-            "threshold": f"{threshold:.3f}",
             "groups": len(starts),
             "images in groups": len(members),
             "images that could go": len(members) - len(starts),
         },
-        "threshold": float(threshold),
-        "is_suggested": config.threshold is None,
-        "copies_above_threshold": None if copies is None else float((copies >= threshold).mean()),
-        "others_above_threshold": None if others is None else float((others >= threshold).mean()),
+        "rule": rule,
         "groups": len(starts),
         "images": len(members),
         "largest_group": int(sizes.max(initial=0)),
@@ -87,59 +79,26 @@ def run(evaluation: Evaluation, config: DuplicatesConfig) -> dict[str, Any]:
     }
 
 
-def similarities_of_copies(evaluation: Evaluation, seed: int) -> Floats:
-    """Cosine of two views of an image that differ as copies do, for up to 2,048 images, float32.
-
-    The views are crops of at least 80% of the image, mirrored half of the time, in colors that differ slightly.
-    """
-    names = ("image_size", "training_size", "mean", "std")
-    source = evaluation.source
-    slight = Augmentation(
-        **{name: getattr(source.augmentation, name) for name in names},
-        crop_scale=(0.8, 1.0),
-        brightness=0.2,
-        contrast=0.1,
-        saturation=0.1,
-        hue=0.02,
-        grayscale_probability=0.0,
-    )
+def _correlations(evaluation: Evaluation, first: Ids, second: Ids) -> Floats:
+    """Of pairs of images, -1 for one that cannot be decoded; see `correlations`."""
+    hint = "with --duplicates.threshold, such as 0.95, embeddings are compared alone"
     try:
-        first, second = two_views(evaluation, sampled(source.snapshot.num_rows), slight, seed=seed)
+        pictures = evaluation.compute(evaluation.source.train, gray, augmentation=SMALL)
     except (DataError, OSError) as error:
         raise ConfigError(
-            f"the images that would suggest a threshold cannot be read ({error}): give one with "
-            "--duplicates.threshold, such as 0.9"
+            f"the images, whose pictures are compared, cannot be read ({error}): {hint}"
         ) from error
-    if not len(first):
-        raise ConfigError(
-            "none of the images that would suggest a threshold can be decoded: give one with "
-            "--duplicates.threshold, such as 0.9"
-        )
-    return np.asarray(torch.sum(first * second, dim=1).numpy())
+    there = np.isfinite(pictures[:, 0])
+    if not there.any():
+        raise ConfigError(f"none of the images, whose pictures are compared, can be decoded: {hint}")
+    pictures[~there] = 0
+    found = correlations(pictures.round().astype(np.uint8), first, second)
+    found[~(there[first] & there[second])] = -1
+    return found
 
 
-def suggest_threshold(copies: Floats, others: Floats) -> float:
-    """The similarity above which two images are taken for one.
-
-    It minimises the share of copies below it plus ten times the share of images above it that have another image so
-    close, among the similarities up to the median of the copies: whatever else is in the collection, half of the copies
-    are found. Duplicates that are in the collection are among `others` and hardly move it.
-
-    Args:
-        copies: (M,), similarities of two views of one image.
-        others: (M,), similarities of images to their nearest other ones.
-    """
-    copies, others = np.sort(copies), np.sort(others)
-    # In float32, as the similarities that are compared with it: what is just above one of them stays so.
-    candidates = np.unique(np.concatenate([copies, np.nextafter(others, np.float32(2))]))
-    candidates = candidates[candidates <= np.median(copies)]
-    missed = np.searchsorted(copies, candidates) / len(copies)
-    wrong = 1 - np.searchsorted(others, candidates) / len(others)
-    return float(candidates[np.argmin(missed + _COST * wrong)])
-
-
-def group_rows(scores: Floats, rows: Ids, threshold: float) -> Ids:
-    """Rows that are connected by pairs at least as similar as the threshold.
+def pairs_of(scores: Floats, rows: Ids, threshold: float) -> tuple[Ids, Ids]:
+    """Every pair of neighbors that are at least as similar as the threshold, once.
 
     Args:
         scores: float32 (N, k), similarities of the nearest other rows, minus infinity for none.
@@ -147,16 +106,31 @@ def group_rows(scores: Floats, rows: Ids, threshold: float) -> Ids:
         threshold: Of the similarity.
 
     Returns:
+        The smaller and the larger row of each pair, int64 (M,).
+    """
+    near, place = np.nonzero(scores >= threshold)
+    other = rows[near, place]
+    pairs = np.unique(np.stack([np.minimum(near, other), np.maximum(near, other)]), axis=1)
+    return pairs[0], pairs[1]
+
+
+def group_rows(first: Ids, second: Ids, count: int) -> Ids:
+    """Rows that are connected by pairs.
+
+    Args:
+        first: int64 (M,), a row of each pair.
+        second: int64 (M,), the other one.
+        count: N, of the rows.
+
+    Returns:
         int64 (N,), the number of each row's group, -1 for a row without one. Larger groups come first, then those with
         earlier rows.
     """
-    count = len(scores)
-    near, place = np.nonzero(scores >= threshold)
-    graph = coo_array((np.ones(len(near), bool), (near, rows[near, place])), shape=(count, count))
+    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     sizes = np.bincount(component, minlength=1)
-    _, first = np.unique(component, return_index=True)
-    order = np.lexsort((first, -sizes))
+    _, earliest = np.unique(component, return_index=True)
+    order = np.lexsort((earliest, -sizes))
     number = np.empty(len(sizes), np.int64)
     number[order] = np.arange(len(sizes))
     number[sizes < 2] = -1

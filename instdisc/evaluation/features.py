@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -84,6 +85,36 @@ def stage_features(network: Embedder, images: Tensor, *, stage: str, max_dims: i
         network(images)
     (features,) = found
     return features
+
+
+@torch.no_grad()
+def stage_means(network: Embedder, images: Tensor) -> list[Tensor]:
+    """The mean of every channel after each stage, from the first on; `features` alone where there are no others.
+
+    Args:
+        network: In evaluation mode.
+        images: Normalized, (B, 3, H, W).
+
+    Returns:
+        float32 (B, C_stage) for each stage.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        found[name] = pooled(value, value.shape[1])
+
+    chosen = stages(network.backbone)
+    if len(chosen) > 1:
+        chosen.pop(FEATURES)  # those of the last stage
+    with contextlib.ExitStack() as hooks:
+        for name, (module, its_input) in chosen.items():
+            hooks.enter_context(
+                module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
+                if its_input
+                else module.register_forward_hook(lambda _, __, result, name=name: keep(name, result))
+            )
+        network(images)
+    return [found[name] for name in chosen]
 
 
 def pooled(maps: Tensor, max_dims: int) -> Tensor:

@@ -114,14 +114,18 @@ def _explored(
     if "duplicates" in results:
         found = results["duplicates"]
         note = (
-            f"{found['groups']:,} groups of images with a similarity of {found['threshold']:.3f} or more; "
+            f"{found['groups']:,} groups of {found['rule']}; "
             f"{found['images'] - found['groups']:,} images could go. All are listed in duplicates.csv, the image to "
             "keep first."
         )
         add("Near duplicates", note, "to keep", found["shown"][: config.examples])
     if "strangers" in results:
         found = results["strangers"]
-        note = f"Those least similar to their {found['neighbors']} nearest others; more of them in strangers.csv."
+        note = (
+            "Those whose features are farthest from the mean: at distances up to "
+            f"{found['largest_distance']:.1f}, half of the images are below {found['median_distance']:.1f}. More of "
+            "them in strangers.csv."
+        )
         add("Strangers, with what is nearest", note, "stranger", found["shown"][: config.examples])
     for found in list(results.get("clusters", {"clusters": {}})["clusters"].values())[:1]:
         central = [

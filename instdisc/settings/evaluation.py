@@ -178,21 +178,21 @@ class LabelFreeConfig:
 class DuplicatesConfig(Ranged):
     """Images that are the same but for format, size, crop or color."""
 
-    threshold: Annotated[float | None, Range(above=-1, at_most=1, usual="0.8 to 0.98")] = None
-    """The cosine from which on two images are taken for one. By default the one that tells slightly varied copies of up
-    to 2,048 images best from their nearest other images."""
+    threshold: Annotated[float | None, Range(above=-1, at_most=1, usual="0.9 to 0.99")] = None
+    """Take two images for one by their embeddings alone, from this cosine on. By default near ones are compared as
+    small gray pictures, for which the images are read."""
+    correlation: Annotated[float, Range(above=0, at_most=1)] = 0.97
+    """The correlation from which on two small pictures are taken for one."""
     neighbors: Count = 10
     """Nearest other images of each that are compared with it."""
-    seed: int = 0
-    """Seed of the copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrangersConfig(Ranged):
-    """Images that are far from all others."""
+    """Images that the network sees unlike all others."""
 
     neighbors: Count = 10
-    """Nearest other images whose mean distance counts."""
+    """Nearest other images that are named beside each."""
     count: Count = 1_000
     """Images listed, the strangest first."""
 

@@ -13,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from cluster import lease
 from instdisc.embed import main as embed
 from instdisc.evaluation.clusters import spherical_k_means
-from instdisc.evaluation.duplicates import group_rows, kept_first, suggest_threshold
+from instdisc.evaluation.correlation import GRAY_SIDE, correlations
+from instdisc.evaluation.duplicates import group_rows, kept_first, pairs_of
 from instdisc.evaluation.image_tables import write_table
 from instdisc.evaluation.source import ArrayRows
-from instdisc.evaluation.strangers import strangeness
+from instdisc.evaluation.strangers import fit
 from instdisc.explore import main
 from instdisc.explore import parse as parse_options
 from tests.instdisc.program import write_pictures
@@ -67,7 +69,7 @@ def test_groups_are_connected_components() -> None:
         np.fill_diagonal(similar, -np.inf)
         rows = np.argsort(-similar, axis=1)[:, : count - 1]
         scores = np.take_along_axis(similar, rows, 1).astype(np.float32)
-        found = group_rows(scores, rows, 0.9)
+        found = group_rows(*pairs_of(scores, rows, 0.9), count)
         reached = (similar >= 0.9) | np.eye(count, dtype=bool)
         for _ in range(count):
             reached = reached @ reached
@@ -81,7 +83,8 @@ def test_groups_are_connected_components() -> None:
 
 def test_missing_neighbors_join_nothing() -> None:
     scores = np.array([[0.99, -np.inf], [0.99, -np.inf], [-np.inf, -np.inf]], np.float32)
-    assert group_rows(scores, np.array([[1, -1], [0, -1], [-1, -1]]), 0.5).tolist() == [0, 0, -1]
+    pairs = pairs_of(scores, np.array([[1, -1], [0, -1], [-1, -1]]), -1)
+    assert group_rows(*pairs, 3).tolist() == [0, 0, -1]
 
 
 def test_the_largest_picture_then_the_largest_file_then_the_first_is_kept() -> None:
@@ -92,25 +95,48 @@ def test_the_largest_picture_then_the_largest_file_then_the_first_is_kept() -> N
     assert keep.tolist() == [True, False, False, True, False, False]
 
 
-def test_the_threshold_has_the_least_cost() -> None:
+def test_copies_correlate_and_other_pictures_do_not() -> None:
     generator = np.random.default_rng(1)
-    copies = generator.uniform(0.8, 1, 200).astype(np.float32)
-    others = generator.uniform(0.5, 0.9, 300).astype(np.float32)
-    found = suggest_threshold(copies, others)
+    drawn = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).resize((100, 100))
+    other = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).resize((100, 100))
+    copies = [
+        drawn,
+        drawn.resize((50, 50)),
+        drawn.crop((10, 10, 90, 90)),
+        drawn.crop((0, 20, 80, 100)),
+        ImageOps.mirror(drawn.crop((20, 0, 100, 80))),
+        drawn.point(lambda value: value // 2 + 30),
+        other,
+        ImageOps.mirror(other),
+        Image.new("L", (100, 100), 200),
+    ]
+    small = [np.asarray(each.resize((GRAY_SIDE, GRAY_SIDE), Image.Resampling.BOX)) for each in copies]
+    first = np.zeros(len(copies), np.int64)
+    second = np.arange(len(copies))
+    found = correlations(np.stack(small).reshape(len(copies), -1), first, second)
+    assert (found[:6] > 0.9).all(), found
+    assert (found[6:] < 0.8).all(), found
+    assert found[8] == 0
+    np.testing.assert_allclose(correlations(np.stack(small).reshape(len(copies), -1), second, first), found)
+    assert correlations(np.stack(small), first[:0], second[:0]).tolist() == []
 
-    def cost(threshold: float) -> float:
-        return float((copies < threshold).mean() + 10 * (others >= threshold).mean())
 
-    grid = np.linspace(0, np.median(copies.astype(np.float64)), 2001)
-    assert cost(found) <= min(map(cost, grid)) + 1e-9
-    assert 0.88 < found <= 0.91
-    # Where others are as similar as copies, half of the copies are still found.
-    assert (copies >= suggest_threshold(copies, np.ones(300, np.float32))).mean() >= 0.5
-
-
-def test_strangeness() -> None:
-    scores = np.array([[1, 0.5], [0.25, -np.inf], [-np.inf, -np.inf]], np.float32)
-    assert strangeness(scores).tolist() == [0.25, 0.75, -np.inf]
+def test_strangeness_is_the_distance_in_the_leading_components_of_every_stage() -> None:
+    generator = np.random.default_rng(3)
+    means = (generator.normal(size=(300, 30)) @ generator.normal(size=(30, 30))).astype(np.float32)
+    means[:, 20:] *= 1000  # the scale of a stage does not matter
+    means[7] = np.nan
+    found = fit(means, [20, 10]).of(torch.from_numpy(means)).numpy()
+    there = np.delete(means, 7, axis=0).astype(np.float64)
+    squares = []
+    for stage in (slice(0, 20), slice(20, 30)):
+        variances, axes = np.linalg.eigh(np.cov(there[:, stage].T, bias=True))
+        leading = (there[:, stage] - there[:, stage].mean(axis=0)) @ axes[:, -16:]
+        squares.append(leading**2 / variances[-16:])
+    expected = np.sqrt(np.concatenate(squares, axis=1).mean(axis=1))
+    np.testing.assert_allclose(np.delete(found, 7), expected, rtol=1e-3)
+    assert np.isnan(found[7])
+    assert (fit(np.ones((3, 4), np.float32), [4]).of(torch.ones(2, 4)) == 0).all()
 
 
 def test_clusters_are_those_of_the_nearest_centers() -> None:
@@ -140,7 +166,7 @@ def test_an_index_with_labels(index: Any, trained: Path, tmp_path: Path) -> None
     original.save(images / "red" / "copy.bmp")  # as many pixels in a larger file
     original.resize((64, 64), Image.Resampling.NEAREST).save(images / "red" / "larger.png")
     out = tmp_path / "out"
-    few = ["--clusters.counts", "3", "8", "--duplicates.threshold", "0.99999", "--strangers.count", "5"]
+    few = ["--clusters.counts", "3", "8", "--strangers.count", "5"]
     assert main([index(images), "--output", str(out), *few, *HERE]) == 0
     rows = rows_of(out / "duplicates")
     group = next(row["group"] for row in rows if row["key"].endswith("red/copy.bmp"))
@@ -163,21 +189,21 @@ def test_an_index_with_labels(index: Any, trained: Path, tmp_path: Path) -> None
         assert f"<h2>{title}" in page
 
 
-def test_an_index_without_labels_suggests_a_threshold(index: Any, tmp_path: Path) -> None:
+def test_an_index_without_labels(index: Any, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "images", 13)
     out = tmp_path / "out"
     assert main([index(images), "--output", str(out), "--clusters.counts", "2", *HERE]) == 0
     assert "class" not in rows_of(out / "clusters")[0]
     assert json.loads((out / "clusters.json").read_text())["clusters"]["2"]["nmi"] is None
     found = json.loads((out / "duplicates.json").read_text())
-    assert found["is_suggested"]
-    assert found["copies_above_threshold"] >= 0.5
+    assert found["groups"] == 0
+    assert "correlation of 0.97" in found["rule"]
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ([], "give one with --duplicates.threshold"),
+        ([], "with --duplicates.threshold, such as 0.95"),
         (["--duplicates.threshold", "0.9"], "give --clusters.counts 2"),
     ],
 )
