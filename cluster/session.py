@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.errors import ClusterError
-from cluster.stopping import sigterm_as_interrupt
+from cluster.stopping import hangups_ignored, signals_as_interrupt
 
 # Ray reads these from the environment only, most of them when it is imported. What the user has set wins.
 _RAY_ENVIRONMENT = {
@@ -53,7 +53,8 @@ def ray_session() -> Iterator[None]:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             # Ray itself would retry forever.
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+        with hangups_ignored():  # a cluster of our own ends with this process, which saves first
+            ray.init(include_dashboard=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         if "AF_UNIX path length" in str(error):
             directory = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
@@ -67,7 +68,7 @@ def ray_session() -> Iterator[None]:
             "run without Ray: --num-workers 0 (evaluation: --num-actors 0)"
         ) from error
     try:
-        with sigterm_as_interrupt():
+        with signals_as_interrupt():
             yield
     finally:
         ray.shutdown()

@@ -41,7 +41,7 @@ class LaunchConfig(Ranged):
     as the cluster and the batch size allow at that point. Errors of the program itself are never retried; a drained
     node does not count."""
     stop_grace_s: Amount = 60.0
-    """Seconds that the workers have to save and stop after Ctrl-C or SIGTERM. 0: they are killed immediately."""
+    """Seconds that the workers have to save and stop after Ctrl-C, SIGTERM or SIGHUP. 0: they are killed at once."""
 
     def __post_init__(self) -> None:
         """Validate the values."""

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -14,7 +14,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMESPACE = "cluster.stopping"
 _ASK_EVERY_S = 1.0
 
@@ -42,10 +42,11 @@ class RunStopped(Exception):  # noqa: N818 - not an error: the stop was requeste
 
 
 class StopSignals:
-    """Ctrl-C (SIGINT) and SIGTERM in the process that launches.
+    """Ctrl-C (SIGINT), SIGTERM and the end of the terminal (SIGHUP) in the process that launches.
 
     While a function runs that can save and return, the first signal asks it to, and the second one raises
     KeyboardInterrupt; so does the end of the time that the function has. At all other times the first one does.
+    Under `nohup` SIGHUP stays ignored.
 
     Args:
         grace_s: Seconds between asking and KeyboardInterrupt. 0: the first signal raises it.
@@ -62,7 +63,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            self._previous = {
+                number: signal.signal(number, self._on_signal)
+                for number in _SIGNALS
+                if not _is_ignored(number)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,21 +108,38 @@ class StopSignals:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """For the block, let SIGTERM raise KeyboardInterrupt. Ray's own handler aborts the process."""
+def signals_as_interrupt() -> Iterator[None]:
+    """For the block, let SIGTERM and SIGHUP raise KeyboardInterrupt; Ray's own handler of SIGTERM aborts."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(interrupt, [number for number in _SIGNALS[1:] if not _is_ignored(number)]):
+        yield
+
+
+@contextmanager
+def hangups_ignored() -> Iterator[None]:
+    """For the block, ignore SIGHUP, which the processes that it starts then do too: who started them ends them."""
+    with _handled(signal.SIG_IGN, [signal.SIGHUP]):
+        yield
+
+
+@contextmanager
+def _handled(handler: Any, numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
         yield
         return
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class StopBoard:

@@ -18,7 +18,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from cluster.errors import ClusterError, SnapshotError, SnapshotWriteError
-from cluster.stopping import RunStopped, sigterm_as_interrupt
+from cluster.stopping import RunStopped, signals_as_interrupt
 from instdisc.common.errors import ConfigError, NonFiniteError
 from pipelines.errors import DataError
 
@@ -173,7 +173,7 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8; so does standard error
     try:
-        with sigterm_as_interrupt():
+        with signals_as_interrupt():
             try:
                 return program(sys.argv[1:] if arguments is None else arguments) or 0
             finally:

@@ -149,13 +149,16 @@ def test_signal_lets_the_workers_save_and_the_next_run_goes_on(
 
 
 @pytest.mark.ray
-def test_ctrl_c_at_a_terminal_reaches_all_processes_and_the_workers_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_reaches_all_processes_and_the_workers_save(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     job = Count(tmp_path)
     with counting_program(job, {"num_workers": 2}, {"RAY_ADDRESS": "local"}) as program:
         job.wait_for_group(0)
-        os.killpg(program.pid, signal.SIGINT)
+        os.killpg(program.pid, number)
         said, _ = program.communicate(timeout=120)
-    assert stopped_at(said, "SIGINT") == job.value
+    assert stopped_at(said, number.name) == job.value
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from cluster import lease
 from cluster.lease import Holder, Lease
-from cluster.stopping import sigterm_as_interrupt
+from cluster.stopping import signals_as_interrupt
 from cluster.storage import Storage
 from instdisc.common.errors import ConfigError
 from instdisc.runs.claim import claim, claim_snapshots
@@ -92,7 +92,7 @@ def test_a_run_that_was_taken_over_ends(run: RunDirectory, monkeypatch: pytest.M
         monkeypatch.setattr(lease, "LAPSE_S", 0.5)
 
     def train_until_taken_over() -> None:
-        with sigterm_as_interrupt(), claim(run):
+        with signals_as_interrupt(), claim(run):
             write_lease_of_another_node(run)
             time.sleep(60)
 
