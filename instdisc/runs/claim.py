@@ -21,6 +21,8 @@ from instdisc.runs.run_directory import RunDirectory
 logger = logging.getLogger(__name__)
 
 _LOCK, _LEASE, _STORE_LEASE = ".lock", ".lease", "LEASE"
+INDEX_LEASE = _STORE_LEASE
+"""The file of an index that says who is writing to it."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What `flock` says on file systems that cannot lock."""
 _UNTIL_KILLED_S = 1.0

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import Annotated, Any, cast
+from collections.abc import AsyncIterator
 
-import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import ClusterError, SnapshotError
 from cluster.metrics import Metrics, exported
 from instdisc.common.metrics import SERVING
-from instdisc.serving import service as serving
-from instdisc.serving.access import COOKIE, Gate, Rates, TooLargeError, read_body
-from instdisc.serving.galleries import explored_place, galleries
-from instdisc.serving.queries import Asked, BadQueryError, read_query
-from instdisc.serving.service import NotAnImageError, Service
-from instdisc.serving.state import Encoded, NoPictureError, State, describe
-from instdisc.serving.together import TooManyWaitError
-from instdisc.settings.evaluation import Readout
+from instdisc.serving.access import Gate, Rates
+from instdisc.serving.changing import CHANGING
+from instdisc.serving.reading import OPEN, READING
+from instdisc.serving.service import Service
 from instdisc.settings.serve import ServeConfig
 
-_PAGE = Path(__file__).with_name("page.html")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
-_PAGE_POLICY = (
-    "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_KEPT_S = 300  # a browser keeps pictures so long
-_MOST_LISTED, _LARGEST_THUMBNAIL = 500, 512
 _LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]", "testserver"]
-
-logger = logging.getLogger(__name__)
-
-Key = Annotated[str, Query(max_length=10_000, description="As the index has it.")]
 
 
 def make_app(config: ServeConfig, digest: bytes | None, number: int) -> FastAPI:
@@ -82,28 +63,39 @@ def make_app(config: ServeConfig, digest: bytes | None, number: int) -> FastAPI:
     app.state.service = Service(config, metrics)
     app.state.gate = Gate(digest, is_open=config.is_local)
     app.state.rates = Rates(config.limits.rate)
-    app.include_router(_open)
-    app.include_router(_reading)
-    app.add_exception_handler(StarletteHTTPException, _told)
+    app.include_router(OPEN)
+    app.include_router(READING)
+    app.include_router(CHANGING)
+    app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _told_what_is_invalid)
     app.add_exception_handler(Exception, _told_nothing)
-    app.middleware("http")(_with_headers)
+    app.add_middleware(_WithHeaders, metrics=metrics)
     if config.is_local:  # else a web page could reach this machine by a name of its own that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL_NAMES, config.host])
     return app
 
 
-async def _with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
-    if response.status_code >= 400:
-        request.app.state.service.metrics.add("serving_refused_total")
-    return response
+class _WithHeaders:
+    """Adds headers to all answers, and counts those that are errors."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if message["status"] >= 400:
+                    self._metrics.add("serving_refused_total")
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
+    assert isinstance(error, HTTPException)
     return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
 
@@ -116,230 +108,3 @@ async def _told_what_is_invalid(request: Request, error: Exception) -> Response:
 async def _told_nothing(request: Request, error: Exception) -> Response:
     """What no one expected is in the log of the server, and nowhere else."""
     return JSONResponse({"error": "the server failed at this request; its log says why"}, 500, _HEADERS)
-
-
-def _service(request: Request) -> Service:
-    return cast(Service, request.app.state.service)
-
-
-def _gate(request: Request) -> Gate:
-    return cast(Gate, request.app.state.gate)
-
-
-def _may_read(request: Request) -> None:
-    gate = _gate(request)
-    if gate.is_open or gate.knows_header(request.headers.get("authorization")):
-        return
-    if gate.knows_cookie(request.cookies.get(COOKIE)):
-        return
-    raise HTTPException(
-        401, "a token is needed: send Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
-    )
-
-
-def _may_ask(request: Request) -> None:
-    address = request.client.host if request.client else ""
-    wait_s = request.app.state.rates.wait_s(address)
-    if wait_s:
-        raise HTTPException(
-            429, "too many requests from this address: wait", {"Retry-After": str(max(1, round(wait_s)))}
-        )
-
-
-_open = APIRouter()
-_reading = APIRouter(dependencies=[Depends(_may_read)])
-
-
-@_open.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> HTMLResponse:
-    """The page; all that it shows it asks for."""
-    return HTMLResponse(
-        _PAGE.read_text(encoding="utf-8"),
-        headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"},
-    )
-
-
-@_open.get("/health")
-async def health() -> dict[str, str]:
-    """Whether this replica answers; needs no token."""
-    return {"status": "ok"}
-
-
-@_open.post("/session", status_code=204)
-async def session(request: Request) -> Response:
-    """Give a browser that sends the token a cookie, with which it may read."""
-    _may_ask(request)
-    gate = _gate(request)
-    if not gate.knows_header(request.headers.get("authorization")):
-        raise HTTPException(401, "this is not the token", {"WWW-Authenticate": "Bearer"})
-    response = Response(status_code=204)
-    secure = request.url.scheme == "https"
-    response.set_cookie(COOKIE, gate.cookie, httponly=True, samesite="strict", secure=secure)
-    return response
-
-
-@_reading.get("/index")
-async def index(request: Request) -> dict[str, Any]:
-    """What is served, and the limits."""
-    service = _service(request)
-    limits = service.config.limits
-    return {
-        **describe(service.state),
-        "limits": {"request_bytes": limits.request_bytes, "pixels": limits.pixels, "k": limits.k},
-    }
-
-
-@_reading.post(
-    "/search",
-    dependencies=[Depends(_may_ask)],
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {"image": {"type": "string", "format": "binary"}},
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {
-                            "vector": {"type": "array", "items": {"type": "number"}},
-                            "key": {"type": "string"},
-                        },
-                    }
-                },
-            },
-        }
-    },
-)
-async def search(
-    request: Request, k: Annotated[int, Query(ge=1)] = 24, readout: Readout = "plain"
-) -> dict[str, Any]:
-    """The exact k nearest images of an image, a vector or a key, whose own image is left out."""
-    service = _service(request)
-    if k > service.config.limits.k:
-        raise HTTPException(400, f"k is {k}, the most are {service.config.limits.k}")
-    state = service.state
-    if readout not in state.tables:
-        raise HTTPException(400, "no whitened rows are held: serve without --no-whitened")
-    try:
-        body = await read_body(
-            request.stream(), service.config.limits.request_bytes, request.headers.get("content-length")
-        )
-        asked = await read_query(body, request.headers, state.index.tables["embeddings"][0][1])
-        return await _search(service, state, asked, k, readout)
-    except TooLargeError:
-        raise HTTPException(
-            413, f"the body is too large, the most are {service.config.limits.request_bytes:,} bytes"
-        ) from None
-    except BadQueryError as error:
-        raise HTTPException(400, str(error)) from error
-    except NotAnImageError as error:
-        raise HTTPException(413 if error.too_large else 400, str(error)) from error
-    except TooManyWaitError as error:
-        raise HTTPException(503, "too many queries wait: try again", {"Retry-After": "1"}) from error
-    except (TimeoutError, ClusterError, OSError) as error:
-        logger.warning("a search failed: %s", error)
-        text = "not all rows of the index can be searched at the moment: try again"
-        raise HTTPException(503, text, {"Retry-After": "5"}) from error
-
-
-async def _search(service: Service, state: State, asked: Asked, k: int, readout: Readout) -> dict[str, Any]:
-    excluded = -1
-    if asked.key is not None:
-        excluded = _row(state, asked.key)
-        vector = await asyncio.to_thread(state.vector, excluded)
-    elif asked.vector is not None:
-        vector = asked.vector
-    else:
-        assert asked.image is not None
-        vector = await service.embed(asked.image)
-    found = await service.search(serving.Query(state, readout, vector, k, excluded))
-    rows = found.rows.tolist()
-    there = await asyncio.to_thread(lambda: [state.is_where_it_was(row) for row in rows])
-    answer: dict[str, Any] = {
-        "generation": state.index.generation,
-        "readout": readout,
-        "neighbors": [
-            {"key": state.key(row), "label": state.label(row), "similarity": round(similarity, 6)}
-            for row, similarity in zip(rows, found.scores.astype(np.float64).tolist(), strict=True)
-        ],
-    }
-    if not all(there):
-        gone = [state.key(row) for row, is_there in zip(rows, there, strict=True) if not is_there]
-        answer["moved"] = gone
-        answer["note"] = (
-            f"{len(gone)} of these images are not where they were: whoever runs the server can say where they are "
-            "now with python -m instdisc.embed --output INDEX --data.root PLACE"
-        )
-    return answer
-
-
-def _row(state: State, key: str) -> int:
-    row = state.row_of(key)
-    if row is None:
-        raise HTTPException(404, "the index has no image of that key")
-    return row
-
-
-@_reading.get("/images")
-async def images(
-    request: Request,
-    text: Annotated[str, Query(max_length=1000, description="Part of a key or label, in any case.")] = "",
-    label: Annotated[str | None, Query(max_length=1000, description="A class, exactly.")] = None,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=0, le=_MOST_LISTED)] = 60,
-) -> dict[str, Any]:
-    """Images of the index in its order, by a part of key or label."""
-    state = _service(request).state
-    rows = await asyncio.to_thread(state.filtered, text, label)
-    return {
-        "total": len(rows),
-        "images": [
-            {"key": state.key(row), "label": state.label(row)}
-            for row in rows[offset : offset + limit].tolist()
-        ],
-    }
-
-
-@_reading.get("/image", response_class=Response)
-async def image(request: Request, key: Key) -> Response:
-    """The whole image of a key."""
-    state = _service(request).state
-    row = _row(state, key)
-    return await _picture(request, lambda: state.image(row))
-
-
-@_reading.get("/thumbnail", response_class=Response)
-async def thumbnail(
-    request: Request, key: Key, side: Annotated[int, Query(ge=16, le=_LARGEST_THUMBNAIL)] = 192
-) -> Response:
-    """A small picture of the image of a key."""
-    state = _service(request).state
-    row = _row(state, key)
-    return await _picture(request, lambda: state.thumbnail(row, side))
-
-
-async def _picture(request: Request, make: Callable[[], Encoded]) -> Response:
-    loop = asyncio.get_running_loop()
-    try:
-        made = await loop.run_in_executor(_service(request).pictures, make)
-    except NoPictureError as error:
-        raise HTTPException(410, str(error)) from error
-    return Response(made.data, media_type=made.kind, headers={"Cache-Control": f"private, max-age={_KEPT_S}"})
-
-
-@_reading.get("/galleries")
-async def found_galleries(request: Request) -> dict[str, Any]:
-    """What instdisc.explore found in this state of the index."""
-    service = _service(request)
-    place = explored_place(service.state.index, service.config.explored)
-    try:
-        return await asyncio.to_thread(galleries, service.state, place)
-    except (SnapshotError, KeyError, TypeError) as error:
-        logger.warning("what was found in the index cannot be read: %r", error)
-        raise HTTPException(503, "what was found in the index cannot be read") from error

@@ -55,7 +55,11 @@ def _check(config: ServeConfig) -> None:
 def _absolute(config: ServeConfig) -> ServeConfig:
     """With paths that mean the same in other processes."""
     place = config.index if "://" in config.index else str(Path(config.index).expanduser().absolute())
-    return dataclasses.replace(config, index=place)
+    added = [
+        str(Path(each).expanduser().absolute()) if Path(each).expanduser().exists() else each
+        for each in config.add_from
+    ]
+    return dataclasses.replace(config, index=place, add_from=tuple(added))
 
 
 def _deployment(config: ServeConfig) -> Deployment:

@@ -23,6 +23,7 @@ from instdisc.evaluation.images import compute_device
 from instdisc.evaluation.source import Source, WhitenedRows
 from instdisc.index.images import EMBEDDINGS
 from instdisc.index.model import model_of
+from instdisc.serving.changes import Changes
 from instdisc.serving.state import State, read_keys
 from instdisc.serving.together import Together
 from instdisc.settings.evaluation import Readout
@@ -94,6 +95,7 @@ class Service:
 
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self.config, self.metrics = config, metrics
+        self.changes = Changes(config)
         limit = config.limits.waiting
         self._search = Together(self._search_all, most=_MOST_QUERIES, waiting=limit)
         self._embed = Together(self._embed_all, most=_MOST_IMAGES, waiting=limit)

@@ -51,6 +51,9 @@ class ServeConfig(Ranged):
     """Processes that answer, each with all rows or with actors of its own."""
     whitened: bool = True
     """Hold the whitened rows too, for queries with the read-out `whitened`; without them half the memory."""
+    add_from: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGES [IMAGES ...]")] = ()
+    """Where new images appear, in any form that --data.path of instdisc.embed takes: POST /images/add, which needs the
+    token, embeds what the index lacks of them. Nothing else is ever added."""
     explored: Path | None = None
     """Where instdisc.explore wrote what it found, for the galleries; by default where it writes for this index."""
     actors: Annotated[ActorsConfig, tyro.conf.arg(name="")] = field(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import shutil
 import struct
 import time
 import zlib
@@ -23,8 +25,10 @@ from cluster import lease
 from cluster.collection import open_collection
 from instdisc.embed import main as embed
 from instdisc.index.readout import read_whitening
+from instdisc.runs.claim import claim_index
 from instdisc.serving.access import Rates
 from instdisc.serving.together import Together, TooManyWaitError
+from tests.instdisc.program import solid
 from tests.instdisc.serving.conftest import BEARER, HERE
 
 Client = Callable[..., TestClient]
@@ -314,3 +318,33 @@ def test_galleries(client: Client, served_index: Path, tmp_path: Path) -> None:
     assert [each["key"] for each in found["duplicates"][0]["others"]] == [keys[2]]
     assert found["clusters"][0]["clusters"][0]["central"][0]["similarity"] == 0.5
     assert "earlier state" in found["missing"]["strangers"]
+
+
+def test_images_are_added_and_removed(client: Client, served_index: Path, tmp_path: Path) -> None:
+    """By the programs themselves, in processes of their own; what an image becomes can be searched at once."""
+    index, images = Path(shutil.copytree(served_index, tmp_path / "index")), tmp_path / "new"
+    api = client(index=str(index), add_from=(str(images),))
+    solid(images, {"red": (200, 30, 30), "yellow": (220, 220, 40)}, 1)
+    for path, body in (("/images/add", None), ("/images/remove", {"keys": [RED]})):
+        for wrong in ({}, {"Authorization": "Bearer x"}, {"Cookie": "instdisc=x"}):
+            assert api.post(path, json=body, headers=wrong).status_code == 401
+        assert client(token=None).post(path, json=body, headers=BEARER).status_code == 403
+    added = api.post("/images/add", headers=BEARER)
+    assert added.json() == {"added": 1, "generation": 3, "rows": 33}, added.text  # one is there already
+    found = api.post("/search?k=1", content=(images / "yellow" / "0.png").read_bytes()).json()
+    assert found["neighbors"][0]["key"] == "yellow/0.png"
+    removed = api.post("/images/remove", json={"keys": [RED, "red/99.png", "blue/*"]}, headers=BEARER)
+    assert removed.json() == {"removed": 11, "unknown": ["red/99.png"], "generation": 4, "rows": 22}
+    assert api.get("/image", params={"key": RED}).status_code == 404
+    with claim_index(str(index)):
+        busy = api.post("/images/remove", json={"keys": ["red/1.png"]}, headers=BEARER)
+    assert busy.status_code == 409
+    assert f"process {os.getpid()} of" in busy.json()["error"]
+    assert str(tmp_path) not in busy.text
+
+
+def test_changes_that_are_refused(client: Client) -> None:
+    api = client()
+    assert "--add-from" in api.post("/images/add", headers=BEARER).json()["error"]
+    for body in (b"", b"[]", b'{"keys": "red"}', b'{"keys": [1]}', b'{"keys": ["a\\nb"]}'):
+        assert api.post("/images/remove", content=body, headers=BEARER).status_code == 400
