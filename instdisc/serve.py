@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from instdisc.common import command
 from instdisc.settings.serve import ServeConfig
@@ -33,6 +34,20 @@ def parse(arguments: Sequence[str]) -> ServeConfig:
         program="instdisc.serve",
         description="Serve a page and an API that search an index.",
     )
+
+
+def application(args: dict[str, Any]) -> Any:
+    """The same for a manifest: what Ray Serve deploys as `import_path: instdisc.serve:application`.
+
+    Args:
+        args: `options`, a list: the command line. The port and the replicas' processors are Serve's to say.
+
+    Raises:
+        ConfigError: An option is wrong, or there is no token where one is needed.
+    """
+    from instdisc.serving.deployment import deployed
+
+    return deployed(parse([str(option) for option in args["options"]]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from cluster.serving import Deployment, check_port, is_taken, run_until_interrupted
+from cluster.serving import Deployment, application, check_port, is_taken, run_until_interrupted
 from instdisc.common.errors import ConfigError
 from instdisc.serving.access import read_token
 from instdisc.serving.service import open_source
@@ -42,6 +42,17 @@ def serve(config: ServeConfig) -> None:
 
     run_until_interrupted(functools.partial(_make, config, digest), _deployment(config), tell)
     print("stopped")
+
+
+def deployed(config: ServeConfig) -> Any:
+    """The application for Ray Serve; nothing is opened before a replica starts.
+
+    Raises:
+        ConfigError: There is no token where one is needed.
+    """
+    digest = read_token(config)
+    config = _absolute(config)
+    return application(functools.partial(_make, config, digest), _deployment(config))
 
 
 def _check(config: ServeConfig) -> None:

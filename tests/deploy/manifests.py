@@ -25,6 +25,7 @@ COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 
 _CRDS = CHECKOUT.parent / "shared" / "crds"
 _CRD_FILES = {
+    "RayCluster": "ray.io_rayclusters.yaml",
     "RayJob": "ray.io_rayjobs.yaml",
     "PodMonitor": "monitoring.coreos.com_podmonitors.yaml",
     "PrometheusRule": "monitoring.coreos.com_prometheusrules.yaml",

@@ -12,17 +12,19 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from instdisc import evaluate
+from instdisc import evaluate, serve
 from instdisc.train import parse
 from tests.deploy.manifests import (
     COMPONENTS,
     DEPLOY,
+    KUBERNETES,
     OVERLAYS,
     Object,
     build,
     evaluation,
     find,
     kuberay_errors,
+    kustomize,
     restricted_errors,
     validate,
     with_everything,
@@ -330,3 +332,63 @@ def test_kueue_queues_the_job_and_alone_suspends_it(overlay: str) -> None:
 def test_credentials_reach_every_pod(overlay: str) -> None:
     for template in templates(find(overlay, "RayJob", "instdisc-train")):
         assert template["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "instdisc-s3"}}]
+
+
+@pytest.fixture(scope="module")
+def serving() -> dict[str, Object]:
+    """The objects that serve an index, by kind."""
+    return {each["kind"]: each for each in kustomize(KUBERNETES / "serving/overlays/kind-cpu")}
+
+
+def test_what_serves_is_valid(serving: dict[str, Object]) -> None:
+    """A RayService holds a RayCluster and a text, of which each has a schema of its own."""
+    assert set(serving) == {"RayService", "NetworkPolicy"}
+    validate(serving["NetworkPolicy"])
+    service = serving["RayService"]
+    assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    cluster = {"apiVersion": service["apiVersion"], "kind": "RayCluster", "metadata": {"name": "x"}}
+    validate({**cluster, "spec": service["spec"]["rayClusterConfig"]})
+    with pytest.raises(jsonschema.ValidationError, match="unknown"):
+        validate({**cluster, "spec": {**service["spec"]["rayClusterConfig"], "unknown": 1}})
+    selected = serving["NetworkPolicy"]["spec"]["podSelector"]["matchExpressions"][0]["values"]
+    for template, component in zip(serving_templates(service), selected, strict=True):
+        assert not list(restricted_errors(template))
+        assert template["metadata"]["labels"]["app.kubernetes.io/component"] == component
+        assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "instdisc"
+        (container,) = template["spec"]["containers"]
+        assert container["image"] == "instdisc:0.1.0-cpu"
+        environment = {each["name"]: each for each in container["env"]}
+        assert environment["INSTDISC_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "instdisc-token"
+        (claim,) = [each for each in template["spec"]["volumes"] if "persistentVolumeClaim" in each]
+        assert claim["persistentVolumeClaim"]["claimName"] == "instdisc"
+
+
+def serving_templates(service: Object) -> list[Object]:
+    cluster = service["spec"]["rayClusterConfig"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray itself
+def test_what_is_served_is_understood_and_needs_the_token(
+    serving: dict[str, Object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve import Application
+    from ray.serve.schema import ServeDeploySchema
+
+    text = yaml.safe_load(serving["RayService"]["spec"]["serveConfigV2"])
+    config = ServeDeploySchema(**text)
+    (application,) = config.applications
+    assert application.import_path == "instdisc.serve:application"
+    monkeypatch.delenv("INSTDISC_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="need a token"):
+        serve.application(application.args)
+    monkeypatch.setenv("INSTDISC_TOKEN", "a token for tests, not for use")
+    assert isinstance(serve.application(application.args), Application)
+    ports = {
+        port["name"]: port["containerPort"]
+        for template in serving_templates(serving["RayService"])
+        for port in template["spec"]["containers"][0]["ports"]
+    }
+    assert ports["serve"] == config.http_options.port == 8000
+    assert ports["metrics-0"] == serve.parse(application.args["options"]).metrics.port
