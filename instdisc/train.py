@@ -49,7 +49,8 @@ def _train(arguments: Sequence[str]) -> None:
     recipe, config = parse(arguments)
     # Imported here, like whatever else takes seconds to import: help and errors of settings need none of it.
     from instdisc.runs.run_directory import RunDirectory
-    from instdisc.training.start import open_all_images, report, train
+    from instdisc.training.report import report
+    from instdisc.training.start import open_all_images, train
 
     run, images = RunDirectory(run_directory(recipe, config)), None
     if isinstance(config, AutoConfig):

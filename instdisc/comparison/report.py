@@ -18,6 +18,7 @@ FIGURES = {
     "knn_top1_readout": "kNN top-1, read out",
     "knn_top1": "kNN top-1, plain",
     "knn_top1_whitened": "kNN top-1, whitened",
+    "knn_top1_features": "kNN top-1, features",
     "knn_top1_bank": "kNN top-1, bank",
     "instance_recall_1": "instance recall",
     "loss": "loss",

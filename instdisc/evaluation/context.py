@@ -26,6 +26,7 @@ from instdisc.evaluation.queries import LabeledQueries, leave_one_out, open_labe
 from instdisc.evaluation.reference import Reference
 from instdisc.evaluation.source import ArrayRows, Source, WhitenedRows
 from instdisc.model import whitening
+from instdisc.model.features import mirrored_features
 from instdisc.model.voters import Voters, choose_voters
 from instdisc.model.whitening import Whitening
 from instdisc.settings.evaluation import EvaluationConfig, Readout
@@ -137,7 +138,7 @@ class Evaluation:
         return self.config.reference.path is not None or self.source.has_labels
 
     @property
-    def _recomputes(self) -> bool:
+    def recomputes(self) -> bool:
         """Whether the network embeds what the queries are compared with."""
         return self.config.recompute or self.config.reference.path is not None
 
@@ -147,7 +148,7 @@ class Evaluation:
         voters = choose_voters(
             self.reference.labels,
             leave_one_out=self.queries.kind == "leave-one-out",
-            max_rows=self.config.max_rows if self._recomputes else 0,
+            max_rows=self.config.max_rows if self.recomputes else 0,
         )
         labeled = int((self.reference.labels >= 0).sum())
         logger.info(
@@ -170,7 +171,7 @@ class Evaluation:
     @property
     def can_whiten(self) -> bool:
         """Whether the rows that are compared with are embeddings of one network, which whitening is for."""
-        return self._recomputes or self.source.index is not None
+        return self.recomputes or self.source.index is not None
 
     def neighbors(
         self, k: int, readout: Readout = "plain"
@@ -192,7 +193,13 @@ class Evaluation:
         searched = voters.searched(k)
         if readout not in self._voters_found or self._voters_found[readout][0].shape[1] < searched:
             rows, embeddings = self._voting_rows, queries.embeddings
-            if readout == "whitened" and self._recomputes:
+            if readout == "features":
+                assert queries.manifest is not None  # vectors alone have none
+                rows, embeddings = _whitened(
+                    self.compute(self.reference.images, mirrored_features, voters.rows),
+                    self.compute(queries.manifest, mirrored_features, queries.rows),
+                )
+            elif readout == "whitened" and self.recomputes:
                 rows, embeddings = _whitened(self._recomputed.rows, embeddings)
             elif readout == "whitened":
                 rows, embeddings = _whitened_by(self._whitening, rows, embeddings)
@@ -213,12 +220,16 @@ class Evaluation:
 
     @property
     def _voting_rows(self) -> RowSource:
-        return self._recomputed if self._recomputes else self.source.rows(self.voters.rows)
+        return self._recomputed if self.recomputes else self.source.rows(self.voters.rows)
 
     @cached_property
     def _recomputed(self) -> ArrayRows:
         """The voters as the network embeds them; NaN for one that cannot be decoded."""
         return ArrayRows(self.compute(self.reference.images, rows=self.voters.rows))
+
+    @cached_property
+    def _all_features(self) -> npt.NDArray[np.float32]:
+        return self.compute(self.source.train, mirrored_features)
 
     @cached_property
     def _all_recomputed(self) -> npt.NDArray[np.float32]:
@@ -271,9 +282,10 @@ class Evaluation:
         """The exact k nearest rows of the bank, labeled or not.
 
         Args:
-            queries: float32 (Q, D).
+            queries: float32 (Q, D), or for the read-out `features` what `mirrored_features` makes of them.
             k: Neighbors per query.
-            readout: `whitened` embeds all training images first, since the stored rows are of many steps.
+            readout: `whitened` embeds all training images first, since the stored rows are of many steps; `features`
+                computes those of all.
             among: int64 (M,), ascending, the rows to compare with; all by default.
 
         Returns:
@@ -289,7 +301,10 @@ class Evaluation:
         bank: RowSource = TableRows(self.source.snapshot, "embeddings")
         if among is not None:
             bank = self.source.rows(among)
-        if readout == "whitened" and self.source.index is not None:
+        if readout == "features":
+            whitened, queries = _whitened(self._all_features, queries)
+            bank = whitened if among is None else ArrayRows(whitened.rows[among])
+        elif readout == "whitened" and self.source.index is not None:
             bank, queries = _whitened_by(self._whitening, bank, queries)
         elif readout == "whitened":
             whitened, queries = _whitened(self._all_recomputed, queries)

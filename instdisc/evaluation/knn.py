@@ -28,6 +28,9 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
     whitened = None
     if evaluation.can_whiten:
         whitened = knn_accuracy(evaluation, k, config.temperature, "whitened")
+    features = None
+    if evaluation.recomputes and queries.manifest is not None:
+        features = knn_accuracy(evaluation, k, config.temperature, "features")
     accuracies = {1: knn_accuracy(evaluation, 1, config.temperature), k: found}
     if found.without_neighbor:
         logger.warning("%d queries have no labeled neighbor: they count as wrong", found.without_neighbor)
@@ -35,7 +38,7 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         evaluation_knn_top1_ratio=found.top1, evaluation_knn_top5_ratio=found.top5, evaluation_knn_k=k
     )
     return {
-        "summary": _figures(accuracies, whitened),
+        "summary": _figures(accuracies, {"whitened": whitened, "features": features}),
         "queries": len(queries),
         "query_kind": queries.kind,
         "rows": len(voters),
@@ -44,12 +47,9 @@ def run(evaluation: Evaluation, config: KnnConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "unknown_classes": queries.unknown,
         "without_neighbor": found.without_neighbor,
-        "accuracies": {
-            f"k{each}": {"top1": value.top1, "top5": value.top5, "balanced": value.balanced}
-            for each, value in accuracies.items()
-        },
-        "whitened": whitened
-        and {"top1": whitened.top1, "top5": whitened.top5, "balanced": whitened.balanced},
+        "accuracies": {f"k{each}": _as_json(value) for each, value in accuracies.items()},
+        "whitened": whitened and _as_json(whitened),
+        "features": features and _as_json(features),
     }
 
 
@@ -72,13 +72,18 @@ def knn_accuracy(evaluation: Evaluation, k: int, temperature: float, readout: Re
     return accuracy
 
 
-def _figures(accuracies: dict[int, Accuracy], whitened: Accuracy | None) -> dict[str, float]:
+def _as_json(accuracy: Accuracy) -> dict[str, float]:
+    return {"top1": accuracy.top1, "top5": accuracy.top5, "balanced": accuracy.balanced}
+
+
+def _figures(accuracies: dict[int, Accuracy], readouts: dict[str, Accuracy | None]) -> dict[str, float]:
     figures = {}
     for k, each in accuracies.items():
         figures[f"kNN k={k}, top-1"] = each.top1
         figures[f"kNN k={k}, top-1 balanced over classes"] = each.balanced
         if k > 1:
             figures[f"kNN k={k}, top-5"] = each.top5
-    if whitened is not None:
-        figures[f"kNN k={whitened.k}, top-1 whitened"] = whitened.top1
+    for name, accuracy in readouts.items():
+        if accuracy is not None:
+            figures[f"kNN k={accuracy.k}, top-1 {name}"] = accuracy.top1
     return figures

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from instdisc.common.classes import class_balanced_rows
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.features import stage_features, stage_names
 from instdisc.evaluation.images import ImageRows, compute_device, embed
+from instdisc.model.features import stage_features, stage_names
 from instdisc.settings.evaluation import LinearConfig
 
 if TYPE_CHECKING:

@@ -307,12 +307,12 @@ def training_table(summary: Mapping[str, Any]) -> list[Table]:
         return []
     names = {"_raw_pixels": "raw pixels", "_untrained": "untrained network", "": "trained"}
     rows = [
-        (name, _percent(summary[f"knn_top1{end}"]), _percent(summary[f"knn_top1{end}_whitened"]))
+        (name, *(_percent(summary.get(f"knn_top1{end}{read}")) for read in ("", "_whitened", "_features")))
         for end, name in names.items()
         if summary.get(f"knn_top1{end}_whitened") is not None
     ]
-    note = f"k = {summary['knn_k']}; by the training images alone the {summary['readout']} embeddings are the better."
-    return [Table("kNN top-1 at the end of training", ("", "plain", "whitened"), rows, note)]
+    note = f"k = {summary['knn_k']}; the training images alone choose to read out: {summary['readout']}."
+    return [Table("kNN top-1 at the end of training", ("", "plain", "whitened", "features"), rows, note)]
 
 
 def _linear_table(linear: Mapping[str, Any]) -> Table:
@@ -368,8 +368,8 @@ def _clusters_table(found: Mapping[str, Any]) -> Table:
     return Table("Clusters", columns, rows, "Spherical k-means; the similarity is that to the center.")
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}%"
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def _read_results(evaluation: Evaluation) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from instdisc.evaluation.context import Evaluation
 from instdisc.evaluation.gallery import GONE, Thumbnails
 from instdisc.evaluation.images import check_decoded, embed, open_images
 from instdisc.evaluation.source import Source
+from instdisc.model.features import mirrored_features
 from instdisc.model.voters import choose_voters
 from instdisc.model.votes import weighted_votes
 from instdisc.settings.evaluation import EvaluationConfig, KnnConfig, Readout, SearchConfig
@@ -53,7 +54,8 @@ def search(config: SearchConfig) -> str:
     manifest = open_images(config.images, upright=evaluation.source.turns_images)
     with evaluation:
         # Here, not in the actors: their nodes may not see the images.
-        embeddings = evaluation.image_rows(manifest, embed).read(0, len(manifest))
+        function = mirrored_features if config.readout == "features" else embed
+        embeddings = evaluation.image_rows(manifest, function).read(0, len(manifest))
         check_decoded(embeddings, manifest)
         scores, rows = evaluation.search(embeddings, config.k, config.readout)
         once = np.unique(rows)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from instdisc.evaluation.features import stage_means
 from instdisc.evaluation.image_tables import image_columns, write_table
 from instdisc.model.backbone import Embedder
+from instdisc.model.features import stage_means
 from instdisc.model.label_free import sampled
 from instdisc.settings.evaluation import StrangersConfig
 

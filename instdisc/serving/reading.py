@@ -21,7 +21,7 @@ from instdisc.serving.queries import Asked, BadQueryError, read_query
 from instdisc.serving.service import NotAnImageError, Service
 from instdisc.serving.state import Encoded, NoPictureError, State, describe
 from instdisc.serving.together import TooManyWaitError
-from instdisc.settings.evaluation import Readout
+from instdisc.settings.evaluation import StoredReadout
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_POLICY = (
@@ -108,7 +108,7 @@ async def index(request: Request) -> dict[str, Any]:
     },
 )
 async def search(
-    request: Request, k: Annotated[int, Query(ge=1)] = 24, readout: Readout = "plain"
+    request: Request, k: Annotated[int, Query(ge=1)] = 24, readout: StoredReadout = "plain"
 ) -> dict[str, Any]:
     """The exact k nearest images of an image, a vector or a key, whose own image is left out."""
     service = service_of(request)
@@ -139,7 +139,9 @@ async def search(
         raise HTTPException(503, text, {"Retry-After": "5"}) from error
 
 
-async def _search(service: Service, state: State, asked: Asked, k: int, readout: Readout) -> dict[str, Any]:
+async def _search(
+    service: Service, state: State, asked: Asked, k: int, readout: StoredReadout
+) -> dict[str, Any]:
     excluded = -1
     if asked.key is not None:
         excluded = _row(state, asked.key)

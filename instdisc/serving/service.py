@@ -26,7 +26,7 @@ from instdisc.index.model import model_of
 from instdisc.serving.changes import Changes
 from instdisc.serving.state import State, read_keys
 from instdisc.serving.together import Together
-from instdisc.settings.evaluation import Readout
+from instdisc.settings.evaluation import StoredReadout
 from instdisc.settings.serve import ServeConfig
 from pipelines.decode import CorruptImage, decode_rgb
 from pipelines.headers import MAX_PIXELS, HeaderError, image_size
@@ -45,7 +45,7 @@ class Query(NamedTuple):
     """A vector that is searched for."""
 
     state: State
-    readout: Readout
+    readout: StoredReadout
     vector: Floats
     k: int
     excluded: int
@@ -178,7 +178,7 @@ class Service:
     def _load(self, source: Source) -> State:
         assert source.index is not None
         rows = TableRows(source.index, EMBEDDINGS)
-        tables: dict[Readout, SearchedTable] = {"plain": self._top_k.load(rows)}
+        tables: dict[StoredReadout, SearchedTable] = {"plain": self._top_k.load(rows)}
         if self.config.whitened and source.whitening is not None:
             tables["whitened"] = self._top_k.load(WhitenedRows(rows, source.whitening))
         return State(source, tables, read_keys(source.index))

@@ -19,7 +19,7 @@ from cluster.live_topk import SearchedTable
 from instdisc.evaluation.gallery import GONE, Thumbnails
 from instdisc.evaluation.source import Source
 from instdisc.index.images import EMBEDDINGS, KEYS
-from instdisc.settings.evaluation import Readout
+from instdisc.settings.evaluation import StoredReadout
 from pipelines.decode import CorruptImage
 from pipelines.errors import DataError
 from pipelines.headers import HeaderError, image_size
@@ -59,7 +59,7 @@ class State:
     """
 
     source: Source
-    tables: dict[Readout, SearchedTable]
+    tables: dict[StoredReadout, SearchedTable]
     keys: pa.LargeStringArray
 
     def __post_init__(self) -> None:

@@ -13,8 +13,11 @@ from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.settings.optimizer import OptimizerConfig
 from pipelines.settings import LoaderConfig
 
-Readout = Literal["plain", "whitened"]
+StoredReadout = Literal["plain", "whitened"]
 """How embeddings are compared: as they are, or whitened by the mean and covariance of the training images."""
+
+Readout = Literal["plain", "whitened", "features"]
+"""Embeddings, plain or whitened, or the features of the last stage, whitened."""
 
 EXPLORED = ("duplicates", "strangers", "clusters")
 """The protocols that tell what is in a collection; `instdisc.explore` runs them and the page."""
@@ -272,7 +275,8 @@ class SearchConfig(Ranged):
     """Nearest rows for each image."""
     readout: Readout = "plain"
     """`whitened` compares in a space whose directions all count alike; for that all training images are embedded again,
-    unless there is an index. `readout` in the run's summary.json names the better one."""
+    unless there is an index. `features` compares what the last stage sees, computed for all images. `readout` in the
+    run's summary.json names the best one."""
     output: Path = Path("search.png")
     """The drawing: a line for each image, with its nearest rows to the right."""
     num_actors: Annotated[int, Range(at_least=0)] = 0

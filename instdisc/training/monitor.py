@@ -31,6 +31,8 @@ _COARSE_SIDE = 16
 _MOST_CHOOSING = 1000  # training images by which the read-out is chosen
 RAW_PIXELS = "raw_pixels"
 """Name of the baseline."""
+FEATURES = "features"
+"""Name of the read-out by the last stage."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,7 @@ class Measured(NamedTuple):
     accuracies: dict[str, Accuracy | None]
     """By name; None if no query could be decoded."""
     readout: str | None
-    """`plain` or `whitened`: which is better for the first function, by the training images alone; None if there is no
-    bank."""
+    """`plain`, `whitened` or `features`: which is better, by the training images alone; None if there is no bank."""
 
 
 class KnnMonitor:
@@ -135,7 +136,8 @@ class KnnMonitor:
         Args:
             functions: By name; each maps images (B, 3, H, W) to unit vectors.
             bank_as: If given, the queries embedded by the first function are classified by the bank as well, the result
-                bears this name, and the read-out of the function is chosen.
+                bears this name, and a read-out is chosen: the first function plain or whitened or, if it is among
+                them, the function `features` whitened.
 
         Raises:
             MeasurementStopped: The group was asked to stop.
@@ -182,22 +184,26 @@ class KnnMonitor:
         if bank_as is None:
             return Measured(accuracies, None)
         trained = next(iter(functions))
-        return Measured(accuracies, self._better(compared[trained][2], compared[f"{trained}_whitened"][2]))
+        readouts = {"plain": trained, "whitened": f"{trained}_whitened", FEATURES: f"{FEATURES}_whitened"}
+        return Measured(
+            accuracies,
+            self._best({name: compared[of][2] for name, of in readouts.items() if of in compared}),
+        )
 
-    def _better(self, plain: tuple[Tensor, Tensor], whitened: tuple[Tensor, Tensor]) -> str:
-        """The read-out by which training images, some of them left out in turn, are classified better.
+    def _best(self, tables: dict[str, tuple[Tensor, Tensor]]) -> str:
+        """The read-out by which training images, some of them left out in turn, are classified best.
 
         Neither labels nor images of a test set take part.
         """
         trainer, voters = self._trainer, self._choosing_voters
-        accuracies = []
-        for table, places in (plain, whitened):
+        accuracies = {}
+        for name, (table, places) in tables.items():
             asking = torch.isin(places, torch.from_numpy(voters.spread(_MOST_CHOOSING)).to(places.device))
             own = places[asking]
             queries = Queries(table[asking], voters.labels_of(own), own, len(voters.sizes))
             found = knn_accuracy(trainer.exchange, trainer.config.knn, voters, queries, (table, places))
-            accuracies.append(0.0 if found is None else found.top1)
-        return "whitened" if accuracies[1] > accuracies[0] else "plain"
+            accuracies[name] = 0.0 if found is None else found.top1
+        return max(accuracies, key=accuracies.__getitem__)  # the first of equal ones
 
     def _own(self, voters: Voters) -> tuple[int, npt.NDArray[np.int64]]:
         """Position of the first voter whose row this rank owns, and the rows of all of these."""

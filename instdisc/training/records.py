@@ -210,7 +210,8 @@ class Records:
         recomputed, bank = accuracies.get("recomputed"), accuracies.get("bank")
         whitened = accuracies.get("recomputed_whitened")
         readout = None if measured is None else measured.readout
-        read = whitened if readout == "whitened" else recomputed
+        features = accuracies.get("features_whitened")
+        read = {"whitened": whitened, "features": features}.get(readout or "", recomputed)
         return {
             "knn_top1": recomputed and recomputed.top1,
             "knn_top1_bank": bank and bank.top1,
@@ -219,6 +220,8 @@ class Records:
             "knn_top1_whitened": whitened and whitened.top1,
             "knn_top1_raw_pixels_whitened": baselines.get("raw_pixels_whitened"),
             "knn_top1_untrained_whitened": baselines.get("untrained_whitened"),
+            "knn_top1_features": features and features.top1,
+            "knn_top1_untrained_features": baselines.get("untrained_features_whitened"),
             "readout": readout,
             "knn_top1_readout": read and read.top1,
             "knn_balanced": recomputed and recomputed.balanced,

@@ -21,6 +21,7 @@ from instdisc.common.errors import ConfigError, NonFiniteError
 from instdisc.common.seeding import derive_seed
 from instdisc.model.backbone import Embedder, build_embedder
 from instdisc.model.bank import Bank, random_unit_rows
+from instdisc.model.features import mirrored_features
 from instdisc.objectives.base import build_objective
 from instdisc.objectives.loss import loss_and_gradient
 from instdisc.settings.run import RunConfig
@@ -246,6 +247,12 @@ class Trainer:
         self.embedder.eval()
         embeddings: Tensor = self.embedder(images_BCHW.to(self.worker.device))
         return embeddings
+
+    @torch.no_grad()
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """What `mirrored_features` returns, float32 (B, F), of images as for `embed`."""
+        self.embedder.eval()
+        return mirrored_features(self.embedder, images_BCHW.to(self.worker.device))
 
     def _bytes_beside_bank(self) -> int:
         """What else a GPU has to hold; see `network_bytes`."""

@@ -24,7 +24,7 @@ from instdisc.runs.run_directory import RunDirectory
 from instdisc.settings.run import RunConfig
 from instdisc.training.clock import Clock
 from instdisc.training.label_free import START, TRAINED, LabelFreeMonitor
-from instdisc.training.monitor import RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped
+from instdisc.training.monitor import FEATURES, RAW_PIXELS, KnnMonitor, Measured, MeasurementStopped
 from instdisc.training.optim import learning_rate
 from instdisc.training.records import Records
 from instdisc.training.saving import RunSnapshots, TrainingProgress
@@ -244,7 +244,11 @@ class TrainingRun:
         if self.config.knn.baselines and self.monitor.possible and not resumed:
             self.records.say("measuring the baselines: raw pixels and the untrained network")
             values = self.monitor.measure(
-                {RAW_PIXELS: raw_pixels, "untrained": self.trainer.embed}
+                {
+                    RAW_PIXELS: raw_pixels,
+                    "untrained": self.trainer.embed,
+                    "untrained_features": self.trainer.features,
+                }
             ).accuracies
             self.records.baselines(values)
         self._measure_if_due()  # where the run stopped between a snapshot and the measurement that follows it
@@ -380,7 +384,10 @@ class TrainingRun:
             self.records.label_free(epoch, numbers, self.label_free.neighbors_changed)
             if not self.monitor.possible:
                 return None
-            measured = self.monitor.measure({"recomputed": self.trainer.embed}, bank_as="bank")
+            functions = {"recomputed": self.trainer.embed}
+            if epoch == self.config.training.epochs:
+                functions[FEATURES] = self.trainer.features
+            measured = self.monitor.measure(functions, bank_as="bank")
         self.records.measurement(epoch, measured)
         return measured
 

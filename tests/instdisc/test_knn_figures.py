@@ -53,13 +53,18 @@ def test_evaluation_prints_what_training_measured(
         assert found["balanced"] == summary[f"knn_balanced{end}"]
         assert (found["k"], found["rows"]) == (summary[f"knn_k{end}"], summary["knn_rows"])
         assert found["queries"] == summary["knn_queries"]
-    assert found["whitened"]["top1"] == pytest.approx(
-        summary["knn_top1_whitened"], abs=1.5 / found["queries"]
-    )
-    chosen = {"plain": "knn_top1", "whitened": "knn_top1_whitened"}[summary["readout"]]
+    for name in ("whitened", "features"):
+        assert found[name]["top1"] == pytest.approx(summary[f"knn_top1_{name}"], abs=1.5 / found["queries"])
+    chosen = "knn_top1" + ("" if summary["readout"] == "plain" else f"_{summary['readout']}")
     assert summary["knn_top1_readout"] == summary[chosen]
-    assert f"the training images alone choose the {summary['readout']} embeddings" in said
-    for name in ("raw pixels, whitened", "untrained network, whitened", "trained, whitened"):
+    assert f"the training images alone choose to read out: {summary['readout']}" in said
+    assert summary["knn_top1_untrained_features"] is not None
+    for name in (
+        "raw pixels, whitened",
+        "untrained network, whitened",
+        "trained, whitened",
+        "trained, features",
+    ):
         assert name in said
     k = 3 * (min(counts.values()) - (not test_set)) // 2
     assert summary["knn_k"] == k

@@ -94,10 +94,21 @@ def test_whitened_rows_are_searched(search: Search, trained: Path) -> None:
     assert [float(line[0]) for line in found] == pytest.approx(expected.numpy(), abs=2e-3)
 
 
-def test_whitening_needs_the_images(search: Search, trained: Path, tmp_path: Path) -> None:
+def test_features_are_searched(search: Search, trained: Path) -> None:
+    query = trained.parent / "train" / "red" / "3.png"
+    status, said = search(query, "--k", "5", "--readout", "features")
+    assert status == 0, said
+    found = [line.split() for line in said.splitlines() if "(row" in line]
+    assert (float(found[0][0]), found[0][2]) == (pytest.approx(1, abs=2e-3), "red/3.png")
+    assert {line[1] for line in found} == {"red"}
+    assert "class by the vote" in said
+
+
+@pytest.mark.parametrize("readout", ["whitened", "features"])
+def test_whitening_needs_the_images(search: Search, trained: Path, tmp_path: Path, readout: str) -> None:
     shutil.copytree(trained / "snapshots", tmp_path / "away")
     query = trained.parent / "train" / "red" / "3.png"
-    status, said = search(query, "--k", "3", "--readout", "whitened", source=tmp_path / "away")
+    status, said = search(query, "--k", "3", "--readout", readout, source=tmp_path / "away")
     assert status == 2, said
     assert "give the run directory" in said
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from instdisc.common.errors import ConfigError
-from instdisc.evaluation.features import pooled, stage_features, stage_names
 from instdisc.evaluation.linear import (
     CLASSIFIERS,
     Split,
@@ -22,6 +21,7 @@ from instdisc.evaluation.linear import (
     top_k_accuracy,
 )
 from instdisc.model.backbone import build_embedder
+from instdisc.model.features import mirrored_features, pooled, stage_features, stage_names
 from instdisc.settings.evaluation import LinearConfig
 from instdisc.settings.model import BackboneConfig
 
@@ -123,3 +123,17 @@ def test_pooling_keeps_within_the_bound() -> None:
     assert pooled(torch.zeros(2, 16, 25, 25), 9216).shape == (2, 9216)
     assert pooled(torch.zeros(2, 2048, 7, 7), 1000).shape == (2, 2048)
     assert pooled(torch.zeros(2, 70), 64).shape == (2, 70)
+
+
+@pytest.mark.parametrize(("name", "dims"), [("resnet8", 256), ("resnet18", 512), ("alexnet", 256)])
+def test_features_of_the_last_stage_are_those_of_image_and_mirror_image(name: str, dims: int) -> None:
+    torch.manual_seed(0)
+    network = build_embedder(BackboneConfig(name=name, embedding_dim=16), 64).eval()
+    images = torch.randn(3, 3, 64, 64)
+    found = mirrored_features(network, images)
+    torch.testing.assert_close(found, mirrored_features(network, images.flip(3)))
+    stage = {"resnet8": "layer3", "resnet18": "layer4", "alexnet": "conv5"}[name]
+    of_both = [stage_features(network, each, stage=stage, max_dims=512) for each in (images, images.flip(3))]
+    expected = sum(each.double() / each.double().norm(dim=1, keepdim=True) for each in of_both)
+    assert found.shape == (3, dims)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)

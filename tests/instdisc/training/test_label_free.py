@@ -17,7 +17,7 @@ from instdisc.model.label_free import LabelFree, raw_pixels
 from instdisc.runs.run_directory import RunDirectory
 from instdisc.train import main as train
 from instdisc.training.label_free import START, TRAINED, LabelFreeMonitor
-from instdisc.training.start import report
+from instdisc.training.report import report
 from pipelines.build import build_manifest
 from pipelines.datasets import resolve
 from tests.instdisc.program import SMALL, summary_of, write_pictures

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from instdisc.model.backbone import Embedder
 
 FEATURES, EMBEDDINGS = "features", "embeddings"
+_READ_OUT_DIMS = 512
 _MOST_CONVOLUTIONS = 5  # AlexNet's: every one is a stage
 _POOLINGS = (nn.MaxPool2d, nn.Identity)  # small images have an identity where the first pooling was
 
@@ -115,6 +116,25 @@ def stage_means(network: Embedder, images: Tensor) -> list[Tensor]:
             )
         network(images)
     return [found[name] for name in chosen]
+
+
+def mirrored_features(network: Embedder, images: Tensor) -> Tensor:
+    """What the last stage sees in images and in their mirror images, an `ImageFunction`: the read-out `features`.
+
+    Args:
+        network: In evaluation mode.
+        images: Normalized, (B, 3, H, W).
+
+    Returns:
+        float32 (B, F), the sum of two unit vectors, with F at most 512 where the stage has no more channels.
+    """
+    names = list(stages(network.backbone))
+    stage = names[-2] if len(names) > 1 else FEATURES  # what goes into the last pooling
+    both = (
+        stage_features(network, each, stage=stage, max_dims=_READ_OUT_DIMS)
+        for each in (images, images.flip(3))
+    )
+    return torch.stack([F.normalize(each, dim=1) for each in both]).sum(dim=0)
 
 
 def pooled(maps: Tensor, max_dims: int) -> Tensor:
