@@ -16,13 +16,12 @@ from PIL import Image
 
 from cluster.collection import Collection, hash_keys
 from cluster.live_topk import SearchedTable
-from instdisc.evaluation.gallery import GONE, Thumbnails
 from instdisc.evaluation.source import Source
 from instdisc.index.images import EMBEDDINGS, KEYS
 from instdisc.settings.evaluation import StoredReadout
 from pipelines.decode import CorruptImage
 from pipelines.errors import DataError
-from pipelines.headers import HeaderError, image_size
+from pipelines.headers import HeaderError, checksum, image_size
 from pipelines.kinds import open_image
 from pipelines.places import below
 from pipelines.reader import ImageReader
@@ -127,12 +126,14 @@ class State:
         return np.flatnonzero(kept)
 
     def _thumbnail(self, row: int, side: int) -> Encoded:
-        """The picture of a row with at most so many pixels on its longer side."""
-        with Thumbnails(self.source.train, side) as pictures:
-            image = pictures.image(row)
-        if isinstance(image, str):
-            raise NoPictureError(f"the image {'is ' if image == GONE else ''}{image}")
-        return encoded(image)
+        """The picture of a row with at most so many pixels on its longer side; see `image`."""
+        data = self._data(row)
+        try:
+            picture = self._reader.decode(row, data)
+        except CorruptImage as error:
+            raise NoPictureError("the image cannot be decoded") from error
+        picture.thumbnail((side, side))
+        return encoded(picture)
 
     def image(self, row: int) -> Encoded:
         """The image of a row as it is where browsers show it, otherwise as a PNG.
@@ -140,17 +141,29 @@ class State:
         Raises:
             NoPictureError: It is not where it was, or is not the image that was embedded.
         """
+        data = self._data(row)
+        try:
+            with open_image(data) as opened:
+                kind = _SHOWN_BY_BROWSERS.get(opened.format or "")
+            return Encoded(data, kind) if kind else encoded(self._reader.decode(row, data), "PNG")
+        except Exception as error:  # Pillow's readers raise almost anything
+            raise NoPictureError("the image cannot be decoded") from error
+
+    def _data(self, row: int) -> bytes:
+        """The bytes of an image, if they are of the one that was embedded, whatever lies in its place now."""
         manifest = self.source.train
         try:
             data = self._reader.read(row)
             found = image_size(lambda count: data[:count], len(data))
-            if found != (int(manifest.heights[row]), int(manifest.widths[row])):
-                raise NoPictureError("the image has changed since it was embedded")
-            with open_image(data) as opened:
-                kind = _SHOWN_BY_BROWSERS.get(opened.format or "")
-            return Encoded(data, kind) if kind else encoded(self._reader.decode(row, data), "PNG")
         except (HeaderError, CorruptImage, DataError) as error:
             raise NoPictureError("the image is not where it was, or has changed since") from error
+        same = found == (int(manifest.heights[row]), int(manifest.widths[row]))
+        if manifest.checksums is not None:
+            total = checksum(lambda start, count: data[start : start + count], len(data))
+            same = same and total == int(manifest.checksums[row])
+        if not same:
+            raise NoPictureError("the image has changed since it was embedded")
+        return data
 
     def is_where_it_was(self, row: int) -> bool:
         """Whether the file of an image is there; of one at a URL that is taken for granted."""

@@ -188,6 +188,8 @@ def test_images_that_moved_or_are_others_now(
     (folder / "in").mkdir(parents=True)
     for name, tone in (("a", 10), ("b", 120), ("c", 250)):
         Image.new("RGB", (32, 32), (tone, 40, 90)).save(folder / "in" / f"{name}.png")
+    Image.new("RGB", (32, 32), "olive").save(folder / "in" / "d.bmp")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "secret.bmp")
     assert (
         embed([str(served_index), "--data.path", str(folder), "--output", str(tmp_path / "index"), *HERE])
         == 0
@@ -198,13 +200,16 @@ def test_images_that_moved_or_are_others_now(
     (folder / "in" / "a.png").unlink()
     (folder / "in" / "a.png").symlink_to(secret)
     (folder / "in" / "b.png").unlink()
-    for key in ("in/a.png", "in/b.png"):
+    (folder / "in" / "d.bmp").unlink()
+    (folder / "in" / "d.bmp").symlink_to(tmp_path / "secret.bmp")  # as large, with as many pixels
+    assert api.get("/image", params={"key": "in/c.png"}).status_code == 200
+    for key in ("in/a.png", "in/b.png", "in/d.bmp"):
         for path in ("/image", "/thumbnail"):
             answer = api.get(path, params={"key": key})
             assert answer.status_code == 410, key
             assert str(tmp_path) not in answer.text
     answer = api.post("/search", json={"key": "in/c.png"}).json()
-    assert len(answer["neighbors"]) == 2
+    assert len(answer["neighbors"]) == 3
     assert answer["moved"] == ["in/b.png"]
     assert str(tmp_path) not in json.dumps(answer)
 
