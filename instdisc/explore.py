@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,11 +35,16 @@ def parse(arguments: Sequence[str]) -> EvaluateConfig:
         EvaluateConfig,
         arguments,
         program="instdisc.explore",
-        description="Find near duplicates, strangers and clusters in an index or a run, and draw them.",
+        description="Find near duplicates, strangers and clusters in an index or a run, map and draw them.",
         default=EvaluateConfig(
-            evaluation=EvaluationConfig(source=tyro.MISSING), protocols=",".join([*EXPLORED, "page"])
+            evaluation=EvaluationConfig(source=tyro.MISSING), protocols=",".join([*_explored(), "page"])
         ),
     )
+
+
+def _explored() -> list[str]:
+    has_map = importlib.util.find_spec("openTSNE") is not None
+    return [name for name in EXPLORED if name != "map" or has_map]
 
 
 if __name__ == "__main__":

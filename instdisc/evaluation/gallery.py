@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from instdisc.settings.evaluation import PageConfig
 from pipelines.decode import CorruptImage
 from pipelines.errors import DataError
 from pipelines.manifest import Manifest
@@ -122,12 +123,12 @@ def agreement(
 
 def best_and_worst(
     evaluation: Evaluation, *, count: int, neighbors: int, side: int, temperature: float
-) -> tuple[list[Example], list[Example]]:
-    """The queries whose neighbors agree most and least with their class, the most extreme of each class in turn.
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """The queries whose neighbors agree most, as usual and least with their class, the first of each class in turn.
 
     Args:
         evaluation: With queries that are images.
-        count: Queries of either kind.
+        count: Queries of each kind.
         neighbors: Nearest rows shown.
         side: Of the pictures, in pixels.
         temperature: τ of the votes.
@@ -165,9 +166,15 @@ def best_and_worst(
                 ),
             )
 
-        best = [example(query) for query in in_turn(-agreements, queries.labels)[:count].tolist()]
-        worst = [example(query) for query in in_turn(agreements, queries.labels)[:count].tolist()]
-    return best, worst
+        medians = np.empty_like(agreements)
+        for label in np.unique(queries.labels):
+            own = queries.labels == label
+            medians[own] = np.median(agreements[own])
+        best, typical, worst = (
+            [example(query) for query in in_turn(values, queries.labels)[:count].tolist()]
+            for values in (-agreements, np.abs(agreements - medians), agreements)
+        )
+    return best, typical, worst
 
 
 def in_turn(values: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -221,3 +228,46 @@ def found_examples(
         )
         for row, others, similarities in shown
     ]
+
+
+def explored(
+    source: Source, results: Mapping[str, Any], config: PageConfig
+) -> list[tuple[str, str, Sequence[Example]]]:
+    """Galleries of what was found without queries, each with a title and a note."""
+    galleries: list[tuple[str, str, Sequence[Example]]] = []
+
+    def add(title: str, note: str, role: str, found: Sequence[Mapping[str, Any]]) -> None:
+        if found:
+            examples = found_examples(
+                source, found, role=role, neighbors=config.neighbors, side=config.thumbnail
+            )
+            galleries.append((title, note, examples))
+
+    if "duplicates" in results:
+        found = results["duplicates"]
+        note = (
+            f"{found['groups']:,} groups of {found['rule']}; "
+            f"{found['images'] - found['groups']:,} images could go. All are listed in duplicates.csv, the image to "
+            "keep first."
+        )
+        add("Near duplicates", note, "to keep", found["shown"][: config.examples])
+    if "strangers" in results:
+        found = results["strangers"]
+        note = (
+            "Those whose features are farthest from the mean: at distances up to "
+            f"{found['largest_distance']:.1f}, half of the images are below {found['median_distance']:.1f}. More of "
+            "them in strangers.csv."
+        )
+        add("Strangers, with what is nearest", note, "stranger", found["shown"][: config.examples])
+    for found in list(results.get("clusters", {"clusters": {}})["clusters"].values())[:1]:
+        central = [
+            {
+                "row": rows[0]["row"],
+                "others": [each["row"] for each in rows[1:]],
+                "similarities": [each["similarity"] for each in rows[1:]],
+            }
+            for rows in found["central"]
+        ]
+        note = "The images nearest to the center of each, the largest cluster first; all are in clusters.csv."
+        add(f"{len(central)} clusters", note, "center", central)
+    return galleries

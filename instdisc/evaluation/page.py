@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from instdisc.common.files import read_lines, write_text
-from instdisc.evaluation.gallery import Example, best_and_worst, found_examples
-from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart
+from instdisc.evaluation.gallery import Example, best_and_worst, explored
+from instdisc.evaluation.plots import Series, axis_over, histogram_chart, line_chart, scatter_chart
+from instdisc.evaluation.tsne import colored
 from instdisc.settings.evaluation import PROTOCOL_NAMES, PageConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Page:
     title: str
     subtitle: str
     tiles: Sequence[tuple[str, str]]
+    map: Chart | None = None
     charts: Sequence[Chart]
     tables: Sequence[Table]
     galleries: Sequence[tuple[str, str, Sequence[Example]]]
@@ -66,9 +68,9 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     results, source = _read_results(evaluation), evaluation.source
     run = source.run if source.index is None else None
     metrics, summary = (read_lines(run.journal), run.read_summary() or {}) if run else ([], {})
-    galleries = _explored(source, results, config)
+    galleries = explored(source, results, config)
     if evaluation.has_labels and evaluation.queries.manifest is not None:
-        best, worst = best_and_worst(
+        best, typical, worst = best_and_worst(
             evaluation,
             count=config.examples,
             neighbors=config.neighbors,
@@ -77,6 +79,11 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         )
         galleries = [
             ("Nearest rows of the best queries", "Of every class in turn.", best),
+            (
+                "Nearest rows of typical queries",
+                "As many votes for the class as half of its queries.",
+                typical,
+            ),
             ("Nearest rows of the worst queries", "Of every class in turn.", worst),
             *galleries,
         ]
@@ -84,7 +91,8 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         Page(
             title=run.path.name if run else source.snapshot.url.rpartition("/")[2],
             subtitle=_subtitle(source),
-            tiles=tiles(results, source.embedding_dim),
+            tiles=tiles(results, source.embedding_dim, summary),
+            map=_map_chart(evaluation, results),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
             tables=[*training_table(summary), *tables(results)],
             galleries=galleries,
@@ -96,49 +104,6 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     write_text(path, html)
     pictures = sum(1 + len(example.neighbors) for *_, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
-
-
-def _explored(
-    source: Source, results: Mapping[str, Any], config: PageConfig
-) -> list[tuple[str, str, Sequence[Example]]]:
-    """Galleries of what was found without queries."""
-    galleries: list[tuple[str, str, Sequence[Example]]] = []
-
-    def add(title: str, note: str, role: str, found: Sequence[Mapping[str, Any]]) -> None:
-        if found:
-            examples = found_examples(
-                source, found, role=role, neighbors=config.neighbors, side=config.thumbnail
-            )
-            galleries.append((title, note, examples))
-
-    if "duplicates" in results:
-        found = results["duplicates"]
-        note = (
-            f"{found['groups']:,} groups of {found['rule']}; "
-            f"{found['images'] - found['groups']:,} images could go. All are listed in duplicates.csv, the image to "
-            "keep first."
-        )
-        add("Near duplicates", note, "to keep", found["shown"][: config.examples])
-    if "strangers" in results:
-        found = results["strangers"]
-        note = (
-            "Those whose features are farthest from the mean: at distances up to "
-            f"{found['largest_distance']:.1f}, half of the images are below {found['median_distance']:.1f}. More of "
-            "them in strangers.csv."
-        )
-        add("Strangers, with what is nearest", note, "stranger", found["shown"][: config.examples])
-    for found in list(results.get("clusters", {"clusters": {}})["clusters"].values())[:1]:
-        central = [
-            {
-                "row": rows[0]["row"],
-                "others": [each["row"] for each in rows[1:]],
-                "similarities": [each["similarity"] for each in rows[1:]],
-            }
-            for rows in found["central"]
-        ]
-        note = "The images nearest to the center of each, the largest cluster first; all are in clusters.csv."
-        add(f"{len(central)} clusters", note, "center", central)
-    return galleries
 
 
 def _subtitle(source: Source) -> str:
@@ -166,11 +131,18 @@ def render(page: Page) -> str:
     return environment.get_template("page.html").render(vars(page))
 
 
-def tiles(results: Mapping[str, Any], embedding_dim: int) -> list[tuple[str, str]]:
-    """The few numbers to see first."""
+def tiles(
+    results: Mapping[str, Any], embedding_dim: int, summary: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """The few numbers to see first, accuracies with what needs no training, where that was measured."""
     found = []
     if knn := results.get("knn"):
         found.append((f"kNN top-1, k = {knn['k']}", _percent(knn["accuracies"][f"k{knn['k']}"]["top1"])))
+        found += [
+            (f"kNN top-1 of {name}", _percent(summary[key]))
+            for key, name in _BASELINES.items()
+            if summary.get(key) is not None
+        ]
     if linear := results.get("linear"):
         best = max(linear["stages"], key=lambda stage: linear["stages"][stage]["probe"]["top1"])
         found.append((f"linear probe on {best}, top-1", _percent(linear["stages"][best]["probe"]["top1"])))
@@ -230,6 +202,19 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, 
         note = f"Of {recalls[-1]['images']:,} images, how many another view finds among all; needs no labels."
         charts.append(Chart("Instance recall while training", ["recall at 1"], svg, note))
     return charts
+
+
+def _map_chart(evaluation: Evaluation, results: Mapping[str, Any]) -> Chart | None:
+    if "map" not in results:
+        return None
+    found = results["map"]
+    groups = colored(evaluation, found, results.get("clusters", {}).get("clusters", {}))
+    shown = len(found["shown"]["rows"])
+    note = (
+        f"{shown:,} of {found['images']:,} images, each a dot (t-SNE): what is near is alike, how far apart groups are "
+        "says little. All places are in map.csv."
+    )
+    return Chart("Map", [name for name, _ in groups], scatter_chart("Map", groups), note)
 
 
 def _axes(

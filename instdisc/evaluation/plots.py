@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
 _TICKS = 6
 _BAR, _NAMES, _VALUES = 26, 240, 90
-COLOURS = 8
+COLOURS = 10
 """That the style sheet has."""
 
 
@@ -163,6 +163,28 @@ def _chart(title: str, x_axis: Axis, y_axis: Axis, content: Sequence[Markup]) ->
         Markup("</svg>"),
     ]
     return Markup("\n").join(parts)
+
+
+def scatter_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Markup:
+    """Points without axes, those of a group in one color, as large as fits a square.
+
+    Args:
+        title: For screen readers.
+        groups: Name and points (x, y) of each, in the order of their colors; at least one point in all.
+    """
+    points = [point for _, own in groups for point in own]
+    lows = [min(point[axis] for point in points) for axis in (0, 1)]
+    spans = [max(point[axis] for point in points) - lows[axis] for axis in (0, 1)]
+    scale = (WIDTH - 2 * _TOP) / (max(spans) or 1)
+    margins = [(WIDTH - scale * span) / 2 for span in spans]
+    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, WIDTH, title)]
+    for number, (name, own) in enumerate(groups, 1):
+        places = [[margins[axis] + scale * (point[axis] - lows[axis]) for axis in (0, 1)] for point in own]
+        path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)  # a line of no length is a dot
+        parts.append(
+            Markup('<path class="dots c{}" d="{}"><title>{}</title></path>').format(number, path, name)
+        )
+    return Markup("\n").join([*parts, Markup("</svg>")])
 
 
 def bar_chart(

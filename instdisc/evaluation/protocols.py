@@ -16,6 +16,7 @@ from instdisc.evaluation import (
     page,
     statistics,
     strangers,
+    tsne,
     unseen,
 )
 from instdisc.evaluation.context import Evaluation, ProtocolFunction
@@ -34,6 +35,7 @@ PROTOCOLS: dict[str, ProtocolFunction] = {
     "duplicates": duplicates.run,
     "strangers": strangers.run,
     "clusters": clusters.run,
+    "map": tsne.run,
     "page": page.run,
 }
 """One for each of `instdisc.settings.evaluation.PROTOCOL_NAMES`. The field of `EvaluateConfig` of the same name, with _

@@ -19,8 +19,9 @@ StoredReadout = Literal["plain", "whitened"]
 Readout = Literal["plain", "whitened", "features"]
 """Embeddings, plain or whitened, or the features of the last stage, whitened."""
 
-EXPLORED = ("duplicates", "strangers", "clusters")
-"""The protocols that tell what is in a collection; `instdisc.explore` runs them and the page."""
+EXPLORED = ("duplicates", "strangers", "clusters", "map")
+"""The protocols that tell what is in a collection; `instdisc.explore` runs them, the map where its extra is installed,
+and the page."""
 
 PROTOCOL_NAMES = ("knn", "linear", "finetune", "unseen", "statistics", "label-free", *EXPLORED, "page")
 """Run in this order, whatever the order they are asked for in: the page shows what the others found."""
@@ -211,6 +212,16 @@ class ClustersConfig(Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapConfig(Ranged):
+    """A map in two dimensions by t-SNE (extra `map`)."""
+
+    most: Annotated[int, Range(at_least=8)] = 10_000
+    """Of more images than this, so many, spread evenly, are mapped; each other one is put where its nearest are."""
+    seed: int = 0
+    """Seed of the map."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PageConfig(Ranged):
     """The page, made of the results of all protocols that lie in the output directory."""
 
@@ -240,6 +251,7 @@ class EvaluateConfig:
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     strangers: StrangersConfig = field(default_factory=StrangersConfig)
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
+    map: MapConfig = field(default_factory=MapConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
     def __post_init__(self) -> None:

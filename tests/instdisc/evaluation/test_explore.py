@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from cluster import lease
+from instdisc.common.errors import ConfigError
 from instdisc.embed import main as embed
 from instdisc.evaluation.clusters import spherical_k_means
 from instdisc.evaluation.correlation import GRAY_SIDE, correlations
@@ -24,8 +26,10 @@ from instdisc.evaluation.duplicates import group_rows, kept_first, pairs_of
 from instdisc.evaluation.image_tables import write_table
 from instdisc.evaluation.source import ArrayRows
 from instdisc.evaluation.strangers import fit
+from instdisc.evaluation.tsne import places_of
 from instdisc.explore import main
 from instdisc.explore import parse as parse_options
+from instdisc.settings.evaluation import MapConfig
 from tests.instdisc.program import write_pictures
 
 HERE = ["--num-actors", "0", "--loader.threads", "1", "--loader.backend", "host"]
@@ -184,7 +188,11 @@ def test_an_index_with_labels(index: Any, trained: Path, tmp_path: Path) -> None
     assert {row["class"] for row in clusters} == {"red", "green", "blue"}
     nmi = json.loads((out / "clusters.json").read_text())["clusters"]["3"]["nmi"]
     assert 0 <= nmi <= 1
+    places = rows_of(out / "map")
+    assert [row["key"] for row in places] == [row["key"] for row in clusters]
+    assert all(math.isfinite(row["x"] + row["y"]) for row in places)
     page = (out / "index.html").read_text()
+    assert page.count('<path class="dots') == 3  # one for each class
     for title in ("Near duplicates", "Strangers, with what is nearest", "3 clusters"):
         assert f"<h2>{title}" in page
 
@@ -198,6 +206,23 @@ def test_an_index_without_labels(index: Any, tmp_path: Path) -> None:
     found = json.loads((out / "duplicates.json").read_text())
     assert found["groups"] == 0
     assert "correlation of 0.97" in found["rule"]
+
+
+def test_near_rows_are_near_on_the_map_and_the_others_are_placed_among_them() -> None:
+    generator = np.random.default_rng(4)
+    of = np.repeat([0, 1, 2], 20)
+    rows = (np.eye(3, 8)[of] + 0.05 * generator.normal(size=(60, 8))).astype(np.float32)
+    rows[7] = np.nan
+    found, fitted = places_of(ArrayRows(rows), MapConfig(most=31))
+    assert 29 <= fitted <= 31
+    assert np.isnan(found[7]).all()
+    there = np.delete(np.arange(60), 7)
+    assert np.isfinite(found[there]).all()
+    centers = np.stack([found[there][of[there] == group].mean(axis=0) for group in range(3)])
+    distances = np.linalg.norm(found[there][:, None] - centers, axis=2)
+    assert (distances.argmin(axis=1) == of[there]).mean() > 0.9
+    with pytest.raises(ConfigError, match="fewer than 8 different"):
+        places_of(ArrayRows(np.ones((50, 4), np.float32)), MapConfig())
 
 
 @pytest.mark.parametrize(
@@ -221,4 +246,10 @@ def test_what_is_refused(
 
 
 def test_exploring_is_an_evaluation_by_other_protocols() -> None:
-    assert parse_options(["INDEX"]).chosen_protocols() == ["duplicates", "strangers", "clusters", "page"]
+    assert parse_options(["INDEX"]).chosen_protocols() == [
+        "duplicates",
+        "strangers",
+        "clusters",
+        "map",
+        "page",
+    ]

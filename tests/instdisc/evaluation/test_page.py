@@ -43,7 +43,7 @@ def made(evaluation: Evaluation) -> Path:
     )
     evaluation.write("statistics", statistics.run(evaluation, statistics.StatisticsConfig()))
     result = page.run(evaluation, page.PageConfig(examples=3, neighbors=4))
-    assert result["summary"] == {"pictures": 30}
+    assert result["summary"] == {"pictures": 45}
     return Path(result["page"])
 
 
@@ -67,10 +67,10 @@ def test_nothing_is_loaded_from_elsewhere(made: Path) -> None:
         for name, value in attributes.items()
         if name in ("src", "href", "xlink:href", "srcset", "data", "action")
     ]
-    assert len(links) == 31
+    assert len(links) == 46
     assert all(link is not None and link.startswith("data:") for link in links)
     opened = [attributes["href"] for tag, attributes in parser.tags if tag == "a"]
-    assert len(opened) == 30  # each picture opens its file
+    assert len(opened) == 45  # each picture opens its file
     assert all(link is not None and Path(unquote(urlsplit(link).path)).is_file() for link in opened)
     assert "url(" not in text
     assert "@import" not in text
@@ -81,14 +81,16 @@ def test_what_the_page_says(made: Path) -> None:
     accuracy = json.loads((made.parent / "knn.json").read_text())["accuracies"]["k5"]["top1"]
     assert f"<b>{100 * accuracy:.1f}%</b>" in text
     for title in (
+        "kNN top-1 of raw pixels",
+        "Nearest rows of typical queries",
         "Training loss",
         "kNN accuracy while training",
         "Cosine similarity of pairs",
         "Weighted kNN",
     ):
         assert title in text
-    assert text.count('class="example"') == 6
-    assert text.count('class="agrees"') + text.count('class="differs"') == 24
+    assert text.count('class="example"') == 9
+    assert text.count('class="agrees"') + text.count('class="differs"') == 36
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_a_browser_shows_it(made: Path, browse: Callable[..., tuple[str, str]], 
     title = re.search(r"<title>(.*?)</title>", document)
     assert title is not None
     report = json.loads(html.unescape(title[1]))
-    assert report == {"images": 30, "decoded": 30, "charts": 4, "wide": 0, "fetched": []}
+    assert report == {"images": 45, "decoded": 45, "charts": 4, "wide": 0, "fetched": []}
     assert "CONSOLE" not in said, said
 
 
