@@ -91,7 +91,7 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
         Page(
             title=run.path.name if run else source.snapshot.url.rpartition("/")[2],
             subtitle=_subtitle(source),
-            tiles=tiles(results, source.embedding_dim, summary),
+            tiles=tiles(results, source.embedding_dim, _baselines(source)),
             map=_map_chart(evaluation, results),
             charts=[*training_charts(metrics, summary), *similarity_charts(results.get("statistics"))],
             tables=[*training_table(summary), *tables(results)],
@@ -104,6 +104,17 @@ def run(evaluation: Evaluation, config: PageConfig) -> dict[str, Any]:
     write_text(path, html)
     pictures = sum(1 + len(example.neighbors) for *_, examples in galleries for example in examples)
     return {"summary": {"pictures": pictures}, "page": str(path), "results": sorted(results)}
+
+
+def _baselines(source: Source) -> dict[str, float]:
+    """What was measured beside the run itself; nothing for an index of other images."""
+    if not source.has_run or (source.index is not None and not source.index.attributes["of_run"]):
+        return {}
+    summary = source.run.read_summary() or {}
+    names = _BASELINES | (
+        {"knn_top1_untrained": "network at its start"} if summary.get("init_weights") else {}
+    )
+    return {name: summary[key] for key, name in names.items() if summary.get(key) is not None}
 
 
 def _subtitle(source: Source) -> str:
@@ -132,17 +143,19 @@ def render(page: Page) -> str:
 
 
 def tiles(
-    results: Mapping[str, Any], embedding_dim: int, summary: Mapping[str, Any]
+    results: Mapping[str, Any], embedding_dim: int, baselines: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """The few numbers to see first, accuracies with what needs no training, where that was measured."""
+    """The few numbers to see first.
+
+    Args:
+        results: Of all protocols.
+        embedding_dim: D.
+        baselines: kNN top-1 of what needs no training, by name.
+    """
     found = []
     if knn := results.get("knn"):
         found.append((f"kNN top-1, k = {knn['k']}", _percent(knn["accuracies"][f"k{knn['k']}"]["top1"])))
-        found += [
-            (f"kNN top-1 of {name}", _percent(summary[key]))
-            for key, name in _BASELINES.items()
-            if summary.get(key) is not None
-        ]
+        found += [(f"kNN top-1 of {name}", _percent(value)) for name, value in baselines.items()]
     if linear := results.get("linear"):
         best = max(linear["stages"], key=lambda stage: linear["stages"][stage]["probe"]["top1"])
         found.append((f"linear probe on {best}, top-1", _percent(linear["stages"][best]["probe"]["top1"])))

@@ -166,7 +166,7 @@ def _chart(title: str, x_axis: Axis, y_axis: Axis, content: Sequence[Markup]) ->
 
 
 def scatter_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Markup:
-    """Points without axes, those of a group in one color, as large as fits a square.
+    """Points without axes, those of a group in one color, as large as fit into a square.
 
     Args:
         title: For screen readers.
@@ -176,8 +176,9 @@ def scatter_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[float, 
     lows = [min(point[axis] for point in points) for axis in (0, 1)]
     spans = [max(point[axis] for point in points) - lows[axis] for axis in (0, 1)]
     scale = (WIDTH - 2 * _TOP) / (max(spans) or 1)
-    margins = [(WIDTH - scale * span) / 2 for span in spans]
-    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, WIDTH, title)]
+    margins = [(WIDTH - scale * spans[0]) / 2, _TOP]
+    height = round(2 * _TOP + scale * spans[1])
+    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, title)]
     for number, (name, own) in enumerate(groups, 1):
         places = [[margins[axis] + scale * (point[axis] - lows[axis]) for axis in (0, 1)] for point in own]
         path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)  # a line of no length is a dot
