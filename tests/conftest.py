@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from tests.ray_cluster import RayCluster, ray_head
 # directory of whoever runs the tests. Set before anything imports Ray, which reads both once.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+# Started under nohup, the tests and all programs that they start would ignore a terminal that closes.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Marks of the tests that use a fixture; the others carry their marks themselves.
 _MARKS = {"ray_cluster": ["ray"], "live": ["ray", "prometheus"], "browse": ["browser"], "endpoint": ["slow"]}

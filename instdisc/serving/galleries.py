@@ -37,6 +37,20 @@ def galleries(state: State, place: Path) -> dict[str, Any]:
     return {**found, "missing": missing}
 
 
+def map_of(state: State, place: Path) -> dict[str, Any]:
+    """Places (x, y) of up to 10,000 images spread over the index; the reason, under `missing`, if there is no map."""
+    values, why = _read(state, place / "map.json")
+    if values is None:
+        return {"missing": why}
+    rows = values["shown"]["rows"]
+    return {
+        "images": values["images"],
+        "keys": [state.key(row) for row in rows],
+        "labels": [state.label(row) for row in rows],
+        "places": values["shown"]["places"],
+    }
+
+
 def _read(state: State, path: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         values = parse_object(read_regular(path))

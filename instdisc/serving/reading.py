@@ -16,7 +16,7 @@ from cluster.errors import ClusterError, SnapshotError
 from instdisc.serving import service as serving
 from instdisc.serving.access import COOKIE, TooLargeError, read_body
 from instdisc.serving.asking import gate_of, may_ask, may_read, service_of
-from instdisc.serving.galleries import explored_place, galleries
+from instdisc.serving.galleries import explored_place, galleries, map_of
 from instdisc.serving.queries import Asked, BadQueryError, read_query
 from instdisc.serving.service import NotAnImageError, Service
 from instdisc.serving.state import Encoded, NoPictureError, State, describe
@@ -228,11 +228,21 @@ async def _picture(request: Request, make: Callable[[], Encoded]) -> Response:
 
 @READING.get("/galleries")
 async def found_galleries(request: Request) -> dict[str, Any]:
-    """What instdisc.explore found in this state of the index."""
+    """The duplicates, strangers and clusters that instdisc.explore found in this state of the index."""
+    return await _explored(request, galleries)
+
+
+@READING.get("/map")
+async def found_map(request: Request) -> dict[str, Any]:
+    """The places that instdisc.explore gave to images of this state of the index; up to 10,000 of them."""
+    return await _explored(request, map_of)
+
+
+async def _explored(request: Request, read: Callable[[State, Path], dict[str, Any]]) -> dict[str, Any]:
     service = service_of(request)
     place = explored_place(service.state.index, service.config.explored)
     try:
-        return await asyncio.to_thread(galleries, service.state, place)
-    except (SnapshotError, KeyError, TypeError) as error:
+        return await asyncio.to_thread(read, service.state, place)
+    except (SnapshotError, LookupError, TypeError) as error:
         logger.warning("what was found in the index cannot be read: %r", error)
         raise HTTPException(503, "what was found in the index cannot be read") from error

@@ -384,9 +384,7 @@ class TrainingRun:
             self.records.label_free(epoch, numbers, self.label_free.neighbors_changed)
             if not self.monitor.possible:
                 return None
-            functions = {"recomputed": self.trainer.embed}
-            if epoch == self.config.training.epochs:
-                functions[FEATURES] = self.trainer.features
+            functions = {"recomputed": self.trainer.embed, FEATURES: self.trainer.features}
             measured = self.monitor.measure(functions, bank_as="bank")
         self.records.measurement(epoch, measured)
         return measured

@@ -82,7 +82,9 @@ def test_classifiers_are_trained_on_the_reference(compared: Open) -> None:
     with compared() as evaluation:
         quick = linear.LinearConfig(max_dims=64, regularizations=(1.0, 0.1), iterations=50)
         probed = linear.run(evaluation, quick)
-        tuned = finetune.run(evaluation, finetune.FinetuneConfig(fractions=(1.0,), epochs=1, batch_size=16))
+        tuned = finetune.run(
+            evaluation, finetune.FinetuneConfig(fractions=(1.0,), epochs=1, batch_size=16, min_steps=5)
+        )
     assert (probed["train_images"], probed["test_images"]) == (32, 12)
     assert probed["stages"]["conv1"]["probe"]["top1"] == 1  # colors are separable
     assert tuned["fractions"][0]["images"] == 32

@@ -54,6 +54,19 @@ const key = (name, target = document.activeElement) => target.dispatchEvent(new 
     document.querySelector("[data-view=clusters]").click();
     await wait("why there are none", () => document.querySelector(".empty") && idle());
     saw.missing = document.querySelector(".empty").textContent;
+    // The map: an image under the pointer, zoom, and what is near the one in the middle.
+    document.querySelector("[data-view=map]").click();
+    await wait("the map", () => document.querySelector("canvas")?.dataset.scale && idle());
+    const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect();
+    const pointer = (kind, more = {}) => canvas.dispatchEvent(new PointerEvent(kind, { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, bubbles: true, ...more }));
+    pointer("pointermove");
+    saw.under = document.querySelector(".tip").hidden ? null : document.querySelector(".tip").dataset.key;
+    const scale = Number(canvas.dataset.scale);
+    canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -500, clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, cancelable: true }));
+    await wait("the zoom", () => Number(canvas.dataset.scale) > scale * 2);
+    key("ArrowLeft", canvas); key("ArrowRight", canvas); key("Enter", canvas);
+    await wait("what is near it", () => document.querySelector(".asked h2") && idle());
+    saw.near = document.querySelector(".asked h2").textContent;
     // What is no image.
     const wrong = new DataTransfer();
     wrong.items.add(new File(["no image"], "mine.txt", { type: "text/plain" }));

@@ -221,7 +221,7 @@ def test_tokens(client: Client) -> None:
         {"Authorization": "Bearer wrong"},
         {"Authorization": f"Basic {BEARER['Authorization'][7:]}"},
     ):
-        for path in ("/index", "/images", f"/image?key={RED}", f"/thumbnail?key={RED}", "/galleries"):
+        for path in ("/index", "/images", f"/image?key={RED}", f"/thumbnail?key={RED}", "/galleries", "/map"):
             assert api.get(path, headers=wrong).status_code == 401
         assert api.post("/search", json={"key": RED}, headers=wrong).status_code == 401
         assert api.post("/session", headers=wrong).status_code == 401
@@ -323,6 +323,21 @@ def test_galleries(client: Client, served_index: Path, tmp_path: Path) -> None:
     assert [each["key"] for each in found["duplicates"][0]["others"]] == [keys[2]]
     assert found["clusters"][0]["clusters"][0]["central"][0]["similarity"] == 0.5
     assert "earlier state" in found["missing"]["strangers"]
+
+
+def test_the_map(client: Client, served_index: Path, tmp_path: Path) -> None:
+    api = client()
+    assert "run python -m instdisc.explore" in api.get("/map").json()["missing"]
+    (tmp_path / "explored").mkdir()
+    shown = {"rows": [0, 31], "places": [[0.5, -1], [2, 3]]}
+    values = {**dict(open_collection(served_index).identity), "images": 32, "shown": shown}
+    (tmp_path / "explored" / "map.json").write_text(json.dumps(values))
+    keys = open_collection(served_index).read("keys").tolist()
+    found = api.get("/map").json()
+    assert (found["keys"], found["places"]) == ([keys[0], keys[31]], shown["places"])
+    assert (found["images"], found["labels"][1]) == (32, None)
+    (tmp_path / "explored" / "map.json").write_text(json.dumps({**values, "shown": {"rows": [99]}}))
+    assert api.get("/map").status_code == 503
 
 
 def test_images_are_added_and_removed(client: Client, served_index: Path, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def address(config: Callable[..., ServeConfig], served_index: Path, tmp_path: Pa
     shown = [{"row": 0, "others": [1], "similarities": [0.99]}]
     identity = dict(open_collection(served_index).identity)
     (tmp_path / "explored" / "duplicates.json").write_text(json.dumps({**identity, "shown": shown}))
+    places = {"rows": [0, 5, 7], "places": [[-3, -2], [0, 0], [3, 2]]}
+    found = {**identity, "images": 32, "shown": places}
+    (tmp_path / "explored" / "map.json").write_text(json.dumps(found))
 
     @app.get("/probed")
     def probed() -> HTMLResponse:
@@ -51,7 +54,7 @@ def address(config: Callable[..., ServeConfig], served_index: Path, tmp_path: Pa
 
 @pytest.mark.browser
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])
-def test_a_person_finds_images(address: str, tmp_path: Path, size: str) -> None:
+def test_a_person_finds_images(address: str, served_index: Path, tmp_path: Path, size: str) -> None:
     browser = need("chromium", "chromium-browser", "google-chrome", package="chromium")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     options += [
@@ -75,6 +78,7 @@ def test_a_person_finds_images(address: str, tmp_path: Path, size: str) -> None:
     assert saw["list"] == ["colors-selected.txt", "green/1.png\ngreen/2.png\n"]
     assert len(saw["duplicates"]) == 2
     assert "instdisc.explore" in saw["missing"]
+    assert saw["under"] == saw["near"] == open_collection(served_index).read("keys")[5]
     assert "not an image" in saw["refused"]
     assert {name: saw[name] for name in ("name", "count", "elsewhere", "wide")} == {
         "name": "colors",

@@ -194,7 +194,7 @@ def restored_rows(run: RunDirectory, images: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     images = write_pictures(tmp_path / "images", 40, classes=4)
     command = [sys.executable, "-m", "instdisc.train", "sample", *OPTIONS, "--training.epochs", "300"]
