@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from cluster.settings import ActorsConfig, MetricsConfig
 from instdisc.evaluation.context import Evaluation
 from instdisc.model import whitening
+from instdisc.model.features import mirrored_features
 from instdisc.model.label_free import raw_pixels
 from instdisc.model.voters import Voters
 from instdisc.model.votes import Accuracy, count_hits, shard_top_k
@@ -40,6 +42,10 @@ def tables(evaluation: Evaluation) -> Iterator[tuple[str, Tables, Tables]]:
     assert test_images is not None
     embeddings = tuple(torch.from_numpy(evaluation.compute(each)) for each in (train_images, test_images))
     yield "trained", embeddings, embeddings
+    features = tuple(
+        torch.from_numpy(evaluation.compute(each, mirrored_features)) for each in (train_images, test_images)
+    )
+    yield "features of the last stage", tuple(F.normalize(each, dim=1) for each in features), features
     raw = tuple(torch.from_numpy(evaluation.compute(each, pixels)) for each in (train_images, test_images))
     yield "raw pixels", raw, (coarse_pixels(raw[0]), coarse_pixels(raw[1]))
 

@@ -131,10 +131,10 @@ class KnnMonitor:
         }
 
     def measure(self, functions: Mapping[str, Embed], *, bank_as: str | None = None) -> Measured:
-        """Accuracy of every function, plain and, as `NAME_whitened`, by whitened vectors.
+        """Accuracy of every function, plain and, as `NAME_whitened`, by whitened vectors; of features whitened only.
 
         Args:
-            functions: By name; each maps images (B, 3, H, W) to unit vectors.
+            functions: By name; each maps images (B, 3, H, W) to vectors, unit ones where plain.
             bank_as: If given, the queries embedded by the first function are classified by the bank as well, the result
                 bears this name, and a read-out is chosen: the first function plain or whitened or, if it is among
                 them, the function `features` whitened.
@@ -171,6 +171,8 @@ class KnnMonitor:
                 query, table = coarse_pixels(query), coarse_pixels(table)
             whiten = whitening.fit(table, trainer.exchange.sum)
             compared[f"{name}_whitened"] = (whiten(query), self.voters, (whiten(table), places))
+            if name.endswith(FEATURES):
+                del compared[name]  # no objective shapes their cosines
         accuracies = {
             name: knn_accuracy(
                 trainer.exchange,
