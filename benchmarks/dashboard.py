@@ -30,7 +30,7 @@ from tests.deploy.prometheus import Prometheus
 
 COLUMNS, CARD_WIDTH, CARD_HEIGHT, ROW_HEIGHT = 3, 520, 292, 54
 _FEW = 30  # points, which a line would hardly show
-COLOURS = ("#2563c9", "#d9632b", "#1d8a4b", "#8a4fc7", "#c2a012", "#6f7d8f")
+COLORS = ("#2563c9", "#d9632b", "#1d8a4b", "#8a4fc7", "#c2a012", "#6f7d8f")
 STYLE = (
     "body{margin:0;padding:20px;background:#f6f7f9;color:#1b1f26;font:14px system-ui,sans-serif}"
     ".charts{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}"
@@ -90,7 +90,7 @@ def card(server: Prometheus, panel: dict[str, Any], start: float, stop: float) -
     along = [x for each in series for x in each.x] if horizontal != "seconds" else [0.0, stop - start]
     chart = line_chart(panel["title"], series, axis_over(horizontal, along, tight=True), y_axis)
     legend = Markup("").join(
-        Markup('<li style="color:{}">{}</li>').format(COLOURS[number % len(COLOURS)], each.name)
+        Markup('<li style="color:{}">{}</li>').format(COLORS[number % len(COLORS)], each.name)
         for number, each in enumerate(series)
     )
     return Markup('<div class="card"><h3>{}</h3><ul>{}</ul>{}</div>').format(panel["title"], legend, chart)
@@ -111,7 +111,7 @@ def draw(server: Prometheus, start: float, stop: float) -> tuple[str, int]:
     height += -(-cards // COLUMNS) * CARD_HEIGHT
     colors = "".join(
         f".line.c{number}{{stroke:{each}}}.mark.c{number}{{fill:{each}}}"
-        for number, each in enumerate(COLOURS, 1)
+        for number, each in enumerate(COLORS, 1)
     )
     return f"<meta charset=utf-8><style>{STYLE}{colors}</style>{Markup('').join(body)}</div>", height
 

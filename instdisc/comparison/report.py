@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from instdisc.common.files import write_json, write_text
 from instdisc.comparison.runs import Outcome
 from instdisc.evaluation.page import Chart, Page, Table, render
-from instdisc.evaluation.plots import COLOURS, Series, axis_over, bar_chart, line_chart
+from instdisc.evaluation.plots import COLORS, Series, axis_over, bar_chart, line_chart
 
 FIGURES = {
     "knn_top1_readout": "kNN top-1, read out",
@@ -151,12 +151,12 @@ def _tiles(groups: Sequence[Group]) -> list[tuple[str, str]]:
 def _charts(groups: Sequence[Group]) -> list[Chart]:
     """Curves over epochs and over seconds, and bars of the groups."""
     charts = []
-    note = f"Mean over the seeds{'' if len(groups) <= COLOURS else f'; the best {COLOURS} of {len(groups)}'}."
+    note = f"Mean over the seeds{'' if len(groups) <= COLORS else f'; the best {COLORS} of {len(groups)}'}."
     for kind, (key, name) in _CURVES.items():
         for axis, unit in (("epoch", "epochs"), ("train_seconds", "seconds of training")):
             lines = [
                 Series(group.name, *curve, marks=True)
-                for group in groups[:COLOURS]
+                for group in groups[:COLORS]
                 if (curve := _curve(group, kind, key, axis))
             ]
             if lines:

@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
 _TICKS = 6
 _BAR, _NAMES, _VALUES = 26, 240, 90
-COLOURS = 10
+COLORS = 10
 """That the style sheet has."""
 
 

@@ -14,7 +14,7 @@ from cluster.actors import available_threads
 from cluster.topk import RowSource
 from instdisc.common.errors import ConfigError
 from instdisc.evaluation.image_tables import image_columns, write_table
-from instdisc.evaluation.plots import COLOURS
+from instdisc.evaluation.plots import COLORS
 from instdisc.settings.evaluation import MapConfig
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def colored(
     rows = np.array(found["shown"]["rows"], np.int64)
     images = evaluation.source.images(rows)
     groups, names = np.asarray(images.labels).astype(np.int64), list(images.class_names)
-    few = [number for number in clusters if len(clusters[number]["sizes"]) <= COLOURS]
-    too_many = not 1 < len(names) <= COLOURS - int((groups < 0).any())
+    few = [number for number in clusters if len(clusters[number]["sizes"]) <= COLORS]
+    too_many = not 1 < len(names) <= COLORS - int((groups < 0).any())
     if too_many and few:
         table = pq.read_table(evaluation.output / "clusters.parquet", columns=[f"cluster_{few[-1]}"])
         groups = table.column(0).to_numpy()[rows]

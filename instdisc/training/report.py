@@ -51,7 +51,7 @@ def _accuracies(summary: dict[str, Any]) -> list[str]:
         "_untrained_features": f"{untrained}, features",
         "": f"trained, {summary['epochs']} epochs",
         "_whitened": "trained, whitened",
-        "_features": "trained, features of a stage",
+        "_features": "trained, features of last stage",
         "_bank": "trained, classified by the bank",
     }
     k, bank_k, rows = (summary.get(name) for name in ("knn_k", "knn_k_bank", "knn_rows"))
