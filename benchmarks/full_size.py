@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py [--images 1281167] [--steps 300] [--objectives nce softmax] [--json FILE]
 
-The images are the bundled sample's, as JPEGs of 32 pixels, over and over, in 128 tars with the names of their classes
+The images are the bundled sample's, as JPEGs of 32 pixels, over and over, in 128 tars with the numbers of their classes
 beside them. For each objective ResNet-8 is trained by two workers under Ray until the steps are done, stopped by
 SIGINT, resumed with four workers on half a CPU each for a tenth of the steps more, and 1,000 queries are classified by
 two actors. Listing is part of the first start and of no other. Memory is what a process has for itself (RssAnon).
@@ -46,7 +46,7 @@ def jpegs() -> Iterator[tuple[bytes, str]]:
     for row in range(len(manifest)):
         buffer = io.BytesIO()
         reader.decode(row).save(buffer, "JPEG", quality=90)
-        yield buffer.getvalue(), manifest.class_names[manifest.labels[row]]
+        yield buffer.getvalue(), str(manifest.labels[row])
     reader.close()
 
 
@@ -107,13 +107,14 @@ def private_mb() -> dict[str, int]:
 def until_step(process: subprocess.Popen[bytes], run: Path, step: int) -> dict[str, int]:
     """Wait for a step; the memory on the way."""
     most: dict[str, int] = {}
-    while trained_steps(run) < step:
-        if process.poll() is not None:
-            raise SystemExit(f"training ended with {process.returncode}: see the log beside {run}")
+    while True:
         for name, size in private_mb().items():
             most[name] = max(most.get(name, 0), size)
+        if trained_steps(run) >= step:
+            return most
+        if process.poll() is not None:
+            raise SystemExit(f"training ended with {process.returncode}: see the log beside {run}")
         time.sleep(1)
-    return most
 
 
 def measure(objective: str, images: Path, folder: Path, steps: int) -> dict[str, Any]:
